@@ -1,0 +1,1 @@
+"""slim: a compiler that makes transformer models smaller and faster."""

@@ -1,0 +1,9 @@
+"""The dialect a Program is written in: core ATen, ``aten.linear`` whole, and the few ``slim::`` ops below.
+
+Each slim op is registered with torch.library with an eager reference (its meaning), a shape function, and autograd
+through the reference. An op is here because a pass or a kernel reads it.
+"""
+
+from slim.compiler.dialect import attention, experts, norm, quant, rope
+
+__all__ = ["attention", "experts", "norm", "quant", "rope"]

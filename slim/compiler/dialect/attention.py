@@ -1,0 +1,245 @@
+"""Attention: who may look at whom, softmax(QK^T)V, and the same over a key/value cache.
+
+Row ``i`` of the queries is the token with index ``offset + i``; key ``j`` is visible to it when
+``j <= i`` (causal), ``i - j < window`` (and ``j - i < window`` when not causal), and ``key_mask[b, j]``.
+A row that sees no key yields zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slim.compiler.dialect._register import define
+
+
+def visibility(
+    key_mask: Tensor | None,
+    queries: int,
+    keys: int,
+    *,
+    causal: bool,
+    window: int | None,
+    offset: int = 0,
+    device: torch.device | None = None,
+) -> Tensor | None:
+    """Boolean [B or 1, 1, queries, keys]: True where the key may be seen; None where every key may be."""
+    if not causal and window is None and key_mask is None:
+        return None
+    if key_mask is not None:
+        device = key_mask.device
+    row = torch.arange(offset, offset + queries, device=device)[:, None]
+    column = torch.arange(keys, device=device)[None, :]
+    seen = column <= row if causal else torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if window is not None:
+        seen = seen & (row - column < window)
+        if not causal:
+            seen = seen & (column - row < window)
+    seen = seen[None, None]
+    return seen if key_mask is None else seen & key_mask[:, None, None, :]
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    offset: int = 0,
+) -> Tensor:
+    """softmax(scale * q k^T) v for q [B,H,S,D], k [B,G,T,D], v [B,G,T,E]; query head h reads kv head h // (H/G)."""
+    queries, keys = q.shape[2], k.shape[2]
+    whole = bool(causal and queries == keys and offset == 0)
+    plain = softcap is None and sinks is None
+    if (
+        plain
+        and bias is None
+        and slopes is None
+        and key_mask is None
+        and window is None
+        and (whole or not causal)
+    ):
+        return F.scaled_dot_product_attention(
+            q, k, v, is_causal=bool(causal and queries > 1), scale=scale, enable_gqa=True
+        )
+    if queries == 1 and window is None and key_mask is None and causal and offset + 1 == keys:
+        seen = None  # the newest token sees everything there is
+    else:
+        seen = visibility(
+            key_mask, queries, keys, causal=causal, window=window, offset=offset, device=q.device
+        )
+    bias = _with_slopes(bias, slopes, queries, keys, offset, q.dtype)
+    if plain:
+        return F.scaled_dot_product_attention(q, k, v, _additive(seen, bias), scale=scale, enable_gqa=True)
+    return _attend_by_hand(q, k, v, seen, bias, sinks, scale, softcap)
+
+
+def _with_slopes(
+    bias: Tensor | None, slopes: Tensor | None, queries: int, keys: int, offset: int, dtype: torch.dtype
+) -> Tensor | None:
+    """ALiBi: slope[h] * (j - i), added to whatever bias there is."""
+    if slopes is None:
+        return bias
+    row = torch.arange(offset, offset + queries, device=slopes.device)[:, None]
+    distance = torch.arange(keys, device=slopes.device)[None, :] - row
+    alibi = (slopes.float()[:, None, None] * distance).to(dtype)[None]
+    return alibi if bias is None else bias + alibi
+
+
+def _additive(seen: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    if seen is None or bias is None:
+        return seen if bias is None else bias
+    if bias.dtype == torch.bool:
+        return seen & bias
+    return bias.masked_fill(~seen, float("-inf"))
+
+
+def _attend_by_hand(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    share = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    scores = torch.matmul(q, k.transpose(2, 3)) * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    mask = _additive(seen, bias)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if sinks is not None:
+        sink = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    weights = torch.softmax(scores.float(), dim=-1).nan_to_num(0.0).to(q.dtype)
+    if sinks is not None:
+        weights = weights[..., :-1]
+    return torch.matmul(weights, v)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    *,
+    layer: int,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    return attend(
+        q, k, v, key_mask, bias, sinks, slopes, scale=scale, causal=causal, window=window, softcap=softcap
+    ).contiguous()
+
+
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+
+
+def _cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: int,
+    key_mask: Tensor | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    *,
+    layer: int,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> Tensor:
+    end = start + q.shape[2]
+    k_cache[:, :, start:end].copy_(k)
+    v_cache[:, :, start:end].copy_(v)
+    past_k, past_v = k_cache[:, :, :end], v_cache[:, :, :end]
+    first = 0
+    if window is not None and start - window + 1 > 0:  # what no query of this call can see is not read
+        first = start - window + 1
+        past_k, past_v = past_k[:, :, first:], past_v[:, :, first:]
+        key_mask = None if key_mask is None else key_mask[:, first:]
+    return attend(
+        q,
+        past_k,
+        past_v,
+        key_mask,
+        None,
+        sinks,
+        slopes,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
+        offset=start - first,
+    ).contiguous()
+
+
+def _cached_attention_fake(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+
+
+def _visibility(
+    key_mask: Tensor | None, batch: int, queries: int, keys: int, *, causal: bool, window: int | None = None,
+    additive: torch.dtype | None = None,
+) -> Tensor:
+    """[batch, 1, queries, keys]: True where visible, or 0 there and the lowest number of ``additive`` elsewhere."""
+    seen = visibility(key_mask, queries, keys, causal=causal, window=window)
+    if seen is None:
+        seen = torch.ones(1, 1, queries, keys, dtype=torch.bool)
+    seen = seen.expand(batch, 1, queries, keys)
+    if additive is None:
+        return seen.contiguous()
+    return torch.zeros(seen.shape, dtype=additive, device=seen.device).masked_fill(~seen, torch.finfo(additive).min)
+
+
+def _visibility_fake(
+    key_mask: Tensor | None, batch: int, queries: int, keys: int, *, additive: torch.dtype | None = None,
+    **kwargs: object,
+) -> Tensor:
+    device = "cpu" if key_mask is None else key_mask.device
+    return torch.empty(batch, 1, queries, keys, dtype=additive or torch.bool, device=device)
+
+
+_LOOK = "bool causal=True, int? window=None, float? softcap=None"
+define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? bias=None, Tensor? sinks=None, "
+    f"Tensor? slopes=None, *, int layer, float scale, {_LOOK}) -> Tensor",
+    _attention,
+    _attention_fake,
+)
+define(
+    "cached_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt start, "
+    "Tensor? key_mask=None, Tensor? sinks=None, Tensor? slopes=None, *, int layer, float scale, "
+    f"{_LOOK}) -> Tensor",
+    _cached_attention,
+    _cached_attention_fake,
+    differentiable=False,
+)
+define(
+    "visibility(Tensor? key_mask, SymInt batch, SymInt queries, SymInt keys, *, bool causal, int? window=None, "
+    "ScalarType? additive=None) -> Tensor",
+    _visibility,
+    _visibility_fake,
+    differentiable=False,
+)

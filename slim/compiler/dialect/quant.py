@@ -1,0 +1,109 @@
+"""Quantise and dequantise with the meaning of ONNX QuantizeLinear and DequantizeLinear.
+
+The shape of ``scale`` says the granularity: [] per tensor, [n] along ``axis``, x's leading dimensions up to and with
+``axis`` (one scale a row of each expert: [E, m] for x [E, m, n]), or x's shape with ``axis`` divided by ``group_size``
+for groups along ``axis``. ``zero_point`` has the shape of ``scale``; None means 0 (symmetric).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slim.compiler.blocks import row_blocks
+from slim.compiler.dialect._register import define
+
+
+def spread(scale: Tensor, shape: torch.Size, axis: int | None, group_size: int | None) -> Tensor:
+    """``scale`` broadcast against a tensor of ``shape``."""
+    if axis is None:
+        return scale
+    if group_size is None and scale.dim() > 1:
+        return scale.view(*scale.shape, *[1] * (len(shape) - scale.dim()))
+    if group_size is None:
+        view = [1] * len(shape)
+        view[axis] = -1
+        return scale.view(view)
+    return scale.repeat_interleave(group_size, dim=axis)
+
+
+def _quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+    low: int = -128,
+    high: int = 127,
+) -> Tensor:
+    """clamp(round(x / scale) + zero_point, low, high) as int8; ties round to even."""
+    steps = torch.round(x.float() / spread(scale.float(), x.shape, axis, group_size))
+    if zero_point is not None:
+        steps = steps + spread(zero_point.float(), x.shape, axis, group_size)
+    return steps.clamp(low, high).to(torch.int8)
+
+
+def _quantize_fake(x: Tensor, scale: Tensor, zero_point: Tensor | None = None, **kwargs: object) -> Tensor:
+    return torch.empty_like(x, dtype=torch.int8, memory_format=torch.contiguous_format)
+
+
+def _dequantize(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """(q - zero_point) * scale, in float32, rounded to ``dtype``."""
+    if q.dim() < 2 or (group_size is not None and axis == 0):
+        return _restored(q, scale, zero_point, axis, group_size, dtype)
+    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    for rows in row_blocks(q.shape):  # or float32 copies of a large weight would be what fills the memory
+        parts = (_rows_of(grid, rows, axis) for grid in (scale, zero_point))
+        out[rows] = _restored(q[rows], *parts, axis, group_size, dtype)
+    return out
+
+
+def _rows_of(grid: Tensor | None, rows: slice, axis: int | None) -> Tensor | None:
+    """What of a scale or zero point belongs to some rows of a weight of two dimensions or more."""
+    if grid is None or axis is None or (grid.dim() == 1 and axis != 0):
+        return grid
+    return grid[rows]
+
+
+def _restored(
+    q: Tensor, scale: Tensor, zero_point: Tensor | None, axis: int | None, group_size: int | None, dtype: torch.dtype
+) -> Tensor:
+    steps = q.float()
+    if zero_point is not None:
+        steps = steps - spread(zero_point.float(), q.shape, axis, group_size)
+    return (steps * spread(scale.float(), q.shape, axis, group_size)).to(dtype)
+
+
+def _dequantize_fake(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    axis: int | None = None,
+    group_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    return torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+_GRAIN = "int? axis=None, int? group_size=None"
+define(
+    f"quantize(Tensor x, Tensor scale, Tensor? zero_point=None, *, {_GRAIN}, int low=-128, int high=127) -> Tensor",
+    _quantize,
+    _quantize_fake,
+    differentiable=False,
+)
+define(
+    f"dequantize(Tensor q, Tensor scale, Tensor? zero_point=None, *, {_GRAIN}, ScalarType dtype=float32) -> Tensor",
+    _dequantize,
+    _dequantize_fake,
+)

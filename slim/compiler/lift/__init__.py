@@ -1,0 +1,83 @@
+"""From a model to a Program: torch.export, then rules that raise every spelling to slim's dialect."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim
+from torch.utils import _pytree as pytree
+
+from slim import errors
+from slim.compiler.lift.export import export
+from slim.compiler.program import Facts, Program
+from slim.compiler.raising import raise_program
+from slim.compiler.verify import verify
+
+
+def lift(model: nn.Module, example_inputs: Any = None, source: Path | None = None) -> Program:
+    """Lifts a module into a verified Program; the module is left as it was, its weights are shared.
+
+    Args:
+        model: a transformers PreTrainedModel, or any nn.Module that torch.export takes.
+        example_inputs: a tensor, a tuple of arguments, or a dict of keywords; needed for plain modules. All of their
+            dimensions become symbolic where the model allows it.
+        source: the directory the model came from, remembered for its tokenizer.
+
+    Raises:
+        LiftFailed: naming module and line. UnsupportedModel: with the reason.
+    """
+    from transformers import PreTrainedModel
+
+    from slim.compiler.lift.pretrained import lift_pretrained
+
+    if isinstance(model, PreTrainedModel):
+        program = lift_pretrained(model, _as_keywords(example_inputs), source)
+    else:
+        program = _lift_module(model, example_inputs)
+    raise_program(program)
+    verify(program, "lift")
+    return program
+
+
+def _as_keywords(example_inputs: Any) -> dict[str, Tensor] | None:
+    if example_inputs is None or isinstance(example_inputs, dict):
+        return example_inputs
+    raise errors.BadInput(argument="example_inputs", reason="for a transformers model it must be a dict of keywords")
+
+
+def _lift_module(model: nn.Module, example_inputs: Any) -> Program:
+    if example_inputs is None:
+        raise errors.BadInput(
+            argument="example_inputs", reason=f"slim cannot guess what {type(model).__name__}.forward takes"
+        )
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}
+    if isinstance(example_inputs, dict):
+        kwargs = example_inputs
+    else:
+        args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
+    shapes = pytree.tree_map(_all_dynamic, (args, kwargs))
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        facts = Facts(kind="module", architecture=type(model).__name__)
+        return export(model, args, kwargs, _shapes(model, *shapes), facts)
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _all_dynamic(value: Any) -> Any:
+    return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, torch.Tensor) else None
+
+
+def _shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """torch.export wants dynamic shapes by parameter name once there are keywords."""
+    if not kwargs:
+        return args
+    names = list(inspect.signature(model.forward).parameters)
+    return {**dict(zip(names, args, strict=False)), **kwargs}

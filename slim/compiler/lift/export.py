@@ -1,0 +1,214 @@
+"""From a module to a raw graph: torch.export, then one node an ATen call, weights under their original names."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import operator
+import re
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export.graph_signature import InputKind, InputSpec
+from torch.utils import _pytree as pytree
+
+from slim import errors
+from slim.compiler.program import Facts, Program, where
+from slim.compiler.types import SIZE_OPS, Input
+from slim.compiler.weights import Deferred, Weights
+
+log = logging.getLogger(__name__)
+
+_TORCH = str(Path(torch.__file__).parent)
+
+
+def export(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any, facts: Facts
+) -> Program:
+    """The Program of ``model`` on inputs like ``args`` and ``kwargs``, before any rule is applied.
+
+    Raises:
+        LiftFailed: naming the module and the line of its source that cannot be exported.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch.export warns of its own internals, which no user can act upon
+        try:
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+            exported = exported.run_decompositions({})
+        except errors.SlimError:
+            raise
+        except Exception as error:  # export raises whatever the model's own code raises under tracing
+            module, line = _place(model, error.__traceback__)
+            raise errors.LiftFailed(module=module, line=line, reason=_first_lines(error)) from error
+    facts.in_spec = pytree.treespec_dumps(exported.call_spec.in_spec)
+    facts.out_spec = pytree.treespec_dumps(exported.call_spec.out_spec)
+    return _Builder(model, exported, facts).build()
+
+
+def _first_lines(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return f"{type(error).__name__}: " + " ".join(line.strip() for line in text.splitlines()[:2])
+
+
+def _place(model: nn.Module, trace: TracebackType | None) -> tuple[str, str]:
+    """The innermost submodule whose code was running, and the line of model source it was running."""
+    names = {id(module): name for name, module in model.named_modules()}
+    module, line = type(model).__name__, "unknown line"
+    for frame, number in traceback.walk_tb(trace):
+        owner = names.get(id(frame.f_locals.get("self")))
+        file = frame.f_code.co_filename
+        if owner is not None and not file.startswith(_TORCH):
+            module, line = owner or type(model).__name__, f"{_short(file)}:{number}"
+    if line == "unknown line":
+        source = inspect.getsourcefile(type(model)) or "unknown file"
+        line = f"{_short(source)}:{inspect.getsourcelines(type(model).forward)[1]}"
+    return module, line
+
+
+def _short(file: str) -> str:
+    """A source path from its package on: ``transformers/models/llama/modeling_llama.py``."""
+    return file.rsplit("site-packages/", 1)[-1]
+
+
+class _Builder:
+    """Copies an exported graph: parameters and buffers become ``get_attr`` nodes, other inputs stay inputs."""
+
+    def __init__(self, model: nn.Module, exported: torch.export.ExportedProgram, facts: Facts) -> None:
+        self.exported = exported
+        self.facts = facts
+        self.signature = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+        self.tensors: dict[str, Tensor] = {**exported.state_dict, **exported.constants}
+        self.canonical = _canonical_names(model, self.tensors)
+        self.values: dict[fx.Node, Any] = {}
+        self.graph = fx.Graph()
+
+    def build(self) -> Program:
+        self._symbols: dict[str, str] = {}
+        inputs: list[Input] = []
+        for node in self.exported.graph.find_nodes(op="placeholder"):
+            spec = self.signature[node.name]
+            if spec.kind == InputKind.USER_INPUT and isinstance(node.meta.get("val"), Tensor):
+                inputs.append(self._input(node))
+        for node in self.exported.graph.nodes:
+            self._copy(node)
+        program = Program(self.graph, self._weights(), tuple(inputs), self.facts)
+        self._infer(program)
+        program.clean()
+        return program
+
+    def _input(self, node: fx.Node) -> Input:
+        fake = node.meta["val"]
+        shape = tuple(self._dim(size, position) for position, size in enumerate(fake.shape))
+        self.values[node] = self.graph.placeholder(node.name)
+        return Input(node.name, fake.dtype, shape)
+
+    def _dim(self, size: Any, position: int) -> int | str:
+        """Symbols are named in the order they are met: B for a first dimension, S for a second, then d2, d3..."""
+        if not isinstance(size, torch.SymInt):
+            return int(size)
+        key = str(size.node.expr)
+        if not size.node.expr.is_Symbol:
+            raise errors.LiftFailed(
+                module=self.facts.architecture, line="inputs",
+                reason=f"an input dimension depends on another one ({key}); pass example_inputs of fixed size there",
+            )
+        if key not in self._symbols:
+            preferred = {0: "B", 1: "S"}.get(position, f"d{len(self._symbols)}")
+            taken = set(self._symbols.values())
+            self._symbols[key] = preferred if preferred not in taken else f"d{len(self._symbols)}"
+        return self._symbols[key]
+
+    def _copy(self, node: fx.Node) -> None:
+        if node.op == "placeholder":
+            spec = self.signature[node.name]
+            if spec.kind != InputKind.USER_INPUT:
+                self.values[node] = self._weight_node(node, spec)
+            elif node not in self.values:  # a constant argument (use_cache=False): traced in, no longer an input
+                self.values[node] = None
+        elif node.op == "output":
+            self.graph.output(self._mapped(tuple(node.args[0])[self._mutations :]))
+        elif node.op == "call_function" and _is_dialect(node.target):
+            args, kwargs = self._mapped(node.args), self._mapped(node.kwargs)
+            copied = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
+            copied.meta.update(_provenance(node))
+            self.values[node] = copied
+        else:
+            reason = f"the exported graph holds {node.op} of {node.target}, which slim's dialect does not have"
+            meta = _provenance(node)
+            raise errors.LiftFailed(
+                module=meta.get("module", self.facts.architecture), line=meta.get("where", node.name), reason=reason
+            )
+
+    @property
+    def _mutations(self) -> int:
+        """torch.export puts updated buffers ahead of the results; slim keeps only the results."""
+        return len(self.exported.graph_signature.buffers_to_mutate)
+
+    def _mapped(self, value: Any) -> Any:
+        return fx.map_arg(value, lambda n: self.values[n])
+
+    def _weight_node(self, node: fx.Node, spec: InputSpec) -> fx.Node:
+        name = self.canonical[spec.target or node.name]
+        if name not in self._weight_nodes:
+            self._weight_nodes[name] = self.graph.create_node("get_attr", name, name=node.name)
+        return self._weight_nodes[name]
+
+    @property
+    def _weight_nodes(self) -> dict[str, fx.Node]:
+        return self.__dict__.setdefault("_made", {})
+
+    def _weights(self) -> Weights:
+        held: dict[str, Tensor | Deferred] = {}
+        for name, tensor in self.tensors.items():
+            if self.canonical[name] != name:
+                self.facts.tied[name] = self.canonical[name]
+            elif isinstance(tensor, Tensor):
+                held[name] = tensor.detach()
+        buffers = {spec.target for spec in self.signature.values() if spec.kind is not InputKind.PARAMETER}
+        self.facts.constants |= {name for name in held if name in buffers}
+        return Weights(held)
+
+    def _infer(self, program: Program) -> None:
+        for node in program.graph.nodes:
+            try:
+                node.meta["val"] = program.typer.value(node, program.weights)
+            except Exception as error:
+                raise errors.LiftFailed(
+                    module=node.meta.get("module", ""), line=node.meta.get("where", where(node)),
+                    reason=_first_lines(error),
+                ) from error
+
+
+def _canonical_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, str]:
+    """Every name of a tensor -> the first name it goes by, so that a tied weight is one value."""
+    first: dict[int, str] = {}
+    names: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        names[name] = first.setdefault(id(tensor), name)
+    for owner in (model.named_parameters, model.named_buffers):
+        for name, tensor in owner(remove_duplicate=False):
+            names.setdefault(name, first.setdefault(id(tensor), name))
+    return names
+
+
+def _is_dialect(target: Any) -> bool:
+    if isinstance(target, torch._ops.OpOverload):
+        return target.namespace in ("aten", "slim")
+    return target is operator.getitem or target in SIZE_OPS
+
+
+def _provenance(node: fx.Node) -> dict[str, str]:
+    stack = node.meta.get("nn_module_stack") or {}
+    path = re.sub(r"^L\['self'\]\.?", "", list(stack.values())[-1][0]) if stack else ""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    own = [(file, line) for file, line in frames if not file.startswith(_TORCH)]
+    place = f"{_short(own[-1][0])}:{own[-1][1]}" if own else ""
+    return {key: value for key, value in (("module", path), ("where", place)) if value}
+
+

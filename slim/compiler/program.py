@@ -1,0 +1,217 @@
+"""The Program: a graph in slim's dialect, its weights, and the facts that later stages need."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import slim.compiler.dialect  # noqa: F401  registers the ops that every Program is written in
+from slim.compiler.types import Input, Typer
+from slim.compiler.weights import Part, Weights
+
+
+@dataclass
+class Facts:
+    """What a graph cannot say of itself.
+
+    Attributes:
+        kind: "causal_lm" (has generate), "encoder", or "module".
+        architecture: the class the model came as, for messages and for export; passes never read it.
+        config: transformers' configuration as a dict, kept true by the passes that change shapes; None elsewhere.
+        generation: transformers' generation configuration as a dict.
+        source: where the model was read from; its tokenizer lies there too.
+        in_spec, out_spec: how the caller's arguments and results nest (torch pytree, as JSON).
+        tied: other name -> the one name under which a shared weight is kept.
+        parts: derived weight -> which part of which original it is.
+        constants: weights that are not parameters (buffers, folded literals).
+        retired: weights that were folded away, and the constant that stands in their place.
+        bases: shape and dtype of the originals that ``parts`` refers to.
+        max_length: the longest sequence the graph is right for; None where nothing limits it.
+        notes: what the lift wants the user to know.
+    """
+
+    kind: str = "module"
+    architecture: str = ""
+    config: dict[str, Any] | None = None
+    generation: dict[str, Any] | None = None
+    source: Path | None = None
+    in_spec: str = ""
+    out_spec: str = ""
+    tied: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, Part] = field(default_factory=dict)
+    bases: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
+    retired: dict[str, float] = field(default_factory=dict)
+    constants: set[str] = field(default_factory=set)
+    added: list[str] = field(default_factory=list)
+    max_length: int | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class Program:
+    """A model as slim sees it. Running ``module()`` eagerly is its meaning; whatever is generated must match it."""
+
+    def __init__(self, graph: fx.Graph, weights: Weights, inputs: tuple[Input, ...], facts: Facts) -> None:
+        self.graph = graph
+        self.weights = weights
+        self.inputs = inputs
+        self.facts = facts
+        self.typer = Typer(inputs)
+
+    # -- reading ---------------------------------------------------------------------------------------------------
+
+    def __str__(self) -> str:
+        from slim.compiler.text import print_program
+
+        return print_program(self)
+
+    @property
+    def dims(self) -> dict[Any, str]:
+        """Symbol -> name of the symbolic dimensions."""
+        return self.typer.dims
+
+    def nodes(self, *targets: Any) -> Iterator[fx.Node]:
+        """The nodes that call one of ``targets``, in order; all operations when none is named."""
+        for node in self.graph.nodes:
+            if node.op == "call_function" and (not targets or node.target in targets):
+                yield node
+
+    def attention_nodes(self) -> list[fx.Node]:
+        """One node a layer, in the order of execution."""
+        return list(self.nodes(torch.ops.slim.attention.default, torch.ops.slim.cached_attention.default))
+
+    def weight_of(self, node: Any) -> str | None:
+        """The name of the weight that ``node`` reads, if that is what it does."""
+        return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else None
+
+    @property
+    def parameters(self) -> int:
+        """Numbers the model holds, tied weights once; buffers, scales and zero points are not counted."""
+        q, dq = torch.ops.slim.quantize.default, torch.ops.slim.dequantize.default
+        grids = {self.weight_of(argument) for node in self.nodes(q, dq) for argument in node.args[1:3]}
+        others = grids | self.facts.constants
+        return sum(self.weights.numel(name) for name in self.weights if name not in others)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.weights.nbytes(name) for name in self.weights)
+
+    # -- running ---------------------------------------------------------------------------------------------------
+
+    def module(self) -> fx.GraphModule:
+        """The Program as a torch.fx.GraphModule over its own weights (read from disk where they still lie there)."""
+        self.weights.materialise()
+        return fx.GraphModule(dict(self.weights.items()), self.graph)
+
+    @torch.no_grad()
+    def run(self, *args: Any) -> tuple[Any, ...]:
+        """Executes node by node, dropping each value after its last use: weights on disk pass through one at a time."""
+        return _Streaming(self).run(*args)
+
+    # -- rewriting -------------------------------------------------------------------------------------------------
+
+    def copy(self) -> Program:
+        """A Program that can be rewritten without touching this one; the tensors are shared."""
+        graph = fx.Graph()
+        mapping: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.graph, mapping))
+        output, old_output = graph.output_node(), self.graph.output_node()
+        output.meta = dict(old_output.meta)
+        for old, new in mapping.items():
+            new.meta = dict(old.meta)
+        other = Program(graph, self.weights.copy(), self.inputs, copy.deepcopy(self.facts))
+        other.typer = self.typer  # the types copied above are in its symbols
+        return other
+
+    def infer(self) -> None:
+        """Types every node anew."""
+        self.typer.infer(self.graph, self.weights)
+
+    def insert(self, before: fx.Node, target: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
+        """A new operation before ``before``, typed, with the provenance of ``like``."""
+        args, kwargs = without_defaults(target, args, kwargs)
+        name = str(getattr(target, "_schema", target).name).split("::")[-1] if hasattr(target, "_schema") else None
+        with self.graph.inserting_before(before):
+            node = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        node.meta.update(provenance(like))
+        node.meta["val"] = self.typer.value(node, self.weights)
+        return node
+
+    def weight_node(self, name: str) -> fx.Node:
+        """The node that reads weight ``name``, made, ahead of all operations, if there is none."""
+        for node in self.graph.find_nodes(op="get_attr", target=name):
+            return node
+        anchor = next((n for n in self.graph.nodes if n.op != "placeholder"), None)
+        with self.graph.inserting_before(anchor) if anchor is not None else nullcontext():
+            node = self.graph.create_node("get_attr", name, name=_identifier(name))
+        node.meta["val"] = self.typer.value(node, self.weights)
+        return node
+
+    def clean(self) -> None:
+        """Removes what no output depends on: dead operations, and weights that nothing reads."""
+        for node in reversed(list(self.graph.nodes)):
+            if not node.users and node.op in ("call_function", "get_attr") and not _has_effect(node):
+                self.graph.erase_node(node)
+        read = {str(node.target) for node in self.graph.nodes if node.op == "get_attr"}
+        for name in [name for name in self.weights if name not in read]:
+            del self.weights[name]
+
+
+class _Streaming(fx.Interpreter):
+    def __init__(self, program: Program) -> None:
+        super().__init__(fx.GraphModule({}, fx.Graph()), garbage_collect_values=True, graph=program.graph)
+        self.weights = program.weights
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> None:
+        """Reads nothing yet: weight nodes lead the graph, and all of them at once may not fit into memory."""
+
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        return fx.map_arg(args, lambda a: self.weights[str(a.target)] if a.op == "get_attr" else self.env[a])
+
+
+def without_defaults(
+    target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call with nothing said that the schema says already, so that equal operations read alike."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return args, kwargs
+    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+    positional = [a.name for a in schema.arguments if not a.kwarg_only]
+    kept = len(args)
+    while kept and positional[kept - 1] in defaults and _equal(args[kept - 1], defaults[positional[kept - 1]]):
+        kept -= 1
+    said = {k: v for k, v in kwargs.items() if k not in defaults or not _equal(v, defaults[k])}
+    return tuple(args[:kept]), said
+
+
+def _equal(a: Any, b: Any) -> bool:
+    return type(a) is type(b) and a == b
+
+
+def provenance(node: fx.Node) -> dict[str, Any]:
+    """What of a node's meta says where it came from: ``module`` (path) and ``where`` (file:line)."""
+    return {key: node.meta[key] for key in ("module", "where") if key in node.meta}
+
+
+def where(node: fx.Node) -> str:
+    """A node for a message: its name, and the line of the model's source that made it."""
+    origin = " ".join(part for part in (node.meta.get("module"), node.meta.get("where")) if part)
+    return f"{node.name} ({origin})" if origin else node.name
+
+
+def _identifier(name: str) -> str:
+    return "w_" + "".join(c if c.isalnum() else "_" for c in name)
+
+
+def _has_effect(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+

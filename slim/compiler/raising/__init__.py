@@ -1,0 +1,30 @@
+"""Raising: rules that turn the many spellings of a model's source into the dialect's few."""
+
+from __future__ import annotations
+
+from slim.compiler.program import Program
+from slim.compiler.raising.activations import ACTIVATIONS
+from slim.compiler.raising.attention import ATTENTION_RULES, number_layers
+from slim.compiler.raising.cleanup import CLEANUP
+from slim.compiler.raising.constants import fold_constants
+from slim.compiler.raising.linears import LINEARS, split_fused
+from slim.compiler.raising.norms import NORMS
+from slim.compiler.raising.rope import ROPE
+from slim.compiler.raising.sharing import share_equal
+from slim.compiler.raising.sizes import canonical_sizes
+from slim.compiler.rules import Counts, rewrite
+
+
+def raise_program(program: Program) -> Counts:
+    """Rewrites a freshly exported graph until nothing is left of its spelling; returns what each rule did."""
+    canonical_sizes(program)
+    counts = rewrite(program, CLEANUP)
+    share_equal(program)
+    fold_constants(program)
+    rewrite(program, (*CLEANUP, *LINEARS, *ACTIVATIONS, *NORMS, *ROPE, *ATTENTION_RULES), counts)
+    split_fused(program, counts)
+    rewrite(program, (*CLEANUP, *ROPE, *ATTENTION_RULES), counts)
+    share_equal(program)
+    number_layers(program)
+    program.infer()
+    return counts

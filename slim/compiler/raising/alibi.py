@@ -1,0 +1,85 @@
+"""ALiBi: a bias of one slope a head times the key's position (Press et al., 2022)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from slim.compiler.program import Program
+
+aten = torch.ops.aten
+
+_VIEWS = frozenset({
+    aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.expand.default,
+    aten.clone.default, aten._to_copy.default, aten.slice.Tensor,
+})
+
+
+def alibi_slopes(program: Program, bias: fx.Node) -> fx.Node | None:
+    """The slopes [H] of ``bias`` if it is slopes x positions, else None.
+
+    Positions may be counted by an arange or by a running sum of the attention mask: a row of scores may be shifted
+    by a constant, so both give the softmax that distances give.
+    """
+    node = _source(bias)
+    if program.weight_of(node) is not None:
+        return _table_slopes(program, str(node.target))
+    if node.target is not aten.mul.Tensor:
+        return None
+    for slopes, positions in (node.args[:2], node.args[1::-1]):
+        weight = _slope_weight(program, slopes)
+        if weight is not None and _counts_keys(positions):
+            return weight
+    return None
+
+
+def _table_slopes(program: Program, name: str) -> fx.Node | None:
+    """The slopes of a constant table [H, 1, M] that rises evenly with the key's position."""
+    shape = program.weights.shape(name)
+    if name not in program.facts.constants or len(shape) != 3 or shape[1] != 1 or shape[2] < 2:
+        return None
+    table = program.weights[name].float()[:, 0]
+    slopes = (table[:, -1] - table[:, 0]) / (shape[2] - 1)
+    steps = torch.arange(shape[2]) - (shape[2] - 1)
+    if not torch.allclose(table, table[:, -1:] + slopes[:, None] * steps, rtol=1e-5, atol=1e-6):
+        return None
+    return _constant(program, f"{name}_slopes", slopes)
+
+
+def _constant(program: Program, name: str, value: torch.Tensor) -> fx.Node:
+    program.weights[name] = value
+    program.facts.constants.add(name)
+    return program.weight_node(name)
+
+
+def _source(node: Any) -> Any:
+    while isinstance(node, fx.Node) and node.target in _VIEWS:
+        node = node.args[0]
+    return node
+
+
+def _slope_weight(program: Program, node: Any) -> fx.Node | None:
+    source = _source(node)
+    name = program.weight_of(source)
+    if name is None or name not in program.facts.constants:
+        return None
+    shape = program.weights.shape(name)
+    if len(shape) == 1:
+        return source
+    if max(shape) != program.weights.numel(name):
+        return None
+    return _constant(program, f"{name}_flat", program.weights[name].flatten())
+
+
+def _counts_keys(node: Any) -> bool:
+    """(cumsum(mask) - 1) * mask, or an arange, or minus the distance to the end."""
+    node = _source(node)
+    if not isinstance(node, fx.Node):
+        return False
+    if node.target in (aten.arange.start_step, aten.arange.default, aten.arange.start, aten.cumsum.default):
+        return True
+    if node.target in (aten.mul.Tensor, aten.sub.Tensor, aten.add.Tensor):
+        return _counts_keys(node.args[0]) or _counts_keys(node.args[1])
+    return False

@@ -1,0 +1,332 @@
+"""Attention: masks folded into attributes, and sdpa or hand-written softmax(QK^T)V raised to ``slim.attention``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from slim.compiler.program import Program
+from slim.compiler.raising.alibi import alibi_slopes
+from slim.compiler.raising.cleanup import CASTS, COPIES
+from slim.compiler.rules import Match, NearMiss, Rule, Through, argument, call
+
+aten, slim = torch.ops.aten, torch.ops.slim
+ATTENTION = slim.attention.default
+_TRANSPARENT = CASTS | COPIES | {aten.expand.default, aten.nan_to_num.default}
+_MATMULS = frozenset({aten.matmul.default, aten.bmm.default})
+
+
+def _shape(node: fx.Node) -> list[Any]:
+    return list(node.meta["val"].shape)
+
+
+def _peel(node: Any, targets: frozenset[Any] = _TRANSPARENT) -> Any:
+    while isinstance(node, fx.Node) and node.target in targets:
+        node = node.args[0]
+    return node
+
+
+@dataclass
+class Scores:
+    """What is known of the scores of an attention, read from the softmax down to q k^T."""
+
+    q: fx.Node | None = None
+    k: fx.Node | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+    causal: bool = False
+    window: int | None = None
+    key_mask: fx.Node | None = None
+    slopes: fx.Node | None = None
+    biases: list[fx.Node] = field(default_factory=list)
+
+
+# -- masks -------------------------------------------------------------------------------------------------------------
+
+
+def add_mask(program: Program, scores: Scores, mask: fx.Node) -> None:
+    """Folds one additive or boolean mask into ``scores``: as attributes where it is one, else as a bias."""
+    mask = _mask_source(mask)
+    if mask.target is aten.add.Tensor and all(isinstance(a, fx.Node) for a in mask.args[:2]):
+        for part in mask.args[:2]:
+            add_mask(program, scores, part)
+        return
+    if mask.target is slim.visibility.default:
+        scores.key_mask = scores.key_mask or argument(mask, "key_mask")
+        scores.causal |= argument(mask, "causal")
+        scores.window = _narrower(scores.window, argument(mask, "window"))
+        return
+    slopes = alibi_slopes(program, mask)
+    if slopes is not None:
+        scores.slopes = slopes
+        return
+    scores.biases.append(mask)
+
+
+def _mask_source(mask: fx.Node) -> fx.Node:
+    """The mask before it was cast, expanded, or cut to the length of the keys (which it has)."""
+    while True:
+        inner = _peel(mask)
+        if inner.target is aten.slice.Tensor and _shape(inner) == _shape(inner.args[0]):
+            inner = inner.args[0]
+        if inner is mask:
+            return mask
+        mask = inner
+
+
+def _narrower(a: int | None, b: int | None) -> int | None:
+    return b if a is None else a if b is None else min(a, b)
+
+
+def _fold_visibility(m: Match) -> fx.Node | None:
+    """attention(q, k, v, bias=visibility(...)) = attention(q, k, v, causal, window, key_mask)."""
+    bias = m["bias"]
+    if not isinstance(bias, fx.Node):
+        return None
+    scores = Scores(m["q"], m["k"], causal=m["causal"], window=m["window"], key_mask=m["key_mask"], slopes=m["slopes"])
+    add_mask(m.program, scores, bias)
+    if scores.biases == [bias]:
+        return None
+    return _attention(m, scores, m["v"], sinks=m["sinks"], layer=m["layer"], scale=m["scale"], softcap=m["softcap"])
+
+
+def _attention(m: Match, scores: Scores, v: fx.Node, **options: Any) -> fx.Node:
+    bias = None
+    for part in scores.biases:
+        bias = part if bias is None else m.new(aten.add.Tensor, bias, part)
+    options = {"sinks": None, "layer": -1, "scale": scores.scale, "softcap": scores.softcap, **options}
+    sinks = options.pop("sinks")
+    return m.new(
+        ATTENTION, scores.q, scores.k, v, scores.key_mask, bias, sinks, scores.slopes,
+        causal=scores.causal, window=scores.window, **options,
+    )
+
+
+# -- F.scaled_dot_product_attention ------------------------------------------------------------------------------------
+
+
+def _from_sdpa(m: Match) -> fx.Node | None:
+    q, k, v = m["q"], m["k"], m["v"]
+    if len(_shape(q)) != 4:
+        raise NearMiss(f"its queries have {len(_shape(q))} dimensions, not 4 (batch, heads, length, width)")
+    if m["dropout"]:
+        raise NearMiss("it drops out")
+    scale = m["scale"] if m["scale"] is not None else float(q.meta["val"].shape[-1]) ** -0.5
+    scores = Scores(q, unrepeated(k), scale=float(scale), causal=bool(m["causal"]))
+    if m["mask"] is not None:
+        add_mask(m.program, scores, m["mask"])
+    return _attention(m, scores, unrepeated(v))
+
+
+def unrepeated(k: fx.Node) -> fx.Node:
+    """k before its heads were repeated for the query heads (unsqueeze, expand, reshape; or repeat_interleave)."""
+    if k.target is aten.reshape.default:
+        wide = k.args[0]
+        if isinstance(wide, fx.Node) and wide.target is aten.expand.default:
+            narrow = wide.args[0]
+            if isinstance(narrow, fx.Node) and narrow.target is aten.unsqueeze.default and narrow.args[1] == 2:
+                return narrow.args[0]
+    if k.target is aten.repeat_interleave.self_int and argument(k, "dim") == 1:
+        return k.args[0]
+    return k
+
+
+# -- softmax(q k^T) v --------------------------------------------------------------------------------------------------
+
+
+def _from_softmax(m: Match) -> fx.Node | None:
+    probabilities, v = m["p"], m["v"]
+    if _peel_scores(m.node.args[0]) is not probabilities:
+        raise NearMiss("its probabilities are reshaped between softmax and product")
+    if argument(probabilities, "dim") not in (-1, len(_shape(probabilities)) - 1):
+        raise NearMiss("its softmax is not over the keys")
+    scores = Scores()
+    _read_scores(m.program, probabilities.args[0], scores)
+    flat = scores.q
+    q, k, v = (_four_dimensional(x) for x in (scores.q, scores.k, v))
+    scores.q, scores.k = q, unrepeated(k)
+    out = _attention(m, scores, unrepeated(v))
+    if flat is q:
+        return out
+    return m.new(aten.reshape.default, out, [*flat.args[1][:2], -1])
+
+
+def _four_dimensional(x: fx.Node | None) -> fx.Node:
+    """x as [batch, heads, length, width], also where batch and heads were made one dimension for bmm."""
+    if x is not None and len(_shape(x)) == 3 and x.target is aten.reshape.default:
+        x = x.args[0]
+    if x is None or len(_shape(x)) != 4:
+        raise NearMiss("queries, keys and values are not [batch, heads, length, width]")
+    return x
+
+
+def _read_scores(program: Program, node: Any, scores: Scores) -> None:
+    """Walks from the softmax to q k^T, collecting what happens to the scores on the way."""
+    node = _peel_scores(node)
+    left, right = (*node.args, None, None)[:2]
+    if node.target is aten.add.Tensor and isinstance(right, fx.Node):
+        inner, mask = (left, right) if _leads_to_matmul(left) else (right, left)
+        add_mask(program, scores, mask)
+        _read_scores(program, inner, scores)
+    elif node.target in (aten.mul.Tensor, aten.mul.Scalar) and _number_of(program, right) is not None:
+        _scaled(program, node, _number_of(program, right), scores)
+    elif node.target in (aten.div.Tensor, aten.div.Scalar) and _number_of(program, right) is not None:
+        _scaled(program, node, 1.0 / _number_of(program, right), scores)
+    elif node.target is aten.where.self:
+        _masked(program, node, scores)
+    elif node.target is aten.masked_fill.Scalar:
+        add_mask(program, scores, _negated(right))
+        _read_scores(program, left, scores)
+    elif node.target in _MATMULS:
+        scores.q, scores.k = _unscaled(program, left, scores), _transposed(program, right, scores)
+    else:
+        raise NearMiss(f"its scores pass through {node.target}")
+
+
+def _negated(hidden: Any) -> fx.Node:
+    """The visibility whose negation ``hidden`` is: by a not, or by being an additive mask where it is not zero."""
+    if isinstance(hidden, fx.Node) and hidden.target in (aten.bitwise_not.default, aten.logical_not.default):
+        return hidden.args[0]
+    source = _mask_source(hidden) if isinstance(hidden, fx.Node) else hidden
+    if source.target is slim.visibility.default and argument(source, "additive") is not None:
+        return source
+    raise NearMiss("its masked_fill takes a mask that is not the negation of a visibility")
+
+
+def _peel_scores(node: Any) -> Any:
+    """Scores seen through casts, copies, and reshapes that only merge or part batch and heads."""
+    node = _peel(node)
+    while node.target is aten.reshape.default and _sizes(node)[-2:] == _sizes(node.args[0])[-2:]:
+        node = _peel(node.args[0])
+    return node
+
+
+def _sizes(node: fx.Node) -> list[str]:
+    return [str(size) for size in _shape(node)]
+
+
+def _scaled(program: Program, node: fx.Node, factor: float, scores: Scores) -> None:
+    scores.scale *= factor
+    _read_scores(program, node.args[0], scores)
+
+
+_ON_THE_WAY = frozenset({
+    aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.where.self, aten.masked_fill.Scalar,
+})
+
+
+def _leads_to_matmul(node: Any) -> bool:
+    if not isinstance(node, fx.Node):
+        return False
+    node = _peel_scores(node)
+    if node.target in _MATMULS:
+        return True
+    return node.target in _ON_THE_WAY and any(_leads_to_matmul(argument) for argument in node.args)
+
+
+def _number_of(program: Program, value: Any) -> float | None:
+    """The value of a number, or of a constant tensor with one element."""
+    if isinstance(value, (int, float)):
+        return float(value)
+    name = program.weight_of(_peel(value))
+    if name is not None and program.weights.numel(name) == 1:
+        return float(program.weights[name])
+    if isinstance(value, fx.Node) and value.target is aten.full.default and not argument(value, "size"):
+        return float(argument(value, "fill_value"))
+    return None
+
+
+def _masked(program: Program, node: fx.Node, scores: Scores) -> None:
+    """where(seen, scores, lowest): a constant triangle or band of the model's own, or a computed visibility."""
+    seen, inner, lowest = node.args
+    source = _peel(seen)
+    if source.target is slim.visibility.default:
+        add_mask(program, scores, source)
+    else:
+        scores.causal, window = True, _constant_band(program, source)
+        scores.window = _narrower(scores.window, window)
+    _read_scores(program, inner, scores)
+
+
+def _constant_band(program: Program, seen: Any) -> int | None:
+    """The window of a constant lower triangle or band that was cut to the current lengths (None: no window)."""
+    while isinstance(seen, fx.Node) and seen.target in _TRANSPARENT | {aten.slice.Tensor}:
+        seen = seen.args[0]
+    name = program.weight_of(seen)
+    if name is None or program.weights.dtype(name) not in (torch.bool, torch.uint8):
+        raise NearMiss("its scores are masked by something that is neither a constant nor a visibility")
+    table = program.weights[name].reshape(program.weights.shape(name)[-2:]).bool()
+    size = table.shape[0]
+    window = int(table[-1].sum())
+    row, column = torch.arange(size)[:, None], torch.arange(size)[None, :]
+    if not torch.equal(table, (column <= row) & (row - column < window)):
+        raise NearMiss(f"the constant mask {name} is neither a triangle nor a band")
+    return None if window == size else window
+
+
+def _unscaled(program: Program, q: Any, scores: Scores) -> Any:
+    q = _peel(q, COPIES | {aten.expand.default})
+    if q.target in (aten.mul.Tensor, aten.mul.Scalar):
+        factor = _number_of(program, q.args[1])
+        if factor is not None:
+            scores.scale *= factor
+            return _unscaled(program, q.args[0], scores)
+    if q.target in (aten.div.Tensor, aten.div.Scalar):
+        factor = _number_of(program, q.args[1])
+        if factor is not None:
+            scores.scale /= factor
+            return _unscaled(program, q.args[0], scores)
+    return q
+
+
+def _transposed(program: Program, k: Any, scores: Scores) -> fx.Node:
+    """k, given k^T."""
+    k = _unscaled(program, k, scores)
+    rank = len(_shape(k))
+    if k.target is aten.transpose.int and sorted(d % rank for d in k.args[1:3]) == [rank - 2, rank - 1]:
+        return _unscaled(program, k.args[0], scores)
+    if k.target is aten.permute.default:
+        order = [d % rank for d in k.args[1]]
+        source = k.args[0]
+        if rank == 4 and order == [0, 2, 3, 1]:  # [B, S, H, D] straight to [B, H, D, S]
+            with program.graph.inserting_before(k):
+                return program.insert(k, aten.transpose.int, source, 1, 2, like=k)
+        if order[: rank - 2] == list(range(rank - 2)):
+            return source
+    raise NearMiss(f"the right side of its scores is {k.target}, not a transposed key")
+
+
+ATTENTION_RULES = (
+    Rule(
+        "attention(bias=visibility(mask)) = attention(mask, causal, window)",
+        call(
+            ATTENTION, args=("q", "k", "v", "key_mask", "bias", "sinks", "slopes"),
+            layer="layer", scale="scale", causal="causal", window="window", softcap="softcap",
+        ),
+        _fold_visibility,
+    ),
+    Rule(
+        "sdpa(q, k, v) = attention(q, k, v)",
+        call(
+            aten.scaled_dot_product_attention.default, args=("q", "k", "v", "mask", "dropout", "causal"), scale="scale"
+        ),
+        _from_sdpa,
+    ),
+    Rule(
+        "softmax(q k^T) v = attention(q, k, v)",
+        call(
+            *_MATMULS,
+            args=(Through(_TRANSPARENT | {aten.reshape.default}, call(aten.softmax.int, aten._softmax.default, name="p")), "v"),
+        ),
+        _from_softmax,
+    ),
+)
+
+
+def number_layers(program: Program) -> None:
+    """Attention nodes are layers 0, 1, 2... in the order of execution."""
+    for layer, node in enumerate(program.attention_nodes()):
+        node.update_kwarg("layer", layer)

@@ -1,0 +1,179 @@
+"""Norms: from squares, means and roots to ``slim.rms_norm`` and ``slim.layer_norm`` with their gain convention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from slim.compiler.raising.cleanup import CASTS
+from slim.compiler.rules import Either, Match, NearMiss, Pattern, Rule, Through, Var, call
+
+aten, slim = torch.ops.aten, torch.ops.slim
+RMS, LN = slim.rms_norm.default, slim.layer_norm.default
+_NUMBER = (int, float)
+
+
+def _number(name: str) -> Var:
+    return Var(name, lambda v: isinstance(v, _NUMBER) and not isinstance(v, bool))
+
+
+def _last(name: str) -> Var:
+    return Var(name, lambda v: list(v) == [-1])
+
+
+def _dtype(node: Any) -> torch.dtype:
+    return node.meta["val"].dtype
+
+
+def _is_gain(m: Match, gain: Any, x: fx.Node) -> bool:
+    """A weight with one number a channel of x."""
+    if m.program.weight_of(gain) is None:
+        return False
+    shape, width = gain.meta["val"].shape, x.meta["val"].shape[-1]
+    if len(shape) == 1 and shape[0] == width:
+        return True
+    raise NearMiss(f"the gain {gain.target} is {list(shape)}, not one number for each of {width} channels")
+
+
+# -- RMSNorm, in the order the pieces are put together -----------------------------------------------------------------
+
+_SQUARE: Pattern = Either((
+    call(aten.pow.Tensor_Scalar, args=("x", 2)), call(aten.mul.Tensor, args=("x", "x")), call(aten.square.default, args=("x",)),
+))
+_MEAN_SQUARE = call(aten.mean.dim, args=(_SQUARE, _last("axis"), True))
+_WITH_EPS = call(aten.add.Tensor, args=(_MEAN_SQUARE, _number("eps")), commutes=True)
+_ROOT = Either((
+    call(aten.rsqrt.default, args=(_WITH_EPS,)),
+    call(aten.pow.Tensor_Scalar, args=(_WITH_EPS, -0.5)),
+    call(aten.reciprocal.default, args=(call(aten.sqrt.default, args=(_WITH_EPS,)),)),
+))
+
+
+def _bare(m: Match) -> fx.Node | None:
+    if _dtype(m["x"]) != torch.float32:
+        raise NearMiss(f"the root is taken in {_dtype(m['x'])}, and slim::rms_norm takes it in float32")
+    return m.new(RMS, m["x"], None, eps=float(m["eps"]))
+
+
+def _narrowed(m: Match) -> fx.Node | None:
+    """cast(norm(cast(x, f32)), type of x): the casts are the norm's own."""
+    if _dtype(m["x"]) != _dtype(m.node):
+        return None
+    return m.new(RMS, m["x"], m["w"], eps=m["eps"], offset=m["offset"], gain_in_float=m["w"] is not None)
+
+
+def _gained(m: Match) -> fx.Node | None:
+    """norm(x) * w, and norm(x) * (w + 1); the gain may have been cast to float32 on the way."""
+    if not _is_gain(m, m["w"], m["x"]):
+        return None
+    offset, x = float(m.get("offset", 0.0)), m["x"]
+    if _dtype(m["w"]) == torch.float32 and _dtype(x) == torch.float32:
+        return m.new(RMS, x, m["w"], eps=m["eps"], offset=offset)
+    if _dtype(m.node) != torch.float32:
+        return m.new(RMS, x, m["w"], eps=m["eps"], offset=offset)
+    if _dtype(x) == torch.float32 and m.node.meta["val"].dtype == torch.float32:  # the narrowing cast comes after
+        return m.new(RMS, x, m["w"], eps=m["eps"], offset=offset, gain_in_float=True)
+    return None
+
+
+_NORM = call(RMS, args=("x", None), eps="eps")
+_GAIN = Through(CASTS, Var("w", lambda v: isinstance(v, fx.Node)))
+_WIDENED = call(*CASTS, args=("x",))
+
+RMS_RULES = (
+    Rule("x * rsqrt(mean(x^2) + eps) = rms_norm(x)", call(aten.mul.Tensor, args=("x", _ROOT), commutes=True), _bare),
+    Rule(
+        "x / sqrt(mean(x^2) + eps) = rms_norm(x)",
+        call(aten.div.Tensor, args=("x", call(aten.sqrt.default, args=(_WITH_EPS,)))), _bare,
+    ),
+    Rule(
+        "cast(rms_norm(cast(x), w)) = rms_norm(x, w)",
+        call(*CASTS, args=(call(RMS, args=(_WIDENED, "w"), eps="eps", offset="offset"),)), _narrowed,
+    ),
+    Rule(
+        "rms_norm(x) * (w + 1) = rms_norm(x, w, offset=1)",
+        call(aten.mul.Tensor, args=(_NORM, call(aten.add.Tensor, args=(_GAIN, _number("offset")), commutes=True)), commutes=True),
+        _gained,
+    ),
+    Rule("rms_norm(x) * w = rms_norm(x, w)", call(aten.mul.Tensor, args=(_NORM, _GAIN), commutes=True), _gained),
+    Rule(
+        "aten.rms_norm(x, w) = rms_norm(x, w)",
+        call(aten.rms_norm.default, args=("x", "shape", "w"), eps="eps"),
+        lambda m: _from_aten_rms(m),
+    ),
+)
+
+
+def _from_aten_rms(m: Match) -> fx.Node | None:
+    if len(m["shape"]) != 1:
+        raise NearMiss(f"it normalises {len(m['shape'])} dimensions at once")
+    eps = torch.finfo(_dtype(m["x"])).eps if m["eps"] is None else float(m["eps"])
+    return m.new(RMS, m["x"], m["w"], eps=eps)
+
+
+# -- LayerNorm ---------------------------------------------------------------------------------------------------------
+
+
+def _from_aten_layer_norm(m: Match) -> fx.Node | None:
+    if len(m["shape"]) != 1:
+        raise NearMiss(f"it normalises {len(m['shape'])} dimensions at once")
+    return m.new(LN, m["x"], m["w"], m["b"], eps=float(m["eps"]))
+
+
+def _centred(m: Match) -> fx.Node | None:
+    if _dtype(m["x"]) != torch.float32:
+        raise NearMiss(f"the variance is taken in {_dtype(m['x'])}")
+    return m.new(LN, m["x"], None, None, eps=float(m["eps"]))
+
+
+def _narrowed_layer(m: Match) -> fx.Node | None:
+    if _dtype(m["x"]) != _dtype(m.node) or m["w"] is not None and _dtype(m["w"]) != _dtype(m.node):
+        return None
+    return m.new(LN, m["x"], m["w"], m["b"], eps=m["eps"], offset=m["offset"])
+
+
+def _gained_layer(m: Match) -> fx.Node | None:
+    if not _is_gain(m, m["w"], m["x"]) or _dtype(m["w"]) != _dtype(m["x"]):
+        return None
+    return m.new(LN, m["x"], m["w"], None, eps=m["eps"])
+
+
+def _shifted_gain(m: Match) -> fx.Node | None:
+    if not _is_gain(m, m["w"], m["x"]):
+        return None
+    return m.new(LN, m["x"], m["w"], m["b"], eps=m["eps"], offset=float(m["offset"]))
+
+
+_MEAN = call(aten.mean.dim, args=("x", _last("axis"), True))
+_CENTRED = call(aten.sub.Tensor, args=("x", _MEAN))
+_VARIANCE = call(aten.mean.dim, args=(
+    Either((call(aten.pow.Tensor_Scalar, args=(_CENTRED, 2)),)), _last("axis"), True,
+))
+_BARE_LN = call(LN, args=("x", None, None), eps="eps")
+
+LAYER_NORM_RULES = (
+    Rule(
+        "aten.layer_norm(x, w, b) = layer_norm(x, w, b)",
+        call(aten.layer_norm.default, args=("x", "shape", "w", "b", "eps")), _from_aten_layer_norm,
+    ),
+    Rule(
+        "(x - mean) * rsqrt(mean((x - mean)^2) + eps) = layer_norm(x)",
+        call(aten.mul.Tensor, args=(
+            _CENTRED, call(aten.rsqrt.default, args=(call(aten.add.Tensor, args=(_VARIANCE, _number("eps"))),)),
+        ), commutes=True),
+        _centred,
+    ),
+    Rule("layer_norm(x) * w = layer_norm(x, w)", call(aten.mul.Tensor, args=(_BARE_LN, _GAIN), commutes=True), _gained_layer),
+    Rule(
+        "layer_norm(x, w + 1, b) = layer_norm(x, w, b, offset=1)",
+        call(LN, args=("x", call(aten.add.Tensor, args=(_GAIN, _number("offset")), commutes=True), "b"), eps="eps"), _shifted_gain,
+    ),
+    Rule(
+        "cast(layer_norm(cast(x), w, b)) = layer_norm(x, w, b)",
+        call(*CASTS, args=(call(LN, args=(_WIDENED, "w", "b"), eps="eps", offset="offset"),)), _narrowed_layer,
+    ),
+)
+
+NORMS = LAYER_NORM_RULES + RMS_RULES  # a centred root mean square is a LayerNorm, so that is tried first

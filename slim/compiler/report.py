@@ -1,0 +1,186 @@
+"""What a pipeline did, as data, as JSON, and as a table that people can read."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from slim import errors
+from slim.compiler.program import Program
+from slim.compiler.rules import Count, Counts
+
+VERSION = 1
+
+
+class Skip(NamedTuple):
+    """A place that a pass looked at and left alone."""
+
+    site: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Size:
+    """How large a Program is."""
+
+    nodes: int
+    parameters: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, program: Program) -> Size:
+        return cls(len(program.graph.nodes), program.parameters, program.nbytes)
+
+
+@dataclass
+class Report:
+    """What one pass did. The pass fills in the first four; the pipeline measures the others.
+
+    Attributes:
+        matched: the sites it changed, by the name of a weight or node.
+        skipped: the sites it left alone, each with the reason.
+        notes: what else the user should know.
+        rules: how often each rewrite rule was tried and matched.
+        text: the pass as pipeline text.
+        lossless: it promised the same function.
+        before, after: the Program's size around it.
+        seconds: stage ("run", "verify", "probe") -> time.
+        error: how far the probe's output moved, against the Program before it; see Probe.
+        drift: the same against the lifted Program.
+    """
+
+    matched: list[str] = field(default_factory=list)
+    skipped: list[Skip] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    rules: Counts = field(default_factory=dict)
+    text: str = ""
+    lossless: bool = False
+    before: Size | None = None
+    after: Size | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    error: float | None = None
+    drift: float | None = None
+
+    @property
+    def tried(self) -> int:
+        return len(self.matched) + len(self.skipped)
+
+
+@dataclass
+class PipelineReport:
+    """What became of a model on its way: one Report a pass, and the seconds of the stages around them.
+
+    Example:
+        >>> print(compiled.report)
+    """
+
+    passes: list[Report] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def to_json(self) -> str:
+        """One JSON document that ``from_json`` reads back as an equal report."""
+        return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> PipelineReport:
+        """Raises ArtifactVersion where ``text`` was written in another format."""
+        data = json.loads(text)
+        found = data.pop("version", None)
+        if found != VERSION:
+            raise errors.ArtifactVersion(path="report.json", found=found, expected=VERSION)
+        return cls(passes=[_report(item) for item in data.pop("passes")], **data)
+
+    def __str__(self) -> str:
+        return "\n".join([*_table(self), *_remarks(self)])
+
+
+def _report(data: dict[str, Any]) -> Report:
+    return Report(**{
+        **data,
+        "skipped": [Skip(*pair) for pair in data["skipped"]],
+        "rules": {name: Count(**count) for name, count in data["rules"].items()},
+        "before": data["before"] and Size(**data["before"]),
+        "after": data["after"] and Size(**data["after"]),
+    })
+
+
+# -- for people --------------------------------------------------------------------------------------------------------
+
+_COLUMNS = ("pass", "sites", "nodes", "parameters", "bytes", "output moved", "since lift", "seconds")
+_WIDTH = 120
+
+
+def _table(report: PipelineReport) -> Iterator[str]:
+    if not report.passes:
+        yield f"no passes ({_spent(report.seconds)})" if report.seconds else "no passes"
+        return
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(_COLUMNS):
+        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
+    for item in report.passes:
+        table.add_row(*_row(item))
+    page = io.StringIO()
+    Console(file=page, width=_WIDTH, color_system=None, highlight=False, markup=False).print(table)
+    yield from (line.rstrip() for line in page.getvalue().strip("\n").splitlines())
+    if report.seconds:
+        yield f"seconds: {_spent(report.seconds)}"
+
+
+def _row(item: Report) -> tuple[str, ...]:
+    sites = f"{len(item.matched)} of {item.tried}"
+    spent = f"{sum(item.seconds.values()):.2f}"
+    if item.before is None or item.after is None:
+        return item.text, sites, "", "", "", "", "", spent
+    pairs = [
+        (f"{item.before.nodes:,}", f"{item.after.nodes:,}"),
+        (short_count(item.before.parameters), short_count(item.after.parameters)),
+        (short_bytes(item.before.nbytes), short_bytes(item.after.nbytes)),
+    ]
+    changes = [old if old == new else f"{old} → {new}" for old, new in pairs]
+    return item.text, sites, *changes, _moved(item.error), _moved(item.drift), spent
+
+
+def _moved(error: float | None) -> str:
+    return "" if error is None else f"{error:.1e}"
+
+
+def _spent(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items())
+
+
+def _remarks(report: PipelineReport) -> Iterator[str]:
+    yield from (f"note: {note}" for note in report.notes)
+    for item in report.passes:
+        yield from (f"{item.text}: {note}" for note in item.notes)
+        by_reason: dict[str, list[str]] = defaultdict(list)
+        for site, reason in item.skipped:
+            by_reason[reason].append(site)
+        for reason, sites in by_reason.items():
+            more = f" and {len(sites) - 3} more" if len(sites) > 3 else ""
+            yield f"{item.text} left {', '.join(sites[:3])}{more}: {reason}"
+
+
+def short_count(number: int) -> str:
+    """1,236,000,000 -> 1.24B; small numbers whole."""
+    for size, suffix in ((10**9, "B"), (10**6, "M")):
+        if number >= size:
+            return f"{number / size:.2f}{suffix}"
+    return f"{number:,}"
+
+
+def short_bytes(number: int) -> str:
+    """1,500,000 -> 1.50 MB (powers of ten)."""
+    for size, suffix in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if number >= size:
+            return f"{number / size:.2f} {suffix}"
+    return f"{number} B"

@@ -1,0 +1,220 @@
+"""A Program as text: a typed Python function that runs, and that reads back as the same graph.
+
+Executing the text defines ``forward(weights, *inputs)`` over ``torch.ops``; ``parse`` reads it without executing
+anything, one assignment a node, so that an artifact is data.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import operator
+import tokenize
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx
+
+from slim import errors
+from slim.compiler.program import Facts, Program
+from slim.compiler.types import LONG, SHORT, SIZE_OPS, Input, show_type
+from slim.compiler.weights import Weights
+
+HEADER = "# slim IR 1"
+PRELUDE = """from __future__ import annotations
+
+import math
+import operator
+
+import torch
+
+aten, slim = torch.ops.aten, torch.ops.slim
+inf, nan = math.inf, math.nan
+"""
+
+# -- printing ----------------------------------------------------------------------------------------------------------
+
+
+def print_program(program: Program) -> str:
+    """The whole text: header, prelude, one typed line an operation with the module and line it came from."""
+    name = program.facts.architecture or "model"
+    size = f"{program.parameters:,} parameters, {program.nbytes:,} bytes"
+    return "\n".join([f"{HEADER}: {name}, {size}", PRELUDE, "", *_function(program), ""])
+
+
+def _function(program: Program) -> Iterator[str]:
+    shapes = {value.name: value for value in program.inputs}
+    arguments = [f"{n.name}: {_input_type(shapes[str(n.target)])}" for n in program.graph.find_nodes(op="placeholder")]
+    yield f"def forward(weights, {', '.join(arguments)}):"
+    for node in program.graph.nodes:
+        if node.op == "call_function":
+            yield f"    {node.name}: {show_type(node.meta['val'], program.dims)} = {_call(node)}{_origin(node)}"
+        elif node.op == "output":
+            yield f"    return {_literal(node.args[0])}"
+
+
+def _input_type(value: Input) -> str:
+    return f"{SHORT[value.dtype]}[{', '.join(str(d) for d in value.shape) or '()'}]"
+
+
+def _origin(node: fx.Node) -> str:
+    parts = [node.meta.get("module", ""), node.meta.get("where", "")]
+    return f"  # {' @ '.join(parts)}" if any(parts) else ""
+
+
+def _call(node: fx.Node) -> str:
+    if node.target is operator.getitem:
+        return f"{_literal(node.args[0])}[{_literal(node.args[1])}]"
+    arguments = [_literal(a) for a in node.args] + [f"{k}={_literal(v)}" for k, v in node.kwargs.items()]
+    return f"{_target_name(node.target)}({', '.join(arguments)})"
+
+
+def _target_name(target: Any) -> str:
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    return f"operator.{target.__name__}"
+
+
+def _literal(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f'weights["{value.target}"]' if value.op == "get_attr" else value.name
+    if isinstance(value, (list, tuple)):
+        body = ", ".join(_literal(v) for v in value)
+        return f"[{body}]" if isinstance(value, list) else f"({body}{',' * (len(value) == 1)})"
+    if isinstance(value, torch.device):
+        return f'torch.device("{value}")'
+    return repr(value)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def parse(text: str, weights: Weights, facts: Facts | None = None) -> Program:
+    """The Program that ``text`` prints, over ``weights``; nothing in the text is executed.
+
+    Raises:
+        BadIR: where the text is not slim IR, with its line.
+    """
+    function = _find_function(text)
+    inputs = tuple(_read_input(argument) for argument in function.args.args[1:])
+    program = Program(fx.Graph(), weights, inputs, facts or Facts())
+    _Reader(program, _comments(text)).read(function)
+    return program
+
+
+def _find_function(text: str) -> ast.FunctionDef:
+    if not text.startswith(HEADER):
+        raise errors.BadIR(line=1, reason=f"the first line is not {HEADER!r}")
+    try:
+        body = ast.parse(text).body
+    except SyntaxError as error:
+        raise errors.BadIR(line=error.lineno or 0, reason=error.msg) from error
+    for statement in body:
+        if isinstance(statement, ast.FunctionDef) and statement.name == "forward":
+            return statement
+    raise errors.BadIR(line=1, reason="there is no function `forward`")
+
+
+def _read_input(argument: ast.arg) -> Input:
+    annotation = argument.annotation
+    try:
+        assert isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name)
+        dims = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
+        shape = tuple(d.id if isinstance(d, ast.Name) else int(ast.literal_eval(d)) for d in dims)
+        return Input(argument.arg, LONG[annotation.value.id], shape)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise errors.BadIR(line=argument.lineno, reason=f"input {argument.arg} has no readable type") from error
+
+
+def _comments(text: str) -> dict[int, str]:
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    return {t.start[0]: t.string[2:] for t in tokens if t.type == tokenize.COMMENT}
+
+
+class _Reader:
+    """Turns the statements of ``forward`` into nodes."""
+
+    def __init__(self, program: Program, comments: dict[int, str]) -> None:
+        self.program = program
+        self.comments = comments
+        self.values: dict[str, fx.Node] = {}
+
+    def read(self, function: ast.FunctionDef) -> None:
+        graph = self.program.graph
+        for value in self.program.inputs:
+            self.values[value.name] = self._typed(graph.placeholder(value.name))
+        for statement in function.body:
+            try:
+                self._statement(statement)
+            except errors.SlimError:
+                raise
+            except Exception as error:  # whatever a shape function or a malformed literal raises, with its line
+                raise errors.BadIR(line=statement.lineno, reason=f"{type(error).__name__}: {error}") from error
+
+    def _statement(self, statement: ast.stmt) -> None:
+        graph = self.program.graph
+        if isinstance(statement, ast.Return) and statement.value is not None:
+            self._typed(graph.output(self._value(statement.value)))
+        elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
+            target, args, kwargs = self._operation(statement.value)
+            node = graph.create_node("call_function", target, args, kwargs, name=statement.target.id)
+            self._provenance(node, statement.lineno)
+            self.values[statement.target.id] = self._typed(node)
+        else:
+            raise errors.BadIR(line=statement.lineno, reason="expected `name: type = operation(...)` or `return`")
+
+    def _operation(self, node: ast.expr) -> tuple[Any, tuple[Any, ...], dict[str, Any]]:
+        if isinstance(node, ast.Subscript):
+            return operator.getitem, (self._value(node.value), self._value(node.slice)), {}
+        if not isinstance(node, ast.Call):
+            raise ValueError("expected a call")
+        args = tuple(self._value(a) for a in node.args)
+        return _read_target(node.func), args, {k.arg: self._value(k.value) for k in node.keywords if k.arg}
+
+    def _typed(self, node: fx.Node) -> fx.Node:
+        node.meta["val"] = self.program.typer.value(node, self.program.weights)
+        return node
+
+    def _provenance(self, node: fx.Node, line: int) -> None:
+        module, _, place = self.comments.get(line, "").partition(" @ ")
+        node.meta.update({key: v for key, v in (("module", module), ("where", place)) if v})
+
+    def _value(self, node: ast.expr) -> Any:
+        match node:
+            case ast.Name(id="inf" | "nan"):
+                return float(node.id)
+            case ast.Name():
+                return self.values[node.id]
+            case ast.Subscript(value=ast.Name(id="weights"), slice=ast.Constant(value=str(name))):
+                if name not in self.program.weights:
+                    raise KeyError(f"there is no weight {name!r}")
+                return self.program.weight_node(name)
+            case ast.List():
+                return [self._value(v) for v in node.elts]
+            case ast.Tuple():
+                return tuple(self._value(v) for v in node.elts)
+            case ast.UnaryOp(op=ast.USub()):
+                return -self._value(node.operand)
+            case ast.Attribute(value=ast.Name(id="torch")):
+                return _torch_constant(node.attr)
+            case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="device")):
+                return torch.device(ast.literal_eval(node.args[0]))
+        return ast.literal_eval(node)
+
+
+def _torch_constant(name: str) -> Any:
+    value = getattr(torch, name)
+    if not isinstance(value, (torch.dtype, torch.layout, torch.memory_format)):
+        raise ValueError(f"torch.{name} is not a dtype, layout or memory format")
+    return value
+
+
+def _read_target(node: ast.expr) -> Any:
+    match node:
+        case ast.Attribute(value=ast.Name(id="operator"), attr=name):
+            known = {op.__name__: op for op in SIZE_OPS}
+            return known[name]
+        case ast.Attribute(value=ast.Attribute(value=ast.Name(id=("aten" | "slim") as space), attr=op), attr=overload):
+            return getattr(getattr(getattr(torch.ops, space), op), overload)
+    raise ValueError(f"{ast.unparse(node)} is not an operation of the dialect")

@@ -1,0 +1,58 @@
+"""What a user can put into ``passes=[...]``: one file a pass, found by being in this folder.
+
+    slim.compile(model, passes=[FoldNorms(), Quantize("int8")])
+    slim.compile(model, passes='fold_norms, quantize("int8")')
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from slim import errors
+from slim.compiler.passes_base import Pass
+from slim.compiler.pipeline_text import read_pipeline
+
+
+def _discovered() -> Iterator[type[Pass]]:
+    for module in pkgutil.iter_modules(__path__):
+        for value in vars(importlib.import_module(f"{__name__}.{module.name}")).values():
+            if isinstance(value, type) and issubclass(value, Pass) and value.__module__.endswith(f".{module.name}"):
+                yield value
+
+
+PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in _discovered()}
+globals().update({kind.__name__: kind for kind in PASSES.values()})
+
+if TYPE_CHECKING:  # the names above are not spelt out for type checkers, which this lets through
+
+    def __getattr__(name: str) -> Any: ...
+
+
+def parse_pipeline(text: str) -> tuple[Pass, ...]:
+    """The passes a pipeline text names: ``'fold_norms, quantize("int8", exclude=["lm_head*"])'``.
+
+    The text is read and never executed; it may span lines and hold ``#`` comments.
+
+    Raises:
+        BadPipelineText, UnknownPass, BadPassOption, ContradictoryOptions.
+    """
+    return read_pipeline(text, PASSES)
+
+
+def as_passes(passes: str | Pass | Sequence[str | Pass]) -> tuple[Pass, ...]:
+    """Passes however a user writes them: one, several, as objects or as text."""
+    if isinstance(passes, str):
+        return parse_pipeline(passes)
+    if isinstance(passes, Pass):
+        return (passes,)
+    if isinstance(passes, type) and issubclass(passes, Pass):
+        raise errors.BadInput(argument="passes", reason=f"{passes.__name__} is a class: write {passes.__name__}()")
+    if not isinstance(passes, Sequence):
+        raise errors.BadInput(argument="passes", reason=f"{passes!r} is not a pass, a pipeline text, or a list of them")
+    return tuple(one for item in passes for one in as_passes(item))
+
+
+__all__ = ["PASSES", "Pass", "as_passes", "parse_pipeline", *sorted(kind.__name__ for kind in PASSES.values())]

@@ -1,0 +1,1 @@
+"""Running a lowered Program: the KV cache, calls, generation, artifacts, export."""

@@ -1,0 +1,232 @@
+"""Binding a KV cache into a Program: ``slim.attention`` becomes ``slim.cached_attention``."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from slim import errors
+from slim.compiler.program import Program, where
+from slim.compiler.rules import argument
+from slim.compiler.types import Input
+from slim.runtime.cache import Slot
+from slim.runtime.tokenwise import check_tokenwise
+
+aten, slim = torch.ops.aten, torch.ops.slim
+
+KEY_MASK = "key_mask"
+_OPTIONS = ("layer", "scale", "causal", "window", "softcap")  # of attention, the same with a cache
+
+
+def check_cacheable(program: Program) -> None:
+    """Returns where a cached step of ``program`` computes what the whole would.
+
+    Raises:
+        CacheUnsupported: naming the node and the reason.
+    """
+    if not program.attention_nodes():
+        raise errors.CacheUnsupported(reason="the model has no attention that slim recognises")
+    for node in program.attention_nodes():
+        reason = _objection(program, node)
+        if reason:
+            raise errors.CacheUnsupported(reason=f"attention of layer {node.kwargs['layer']} {reason}", where=where(node))
+    check_tokenwise(program)
+
+
+def _objection(program: Program, node: fx.Node) -> str | None:
+    if node.target is not slim.attention.default:
+        return "has a cache already"
+    if argument(node, "bias") is not None:
+        return "adds a tensor to its scores, whose columns a cached step cannot know"
+    if not argument(node, "causal"):
+        return "looks at later tokens"
+    mask = argument(node, "key_mask")
+    if mask is not None and not _is_attention_mask(mask):
+        return "masks keys by more than attention_mask"
+    query, key = argument(node, "q").meta["val"], argument(node, "k").meta["val"]
+    if query.shape[2] != key.shape[2]:
+        return "has keys that are not its own tokens"
+    return None
+
+
+def _is_attention_mask(mask: fx.Node) -> bool:
+    """Whether ``mask`` is the input attention_mask in another type and spelling; it is asked on a sample."""
+    sample = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    try:
+        value = _evaluate(mask, {"attention_mask": sample, "input_ids": torch.zeros_like(sample)})
+    except KeyError:  # it reads a weight, or another input
+        return False
+    return bool(value.dtype == torch.bool and torch.equal(value, sample.bool()))
+
+
+def _evaluate(node: Any, inputs: dict[str, Tensor]) -> Any:
+    if node.op == "placeholder":
+        return inputs[str(node.target)]
+    if node.op != "call_function":
+        raise KeyError(node.op)
+    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(n, inputs))
+    return node.target(*args, **kwargs)
+
+
+def bind_cache(program: Program, *, masked: bool = True, last_only: bool = False) -> Program:
+    """The Program of a step over a KV cache: S new tokens after ``T - S`` that the cache holds.
+
+    Its inputs are those of ``program`` for the new tokens, [B, S] (``attention_mask`` only where something beside
+    attention reads it), then ``key_mask`` bool [B, T], True at tokens and False at padding, then ``k_cache_i``
+    [B, heads, C, width] and ``v_cache_i``, one pair a layer, or a pair for layers that share keys and values. The
+    step writes the new keys and values at ``T - S`` and leaves the rest alone.
+
+    Args:
+        masked: whether there may be padding; without it ``key_mask`` only says how long T is, and attention is faster.
+        last_only: compute the first output for the last token alone, [B, 1, V], which is all that generation needs.
+
+    Raises:
+        CacheUnsupported: where a cached step would not be the same function; see ``check_cacheable``.
+    """
+    check_cacheable(program)
+    bound = _Binder(program.copy(), masked).bind()
+    if last_only:
+        _keep_last(bound)
+    return bound
+
+
+class _Binder:
+    def __init__(self, program: Program, masked: bool) -> None:
+        self.program = program
+        self.masked = masked
+        self.pairs: dict[tuple[fx.Node, fx.Node], int] = {}
+
+    def bind(self) -> Program:
+        self._sizes_from_tokens()
+        nodes = self.program.attention_nodes()
+        for node in nodes:
+            self.pairs.setdefault((argument(node, "k"), argument(node, "v")), len(self.pairs))
+        bound = self._with_inputs()
+        start = _start(bound)
+        for node in nodes:
+            self._replace(bound, node, start)
+        bound.clean()
+        declared = {value.name for value in bound.inputs}
+        for node in bound.graph.find_nodes(op="placeholder"):
+            if node.target not in declared:
+                bound.graph.erase_node(node)
+        return bound
+
+    def _sizes_from_tokens(self) -> None:
+        """Sizes read off attention_mask are read off input_ids: the mask may have no other reader."""
+        tokens = _placeholder(self.program, "input_ids")
+        for node in list(self.program.nodes(aten.sym_size.int)):
+            if node.args[0].op == "placeholder":
+                node.replace_input_with(node.args[0], tokens)
+
+    def _inputs(self) -> tuple[Input, ...]:
+        inputs = [v for v in self.program.inputs if v.name != "attention_mask" or self._mask_is_read()]
+        inputs.append(Input(KEY_MASK, torch.bool, ("B", "T")))
+        for index, (k, v) in enumerate(self.pairs):
+            inputs += [_cache_input(f"k_cache_{index}", k), _cache_input(f"v_cache_{index}", v)]
+        return tuple(inputs)
+
+    def _mask_is_read(self) -> bool:
+        """Whether anything beside attention looks at attention_mask."""
+        masks = {argument(node, "key_mask") for node in self.program.attention_nodes()}
+        pending = list(_placeholder(self.program, "attention_mask").users)
+        while pending:
+            node = pending.pop()
+            if node.op == "output" or (node not in masks and not node.users):
+                return True
+            if node in masks:
+                if any(user not in self.program.attention_nodes() for user in node.users):
+                    return True
+            else:
+                pending += node.users
+        return False
+
+    def _with_inputs(self) -> Program:
+        """The same graph, as a Program with the cache's inputs; the types that its nodes have stay valid."""
+        graph, inputs = self.program.graph, self._inputs()
+        names = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+        last = _placeholder(self.program, names[-1])
+        typer = self.program.typer.extended(inputs)
+        for value in inputs:
+            if value.name not in names:
+                with graph.inserting_after(last):
+                    last = graph.placeholder(value.name)
+                last.meta["val"] = typer.inputs[value.name]
+        bound = Program(graph, self.program.weights, inputs, self.program.facts)
+        bound.typer = typer
+        return bound
+
+    def _replace(self, bound: Program, node: fx.Node, start: fx.Node) -> None:
+        k, v = argument(node, "k"), argument(node, "v")
+        index = self.pairs[k, v]
+        mask = _placeholder(bound, KEY_MASK) if self.masked and argument(node, "key_mask") is not None else None
+        caches = (_placeholder(bound, f"k_cache_{index}"), _placeholder(bound, f"v_cache_{index}"))
+        more = (mask, argument(node, "sinks"), argument(node, "slopes"))
+        options = {name: node.kwargs[name] for name in _OPTIONS if name in node.kwargs}
+        new = bound.insert(
+            node, slim.cached_attention.default, argument(node, "q"), k, v, *caches, start, *more, like=node, **options
+        )
+        node.replace_all_uses_with(new)
+        bound.graph.erase_node(node)
+
+
+def _cache_input(name: str, value: fx.Node) -> Input:
+    _, heads, _, width = value.meta["val"].shape
+    return Input(name, value.meta["val"].dtype, ("B", int(heads), "C", int(width)))
+
+
+def _placeholder(program: Program, name: str) -> fx.Node:
+    return next(iter(program.graph.find_nodes(op="placeholder", target=name)))
+
+
+def _start(program: Program) -> fx.Node:
+    """How many tokens the cache holds: all keys but the new ones."""
+    mask, tokens = _placeholder(program, KEY_MASK), _placeholder(program, "input_ids")
+    first = next(node for node in program.graph.nodes if node.op != "placeholder")
+    keys = program.insert(first, aten.sym_size.int, mask, 1, like=mask)
+    new = program.insert(first, aten.sym_size.int, tokens, 1, like=tokens)
+    return program.insert(first, operator.sub, keys, new, like=mask)
+
+
+def cache_slots(bound: Program) -> tuple[Slot, ...]:
+    """What the cache of a bound Program holds."""
+    caches = [value for value in bound.inputs if value.name.startswith(("k_cache_", "v_cache_"))]
+    return tuple(
+        Slot(heads=int(k.shape[1]), key_width=int(k.shape[3]), value_width=int(v.shape[3]), dtype=k.dtype)
+        for k, v in zip(caches[::2], caches[1::2], strict=True)
+    )
+
+
+# -- the last token alone ----------------------------------------------------------------------------------------------
+
+
+def _keep_last(program: Program) -> None:
+    """Drops all tokens but the last ahead of the head: the linear that the first output is made of."""
+    head = _head(program)
+    if head is None:
+        return  # then all tokens are computed, and the caller takes the last
+    tokens = _placeholder(program, "input_ids")
+    length = program.insert(head, aten.sym_size.int, tokens, 1, like=head)
+    before = program.insert(head, operator.sub, length, 1, like=head)
+    hidden = head.args[0]
+    head.update_arg(0, program.insert(head, aten.slice.Tensor, hidden, 1, before, length, like=head))
+    node: fx.Node | None = head
+    while node is not None:  # what follows is now one token long
+        node.meta["val"] = program.typer.value(node, program.weights)
+        node = next(iter(node.users), None)
+
+
+def _head(program: Program) -> fx.Node | None:
+    """The linear over [B, S, width] that only the first output depends on, through nothing but pointwise operations."""
+    node: Any = program.graph.output_node().args[0][0]  # type: ignore[index]
+    while isinstance(node, fx.Node) and len(node.users) == 1:
+        if node.target is aten.linear.default:
+            return node if node.meta["val"].dim() == 3 else None
+        computed = [n for n in node.all_input_nodes if n.op == "call_function"]
+        if len(computed) != 1 or torch.Tag.pointwise not in getattr(node.target, "tags", ()):
+            return None
+        node = computed[0]
+    return None

@@ -1,0 +1,171 @@
+"""The key/value cache: what a user asks for, and the tensors of one batch of sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from slim import errors
+
+_LATER = "{option}={value!r} comes with a later version of slim"
+
+
+@dataclass(frozen=True)
+class KVCacheConfig:
+    """How keys and values of past tokens are kept.
+
+    Args:
+        layout: "contiguous": one tensor a layer; "paged" is to come.
+        dtype: "int8" or "int4" to hold them quantised (to come); None keeps the model's own type.
+        window: keep only so many newest tokens (to come). Windows of the model's own are its attention's business.
+        sinks: first tokens to keep beside a window (to come).
+        eviction: which tokens to drop when full (to come).
+        max_tokens: the most tokens a sequence may have, prompt included; None for no limit but the model's own.
+
+    Raises:
+        CacheUnsupported: for what is to come. BadInput, ContradictoryOptions: for what makes no sense.
+
+    Example:
+        >>> KVCacheConfig(max_tokens=4096)
+    """
+
+    layout: Literal["contiguous", "paged"] = "contiguous"
+    dtype: Literal["int8", "int4"] | None = None
+    window: int | None = None
+    sinks: int = 0
+    eviction: str | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for option, choices in (("layout", ("contiguous", "paged")), ("dtype", (None, "int8", "int4"))):
+            if getattr(self, option) not in choices:
+                raise errors.BadInput(argument=option, reason=f"{getattr(self, option)!r} is not one of {choices}")
+        for option in ("window", "max_tokens"):
+            value = getattr(self, option)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise errors.BadInput(argument=option, reason=f"{value!r} is no number of tokens")
+        if self.sinks and self.window is None:
+            raise errors.ContradictoryOptions(
+                a=f"sinks={self.sinks}", b="window=None", reason="without a window all tokens are kept"
+            )
+        for option, today in (("layout", "contiguous"), ("dtype", None), ("window", None), ("eviction", None)):
+            value = getattr(self, option)
+            if value != today:
+                raise errors.CacheUnsupported(reason=_LATER.format(option=option, value=value))
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The keys and values of one attention layer: [B, heads, T, key_width] and [B, heads, T, value_width]."""
+
+    heads: int
+    key_width: int
+    value_width: int
+    dtype: torch.dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
+
+
+_ROOM = 64  # tokens to make room for at least, so that a short prompt does not grow at once
+
+
+class KVCache:
+    """Keys and values of a batch of sequences, with room to grow.
+
+    Attributes:
+        slots: one a pair of tensors; layers that share keys and values share a slot.
+        length: tokens held, pad tokens included, the same for every row.
+        mask: bool [B, capacity], False at pad tokens.
+        tensors: keys and values by turns, each [B, heads, capacity, width].
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Slot],
+        batch: int,
+        capacity: int = _ROOM,
+        max_tokens: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.slots = tuple(slots)
+        self.batch = batch
+        self.max_tokens = max_tokens
+        self.device = torch.device(device)
+        self.length = 0
+        self.mask = torch.ones(batch, 0, dtype=torch.bool, device=self.device)
+        self.tensors = [self._empty(index, 0) for index in range(2 * len(self.slots))]
+        self._resize(max(1, capacity if max_tokens is None else min(capacity, max_tokens)))
+
+    def __repr__(self) -> str:
+        return (
+            f"KVCache(batch={self.batch}, length={self.length}, capacity={self.capacity}, layers={len(self.slots)}, "
+            f"bytes={self.nbytes:,})"
+        )
+
+    @property
+    def capacity(self) -> int:
+        """Tokens there is memory for."""
+        return self.mask.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the keys and values, in bytes, room to grow included."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """``length``, under the name that transformers' caches have for it."""
+        return self.length
+
+    def reserve(self, tokens: int) -> bool:
+        """Makes room for ``tokens`` more, doubling; returns whether the tensors are new ones.
+
+        Raises:
+            PromptTooLong: beyond ``max_tokens``.
+        """
+        needed = self.length + tokens
+        if self.max_tokens is not None and needed > self.max_tokens:
+            raise errors.PromptTooLong(length=needed, capacity=self.max_tokens)
+        if needed <= self.capacity:
+            return False
+        doubled = max(needed, 2 * self.capacity)
+        self._resize(doubled if self.max_tokens is None else min(doubled, self.max_tokens))
+        return True
+
+    def prepare(self, tokens: int, mask: Tensor | None = None) -> Tensor:
+        """Makes room for ``tokens`` and notes which are pad tokens; returns the mask of all keys, [B, T] bool.
+
+        Nothing is held until ``advance``: a step that raises leaves the cache as it was.
+        """
+        self.reserve(tokens)
+        end = self.length + tokens
+        self.mask[:, self.length : end] = True if mask is None else mask
+        return self.mask[:, :end]
+
+    def advance(self, tokens: int) -> None:
+        """Counts ``tokens`` as held, once a step has written them."""
+        self.length += tokens
+
+    def reset(self) -> None:
+        """Forgets all tokens and keeps the memory."""
+        self.length = 0
+        self.mask.fill_(True)
+
+    def _empty(self, index: int, capacity: int) -> Tensor:
+        slot = self.slots[index // 2]
+        width = slot.value_width if index % 2 else slot.key_width
+        return torch.empty(self.batch, slot.heads, capacity, width, dtype=slot.dtype, device=self.device)
+
+    def _resize(self, capacity: int) -> None:
+        for index, old in enumerate(self.tensors):
+            new = self._empty(index, capacity)
+            new[:, :, : self.length] = old[:, :, : self.length]
+            self.tensors[index] = new  # one at a time, so that only one is held twice
+        mask = torch.ones(self.batch, capacity, dtype=torch.bool, device=self.device)
+        mask[:, : self.length] = self.mask[:, : self.length]
+        self.mask = mask
