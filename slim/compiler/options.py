@@ -9,10 +9,12 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 
 class Unfit(Exception):
-    """A value does not fit its type: a reason, and the values that would, where they can be listed."""
+    """A value does not fit its type: what would, in words and, where they can be listed, as values."""
 
     def __init__(self, value: object, wanted: str, known: Collection[str] = ()) -> None:
         super().__init__(f"{literal(value)} is not {wanted}")
+        self.value = value
+        self.wanted = wanted
         self.known = known
 
 

@@ -73,7 +73,7 @@ def _call(node: fx.Node) -> str:
 def _target_name(target: Any) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return str(target)
-    return f"operator.{target.__name__}"
+    return f"{'torch' if target.__module__ == 'torch' else 'operator'}.{target.__name__}"
 
 
 def _literal(value: Any) -> str:
@@ -212,7 +212,7 @@ def _torch_constant(name: str) -> Any:
 
 def _read_target(node: ast.expr) -> Any:
     match node:
-        case ast.Attribute(value=ast.Name(id="operator"), attr=name):
+        case ast.Attribute(value=ast.Name(id="operator" | "torch"), attr=name):
             known = {op.__name__: op for op in SIZE_OPS}
             return known[name]
         case ast.Attribute(value=ast.Attribute(value=ast.Name(id=("aten" | "slim") as space), attr=op), attr=overload):

@@ -116,4 +116,7 @@ def expression(size: Any, dims: Mapping[sympy.Symbol, str]) -> sympy.Expr:
     return expr.xreplace({s: sympy.Symbol(n, integer=True, positive=True) for s, n in dims.items()})
 
 
-SIZE_OPS = frozenset({operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg})
+SIZE_OPS = frozenset({
+    operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg,
+    torch.sym_max, torch.sym_min,
+})

@@ -30,7 +30,10 @@ class Deferred(Protocol):
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a safetensors file; the file is opened for each read, so that no mapping stays resident."""
+    """A tensor in a safetensors file; the file is opened for each read, so that no mapping stays resident.
+
+    ``dtype`` is the type it is read as, which may not be the one it is stored in.
+    """
 
     file: Path
     key: str
@@ -42,7 +45,8 @@ class Stored:
 
         try:
             with safe_open(self.file, framework="pt") as handle:
-                return handle.get_tensor(self.key).clone()
+                tensor = handle.get_tensor(self.key)
+                return tensor.clone() if tensor.dtype == self.dtype else tensor.to(self.dtype)
         except (SafetensorError, OSError) as error:
             raise errors.CheckpointCorrupt(file=str(self.file), reason=f"{self.key}: {error}") from error
 
@@ -124,6 +128,9 @@ class Weights(MutableMapping[str, Tensor]):
 
     def __delitem__(self, name: str) -> None:
         del self._values[name]
+
+    def __contains__(self, name: object) -> bool:  # Mapping's own would read the weight
+        return name in self._values
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._values)

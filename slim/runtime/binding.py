@@ -13,6 +13,7 @@ from slim.compiler.program import Program, where
 from slim.compiler.rules import argument
 from slim.compiler.types import Input
 from slim.runtime.cache import Slot
+from slim.runtime.inputs import evaluate
 from slim.runtime.tokenwise import check_tokenwise
 
 aten, slim = torch.ops.aten, torch.ops.slim
@@ -56,19 +57,10 @@ def _is_attention_mask(mask: fx.Node) -> bool:
     """Whether ``mask`` is the input attention_mask in another type and spelling; it is asked on a sample."""
     sample = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
     try:
-        value = _evaluate(mask, {"attention_mask": sample, "input_ids": torch.zeros_like(sample)})
+        value = evaluate(mask, {"attention_mask": sample, "input_ids": torch.zeros_like(sample)})
     except KeyError:  # it reads a weight, or another input
         return False
     return bool(value.dtype == torch.bool and torch.equal(value, sample.bool()))
-
-
-def _evaluate(node: Any, inputs: dict[str, Tensor]) -> Any:
-    if node.op == "placeholder":
-        return inputs[str(node.target)]
-    if node.op != "call_function":
-        raise KeyError(node.op)
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(n, inputs))
-    return node.target(*args, **kwargs)
 
 
 def bind_cache(program: Program, *, masked: bool = True, last_only: bool = False) -> Program:

@@ -141,6 +141,7 @@ def test_a_norm_that_cannot_be_folded_is_left_as_it_was_with_the_reason(body, re
         "half": matrix(4, 4),
     }  # fmt: skip
     before = program(f"{norm}\n{body}\nreturn ({results},)", weights, inputs)
+    before.clean()
     after, report = folded(before)
     assert report.matched == []
     ((site, said),) = report.skipped

@@ -12,10 +12,25 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 from slim import errors
+from slim.compiler.lift.checkpoint import Checkpoint, locate
 from slim.compiler.lift.export import export
 from slim.compiler.program import Facts, Program
 from slim.compiler.raising import raise_program
 from slim.compiler.verify import verify
+
+
+def lift_path(path: str | Path, example_inputs: Any = None) -> Program:
+    """Lifts the transformers model at ``path`` (or with that hub id) without reading its weights.
+
+    Raises:
+        ModelNotFound, CheckpointCorrupt: where it cannot be read. Else as ``lift``.
+    """
+    checkpoint = Checkpoint(locate(path))
+    model, deferred = checkpoint.skeleton()
+    program = lift(model, example_inputs, checkpoint.directory)
+    if deferred:
+        checkpoint.attach(program)
+    return program
 
 
 def lift(model: nn.Module, example_inputs: Any = None, source: Path | None = None) -> Program:

@@ -110,7 +110,7 @@ class _Builder:
 
     def _dim(self, size: Any, position: int) -> int | str:
         """Symbols are named in the order they are met: B for a first dimension, S for a second, then d2, d3..."""
-        if not isinstance(size, torch.SymInt):
+        if not isinstance(size, torch.SymInt) or size.node.expr.is_Integer:
             return int(size)
         key = str(size.node.expr)
         if not size.node.expr.is_Symbol:

@@ -8,6 +8,7 @@ with only the mask replaced, and rules raise their attention later.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import types
 from collections.abc import Callable, Iterator
@@ -86,7 +87,7 @@ def _static_rope(model: PreTrainedModel) -> Iterator[None]:
     """
     patched = [m for m in model.modules() if _chooses_by_length(m)]
     for module in patched:
-        module.forward = types.MethodType(type(module).forward.__wrapped__, module)
+        module.forward = types.MethodType(inspect.unwrap(type(module).forward), module)
     try:
         yield
     finally:

@@ -1,0 +1,88 @@
+"""slim.compile: lift, rewrite, lower."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from slim import errors
+from slim.codegen import select
+from slim.compiler.lift import lift, lift_path
+from slim.compiler.passes_base import Context, Pass, Progress
+from slim.compiler.pipeline import run_pipeline
+from slim.compiler.program import Program
+from slim.passes import as_passes
+from slim.runtime.compiled import CompiledModel
+from slim.runtime.cache import KVCacheConfig
+
+
+def compile(
+    model: nn.Module | str | Path,
+    passes: str | Pass | Sequence[str | Pass] = (),
+    *,
+    calibration: Any = None,
+    example_inputs: Any = None,
+    target: str = "auto",
+    kv_cache: KVCacheConfig | None = None,
+    verify: bool = True,
+    strict: bool = True,
+    dump: str | Path | None = None,
+    progress: Progress | None = None,
+) -> CompiledModel:
+    """Compiles a model: lifts it into slim's IR, applies ``passes`` in order, and lowers the result for ``target``.
+
+    The model is left as it was, and shares every weight that no pass changes. Given by path, its weights are read
+    one at a time and never all at once before they are compressed.
+
+    Args:
+        model: an nn.Module, a transformers model, or the path or hub id of one.
+        passes: Pass objects, or pipeline text: ``'fold_norms, quantize("int8")'``.
+        calibration: texts (list of str), token ids (list of [B, S]) or a DataLoader, for passes that need statistics.
+        example_inputs: a tensor, tuple or dict to trace a plain module with.
+        target: "auto", "cpu", "cuda" or "eager".
+        kv_cache: how past keys and values are kept.
+        verify: check the IR, and the output on a probe, after every pass.
+        strict: a pass that matches nothing is an error.
+        dump: a directory for the IR after each stage (also by SLIM_DUMP).
+        progress: called with (what, done, of how many) on the way.
+
+    Raises:
+        SlimError: one of the catalogue in ``slim.errors``; nothing is left behind.
+
+    Example:
+        >>> compiled = slim.compile(model, passes=[FoldNorms(), Quantize("int8")])
+        >>> print(compiled.report)
+    """
+    pipeline = as_passes(passes)
+    chosen = select(target)
+    context = _context(calibration, verify, strict, dump, progress)
+    start = time.perf_counter()
+    program = _lift(model, example_inputs)
+    seconds = {"lift": time.perf_counter() - start}
+    program, report = run_pipeline(program, pipeline, context)
+    start = time.perf_counter()
+    compiled = CompiledModel(
+        program, chosen, report=report, kv_cache=kv_cache, pipeline=", ".join(repr(pass_) for pass_ in pipeline)
+    )
+    report.seconds = seconds | report.seconds | {"lower": time.perf_counter() - start}
+    return compiled
+
+
+def _lift(model: nn.Module | str | Path, example_inputs: Any) -> Program:
+    if isinstance(model, nn.Module):
+        return lift(model, example_inputs)
+    if isinstance(model, (str, Path)):
+        return lift_path(model, example_inputs)
+    raise errors.BadInput(argument="model", reason=f"{type(model).__name__} is neither a module nor a path")
+
+
+def _context(
+    calibration: Any, verify: bool, strict: bool, dump: str | Path | None, progress: Progress | None
+) -> Context:
+    options = {} if progress is None else {"progress": progress}
+    folder = None if dump is None else Path(dump)
+    return Context(calibration=calibration, verify=verify, strict=strict, dump=folder, **options)

@@ -1,0 +1,289 @@
+"""A compiled model: called as the original was, generates as transformers does, and can be saved and looked into."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slim import errors
+from slim.codegen import Executable, Target, select
+from slim.compiler.program import Program
+from slim.runtime import calls, generation
+from slim.runtime.architecture import counts_real_tokens, rebuild_config, rebuild_generation_config
+from slim.runtime.binding import bind_cache, check_cacheable
+from slim.runtime.cache import KVCache, KVCacheConfig
+from slim.runtime.inputs import position_limit, vocabulary
+from slim.runtime.steps import CachedDecoder, Decoder, RecomputingDecoder, Step
+
+log = logging.getLogger(__name__)
+
+_ROOM = 256  # new tokens a cache has room for at first, where more are allowed; it doubles when they come
+
+
+class CompiledModel:
+    """What ``slim.compile`` returns.
+
+    Attributes:
+        program: the IR that runs; ``print`` it.
+        report: what each pass did; ``print`` it. None for a Program that went through no pipeline.
+        pipeline: the passes, as text.
+        kv_cache: how keys and values of past tokens are kept.
+        target: what the Program was lowered to.
+
+    Example:
+        >>> compiled = slim.compile("path/to/model", passes='quantize("int8")')
+        >>> compiled.generate(tokens, max_new_tokens=64)
+        >>> compiled(input_ids=tokens).logits
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        target: str | Target = "auto",
+        *,
+        report: Any = None,
+        kv_cache: KVCacheConfig | None = None,
+        pipeline: str = "",
+    ) -> None:
+        """Lowers ``program``.
+
+        Raises:
+            UnknownTarget, TargetUnavailable. CacheUnsupported: where a ``kv_cache`` was asked for that cannot be.
+        """
+        program.weights.materialise()  # once, so that every form of the Program shares the same tensors
+        self.program = program
+        self.report = report
+        self.pipeline = pipeline
+        self.target = select(target) if isinstance(target, str) else target
+        self.kv_cache = kv_cache or KVCacheConfig()
+        self._executable = self.target.lower(program)
+        self._steps: dict[tuple[bool, bool], Step] = {}
+        self._sources: dict[str, str] = dict(self._executable.code)
+        if kv_cache is not None:
+            check_cacheable(program)
+
+    def __repr__(self) -> str:
+        name = self.program.facts.architecture or "model"
+        passes = self.pipeline or "no passes"
+        return f"CompiledModel({name}, {passes}, {self.program.nbytes:,} bytes, target={self.target.name!r})"
+
+    # -- what evaluation harnesses and transformers' helpers ask ----------------------------------------------------
+
+    @functools.cached_property
+    def config(self) -> Any:
+        """The transformers configuration, kept true by the passes; None for other modules."""
+        return rebuild_config(self.program.facts)
+
+    @functools.cached_property
+    def generation_config(self) -> Any:
+        """The transformers GenerationConfig that ``generate`` starts from; it may be changed."""
+        return rebuild_generation_config(self.program.facts)
+
+    @functools.cached_property
+    def device(self) -> torch.device:
+        """Where the weights lie, and the inputs must."""
+        weights = self.program.weights
+        return next((weights[name].device for name in weights), torch.device("cpu"))
+
+    @functools.cached_property
+    def dtype(self) -> torch.dtype:
+        """The type of the first output."""
+        value = self.program.graph.output_node().args[0][0]  # type: ignore[index]
+        dtype: torch.dtype = value.meta["val"].dtype  # type: ignore[union-attr]
+        return dtype
+
+    @functools.cached_property
+    def vocabulary(self) -> int | None:
+        """How many token ids the model knows."""
+        return vocabulary(self.program)
+
+    @functools.cached_property
+    def position_limit(self) -> int | None:
+        """How many positions the model can tell apart; None where nothing but its training limits them."""
+        return position_limit(self.program)
+
+    @functools.cached_property
+    def counts_real_tokens(self) -> bool:
+        """Whether, without position_ids, padding is left out of the count, as the original does or does not."""
+        return counts_real_tokens(self.program.facts)
+
+    @property
+    def name_or_path(self) -> str:
+        """Where the model came from."""
+        return str(self.program.facts.source or "")
+
+    def can_generate(self) -> bool:
+        """Whether ``generate`` applies: a causal language model."""
+        return self.program.facts.kind == "causal_lm"
+
+    def num_parameters(self) -> int:
+        """Numbers the model holds, tied weights once."""
+        return self.program.parameters
+
+    def eval(self) -> CompiledModel:
+        """Itself: a compiled model is always in evaluation mode."""
+        return self
+
+    def tie_weights(self) -> None:
+        """Nothing to do: tied weights are one value."""
+
+    def to(self, *args: Any, **kwargs: Any) -> CompiledModel:
+        """Itself, where the device and type are those it has already.
+
+        Raises:
+            BadInput: for any other; the Program was compiled for this one.
+        """
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is not None and torch.device(device).type != self.device.type:
+            raise errors.BadInput(argument="device", reason=f"the model was compiled for {self.device}, not {device}")
+        if dtype is not None and dtype != self.dtype:
+            raise errors.BadInput(argument="dtype", reason=f"the model was compiled for {self.dtype}, not {dtype}")
+        return self
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Takes and returns what the original model did.
+
+        A causal language model takes ``input_ids`` [B, S], and by keyword ``attention_mask``, ``position_ids``,
+        ``labels``, ``past_key_values`` (a KVCache), ``use_cache``, ``logits_to_keep`` and ``return_dict``; without
+        ``use_cache=True`` no cache is kept. An encoder takes its inputs by keyword. Any other module takes the
+        arguments it was compiled with.
+
+        Raises:
+            BadInput: for arguments that the model does not have or that have the wrong shape.
+            TokenOutOfRange, EmptyPrompt, PromptTooLong, CacheMismatch, CacheUnsupported.
+        """
+        kind = self.program.facts.kind
+        if kind == "causal_lm":
+            return calls.call_language_model(self, *args, **kwargs)
+        if kind == "encoder":
+            return calls.call_encoder(self, *args, **kwargs)
+        return calls.call_module(self, args, kwargs)
+
+    def generate(
+        self,
+        inputs: Tensor | None = None,
+        generation_config: Any = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        prefix_allowed_tokens_fn: Callable[[int, Tensor], list[int]] | None = None,
+        streamer: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Continues prompts, greedily or by sampling, with transformers' arguments and the same result.
+
+        Args:
+            inputs: token ids [B, S], also as ``input_ids``; left out, generation starts from the first token.
+            generation_config: a transformers GenerationConfig; options given by keyword go first.
+            logits_processor, stopping_criteria, prefix_allowed_tokens_fn, streamer: as transformers takes them.
+            kwargs: ``attention_mask`` [B, S] (0 at padding, which is on the left), ``position_ids``,
+                ``past_key_values`` (a KVCache), ``tokenizer`` (for ``stop_strings``), and the options of
+                GenerationConfig: ``max_new_tokens``, ``do_sample``, ``temperature``, ...
+
+        Returns:
+            Token ids [B, up to max_length], prompts included, or a GenerateDecoderOnlyOutput with
+            ``return_dict_in_generate``.
+
+        Raises:
+            NotGenerative. EmptyPrompt, PromptTooLong, TokenOutOfRange, BadInput: for the prompt.
+            UnsupportedGenerateOption: for beam search, assisted decoding and unknown options; none is ignored.
+
+        Example:
+            >>> compiled.generate(tokenizer("def ", return_tensors="pt").input_ids, max_new_tokens=32)
+        """
+        if not self.can_generate():
+            facts = self.program.facts
+            raise errors.NotGenerative(model=facts.architecture or "the model", reason=f"its kind is {facts.kind}")
+        return generation.generate(
+            self, inputs, generation_config, logits_processor, stopping_criteria, prefix_allowed_tokens_fn, streamer,
+            **kwargs,
+        )  # fmt: skip
+
+    def run(self, inputs: dict[str, Tensor]) -> tuple[Any, ...]:
+        """The flat outputs for inputs by name; those that the Program does not take are left out."""
+        return self._executable(*(inputs[value.name] for value in self.program.inputs))
+
+    def step(self, *, masked: bool = True, last_only: bool = False) -> Step:
+        """The Program over a KV cache, lowered when it is first asked for; see ``bind_cache``.
+
+        Raises:
+            CacheUnsupported: with the reason, where the model cannot be cached.
+        """
+        key = (masked, last_only)
+        if key not in self._steps:
+            bound = bind_cache(self.program, masked=masked, last_only=last_only)
+            executable: Executable = self.target.lower(bound)
+            name = "step" + "_masked" * masked + "_last" * last_only
+            self._sources |= {f"{name}/{file}": source for file, source in executable.code.items()}
+            self._steps[key] = Step(bound, executable)
+        return self._steps[key]
+
+    def new_cache(self, batch: int, tokens: int = 0) -> KVCache:
+        """An empty cache for ``batch`` sequences, with room for ``tokens`` tokens at first.
+
+        Raises:
+            CacheUnsupported, PromptTooLong: beyond ``kv_cache.max_tokens``.
+        """
+        limit = self.kv_cache.max_tokens
+        if limit is not None and tokens > limit:
+            raise errors.PromptTooLong(length=tokens, capacity=limit)
+        return KVCache(self.step().slots, batch, max(1, tokens), limit, self.device)
+
+    def decoder(self, plan: generation.Plan) -> Decoder:
+        """What runs a call of ``generate``: over a cache, unless the call or the model is against it."""
+        if plan.use_cache is False:
+            return RecomputingDecoder(self.run, plan.max_length)
+        try:
+            cache = self._cache_for(plan)
+        except errors.CacheUnsupported as error:
+            if plan.use_cache or plan.cache is not None:
+                raise
+            log.warning("generating without a KV cache, each token at the cost of the whole sequence: %s", error)
+            return RecomputingDecoder(self.run, plan.max_length)
+        masked = bool((plan.mask == 0).any())
+        return CachedDecoder(self.step(masked=masked, last_only=True), cache, plan.config.prefill_chunk_size)
+
+    def _cache_for(self, plan: generation.Plan) -> KVCache:
+        batch, length = plan.tokens.shape
+        limit = self.kv_cache.max_tokens
+        if limit is not None and plan.max_length > limit:
+            raise errors.PromptTooLong(length=plan.max_length, capacity=limit)
+        if plan.cache is None:
+            return self.new_cache(batch, min(plan.max_length, length + _ROOM))
+        calls.check_cache(plan.cache, self.step().slots, batch)
+        if plan.cache.length >= length:
+            reason = f"the prompt must go on beyond the {plan.cache.length} tokens of past_key_values, and has {length}"
+            raise errors.BadInput(argument="input_ids", reason=reason)
+        return plan.cache
+
+    # -- looking inside, and keeping ---------------------------------------------------------------------------------
+
+    @property
+    def code(self) -> dict[str, str]:
+        """Name -> source of everything generated so far; forms over a cache come when they are first used."""
+        return dict(self._sources)
+
+    def cost(self) -> Any:
+        """Parameters, bytes and operations as expressions in batch B, new tokens S and context T."""
+        from slim.compiler.cost import cost
+
+        return cost(self.program)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes everything ``slim.load`` needs; see ``slim.runtime.artifact.save``."""
+        from slim.runtime.artifact import save
+
+        save(self, directory)
+
+    def export(self, directory: str | Path, format: str = "transformers", *, dequantize: bool = False) -> None:
+        """Writes the model as another library reads it; see ``slim.runtime.export.export``."""
+        from slim.runtime.export import export
+
+        export(self.program, directory, format, dequantize=dequantize)

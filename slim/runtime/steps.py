@@ -1,0 +1,133 @@
+"""What runs one call of a language model: over a KV cache, or over everything from the start.
+
+Generation sees ``Decoder`` alone, so that a generated target may bring a decoder of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from slim.codegen import Executable
+from slim.compiler.program import Program
+from slim.runtime.binding import KEY_MASK, cache_slots
+from slim.runtime.cache import KVCache
+
+
+class Step:
+    """A Program bound to a cache, lowered.
+
+    Attributes:
+        slots: what its cache holds.
+    """
+
+    def __init__(self, bound: Program, executable: Executable) -> None:
+        self.executable = executable
+        self.slots = cache_slots(bound)
+        self.names = tuple(value.name for value in bound.inputs)
+        self._mask = self.names.index(KEY_MASK)
+
+    def arguments(self, cache: KVCache, key_mask: Tensor, inputs: dict[str, Tensor]) -> list[Tensor]:
+        """The inputs in their order: those of the new tokens, the mask of all keys, the cache's tensors."""
+        return [*(inputs[name] for name in self.names[: self._mask]), key_mask, *cache.tensors]
+
+    def __call__(self, cache: KVCache, mask: Tensor | None, inputs: dict[str, Tensor]) -> tuple[Any, ...]:
+        """Runs the new tokens ``inputs`` [B, S] and adds them to the cache; ``mask`` [B, S] is False at padding."""
+        tokens = inputs["input_ids"].shape[1]
+        key_mask = cache.prepare(tokens, mask)
+        outputs = self.executable(*self.arguments(cache, key_mask, inputs))
+        cache.advance(tokens)
+        return outputs
+
+
+class Decoder(Protocol):
+    """Runs a prompt, then one token a row at a time; both return the logits of the last token, [B, V]."""
+
+    def prefill(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor: ...
+    def step(self, tokens: Tensor) -> Tensor: ...
+
+
+class CachedDecoder:
+    """Decodes over a KV cache: a step costs one token."""
+
+    def __init__(self, step: Step, cache: KVCache, chunk: int | None = None) -> None:
+        self._step = step
+        self._cache = cache
+        self._chunk = chunk
+
+    def prefill(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        """Runs what of ``tokens`` [B, S] the cache does not hold yet, ``chunk`` tokens at a time."""
+        first, stop = self._cache.length, tokens.shape[1]
+        self._cache.mask[:, :first] = mask[:, :first].bool()
+        logits = tokens
+        for start in range(first, stop, self._chunk or stop):
+            part = slice(start, min(stop, start + (self._chunk or stop)))
+            inputs = {
+                "input_ids": tokens[:, part], "attention_mask": mask[:, part], "position_ids": positions[:, part]
+            }  # fmt: skip
+            logits = self._step(self._cache, mask[:, part].bool(), inputs)[0]
+        self._prepare_steps(positions)
+        return logits[:, -1]
+
+    def _prepare_steps(self, positions: Tensor) -> None:
+        """Allocates what every step reuses."""
+        self._token = positions.new_zeros(positions.shape[0], 1)
+        self._position = positions[:, -1:].clone()
+        self._inputs = {
+            "input_ids": self._token, "position_ids": self._position, "attention_mask": torch.ones_like(self._token)
+        }  # fmt: skip
+        self._arguments: list[Tensor] = []
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """One token a row, [B]."""
+        cache = self._cache
+        self._token[:, 0] = tokens
+        self._position += 1
+        end = cache.length + 1
+        if end > cache.capacity or not self._arguments:
+            cache.reserve(1)
+            self._arguments = self._step.arguments(cache, cache.mask, self._inputs)
+        self._arguments[self._step._mask] = cache.mask[:, :end]
+        logits: Tensor = self._step.executable(*self._arguments)[0]
+        cache.length = end
+        return logits[:, -1]
+
+
+class RecomputingDecoder:
+    """Decodes without a cache: every step runs all tokens again."""
+
+    def __init__(self, forward: Callable[[dict[str, Tensor]], tuple[Any, ...]], room: int) -> None:
+        self._forward = forward
+        self._room = room
+        self._length = 0
+
+    def prefill(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
+        self._length = tokens.shape[1]
+        self._inputs = {
+            "input_ids": _extended(tokens, self._room, 0),
+            "attention_mask": _extended(mask, self._room, 1),
+            "position_ids": _extended(positions, self._room, 0),
+        }
+        return self._run()
+
+    def step(self, tokens: Tensor) -> Tensor:
+        here = self._length
+        self._inputs["input_ids"][:, here] = tokens
+        self._inputs["position_ids"][:, here] = self._inputs["position_ids"][:, here - 1] + 1
+        self._length += 1
+        return self._run()
+
+    def _run(self) -> Tensor:
+        inputs = {name: value[:, : self._length] for name, value in self._inputs.items()}
+        logits: Tensor = self._forward(inputs)[0]
+        return logits[:, -1]
+
+
+def _extended(values: Tensor, room: int, fill: int) -> Tensor:
+    """``values`` [B, S] as the start of [B, room]."""
+    wide = values.new_full((values.shape[0], room), fill)
+    wide[:, : values.shape[1]] = values
+    return wide
