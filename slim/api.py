@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,8 @@ from slim.compiler.passes_base import Context, Pass, Progress
 from slim.compiler.pipeline import run_pipeline
 from slim.compiler.program import Program
 from slim.passes import as_passes
-from slim.runtime.compiled import CompiledModel
 from slim.runtime.cache import KVCacheConfig
+from slim.runtime.compiled import CompiledModel
 
 
 def compile(
@@ -83,6 +84,6 @@ def _lift(model: nn.Module | str | Path, example_inputs: Any) -> Program:
 def _context(
     calibration: Any, verify: bool, strict: bool, dump: str | Path | None, progress: Progress | None
 ) -> Context:
-    options = {} if progress is None else {"progress": progress}
     folder = None if dump is None else Path(dump)
-    return Context(calibration=calibration, verify=verify, strict=strict, dump=folder, **options)
+    context = Context(calibration=calibration, verify=verify, strict=strict, dump=folder)
+    return context if progress is None else replace(context, progress=progress)

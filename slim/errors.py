@@ -329,6 +329,17 @@ class BadInput(SlimError, ValueError):
     reason: str
 
 
+class UnreadableFile(SlimError, OSError):
+    """A file that was named on the command line cannot be used."""
+
+    message = "cannot use '{path}' for {option}: {reason}"
+    hint = "give the path of a UTF-8 text file; `slim COMMAND --help` says what it should hold."
+
+    option: str
+    path: StrPath
+    reason: str
+
+
 class EmptyPrompt(SlimError, ValueError):
     """There is no token to continue from."""
 

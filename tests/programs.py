@@ -50,7 +50,9 @@ class Counted:
         Counted.alive = Counted.most = 0
 
 
-def program(lines: str, weights: dict[str, Tensor | Deferred], inputs: str = "x: f32[B, S, 8]", **facts: Any) -> Program:
+def program(
+    lines: str, weights: dict[str, Tensor | Deferred], inputs: str = "x: f32[B, S, 8]", **facts: Any
+) -> Program:
     """A Program from the lines of its body; types on the left are not needed."""
     body = "\n".join(f"    {_typed(line.strip())}" for line in lines.strip().splitlines())
     text = f"{HEADER}: hand-written\n\n\ndef forward(weights, {inputs}):\n{body}\n"

@@ -1,7 +1,8 @@
 """The target "eager": the Program's own graph as one Python function over PyTorch, with nothing compiled.
 
-Its meaning is the Program's. What it does differently is where the dialect says *what* and a machine cares *how*:
-quantised weights are read as they are stored, and no float copy of them is kept.
+Its meaning is the Program's. Where the dialect says *what* and a machine cares *how*, it does what is faster:
+quantised weights are read as they are stored, what all layers share is computed once, and operations are called
+directly, past the dispatcher.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from slim.codegen import eager_ops
 from slim.compiler.program import Program
+from slim.compiler.rules import argument
 
 aten, slim = torch.ops.aten, torch.ops.slim
 
@@ -57,94 +60,108 @@ def _load(source: str, names: dict[str, Any]) -> Any:
 
 # -- lowering ----------------------------------------------------------------------------------------------------------
 
+# The same functions by PyTorch's own bindings: a call of an ATen overload from Python costs twice as much.
+_DIRECT: dict[Any, Any] = {
+    aten.linear.default: F.linear,
+    aten.add.Tensor: torch.add,
+    aten.mul.Tensor: torch.mul,
+    aten.reshape.default: torch.reshape,
+    aten.transpose.int: torch.transpose,
+    aten.silu.default: F.silu,
+    aten.cat.default: torch.cat,
+    slim.rms_norm.default: eager_ops.rms_norm,
+    slim.layer_norm.default: eager_ops.layer_norm,
+    slim.rope_table.default: eager_ops.rope_table,
+    slim.expert_linear.default: eager_ops.expert_linear,
+}
+
 
 def lower(program: Program) -> fx.Graph:
-    """A copy of the Program's graph in which whatever reads a quantised weight reads its integers."""
-    graph = program.copy().graph
-    for node in list(graph.nodes):
-        if node.op == "call_function":
-            _lower_node(graph, node)
-    for node in reversed(list(graph.nodes)):  # what the rewritten nodes left behind; effects have users or stay
+    """The Program's graph over the functions of ``eager_ops`` and PyTorch."""
+    copy = program.copy()
+    lowering = _Lowering(copy.graph)
+    for node in list(copy.nodes()):
+        lowering.visit(node)
+    for node in reversed(list(copy.graph.nodes)):  # what the new nodes no longer read
         if not node.users and (node.op == "get_attr" or node.target is slim.dequantize.default):
-            graph.erase_node(node)
-    return graph
+            copy.graph.erase_node(node)
+    return copy.graph
 
 
-def _lower_node(graph: fx.Graph, node: fx.Node) -> None:
-    if node.target is aten.linear.default and _per_row(node.args[1]):
-        x, weight, bias = (*node.args, None)[:3]
-        _replace(graph, node, int8_linear, x, *_stored(weight), bias)
-    elif node.target is aten.embedding.default and _per_row(node.args[0]):
-        _replace(graph, node, int8_embedding, *_stored(node.args[0]), node.args[1])
-    elif node.target is slim.expert_linear.default and _per_row(node.args[1]):
-        x, weight, bias, expert = node.args
-        _replace(graph, node, int8_expert_linear, x, *_stored(weight), bias, expert)
+class _Lowering:
+    """Rewrites nodes one by one, in order; remembers what later layers may share."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.shared: dict[Any, fx.Node] = {}
+
+    def visit(self, node: fx.Node) -> None:
+        target = node.target
+        if target is aten.linear.default and _is_per_row(node.args[1]):
+            x, weight, bias = (*node.args, None)[:3]
+            self._replace(node, eager_ops.int8_linear, x, *_stored(weight), bias)
+        elif target is aten.embedding.default and _is_per_row(node.args[0]):
+            self._replace(node, eager_ops.int8_embedding, *_stored(node.args[0]), node.args[1])
+        elif target is slim.expert_linear.default and _is_per_row(node.args[1]):
+            x, weight, bias, expert = node.args
+            self._replace(node, eager_ops.int8_expert_linear, x, *_stored(weight), bias, expert)
+        elif target is slim.attention.default or target is slim.cached_attention.default:
+            self._attention(node)
+        elif target is slim.rope.default:
+            self._rope(node)
+        elif target in _DIRECT:
+            node.target = _DIRECT[target]
+
+    def _rope(self, node: fx.Node) -> None:
+        """Angles are laid out once for all layers, so that a rotation is two products and a sum."""
+        x, cos, sin = node.args
+        interleaved = node.kwargs.get("interleaved", False)
+        if not x.meta["val"].dtype == cos.meta["val"].dtype == torch.float32:  # type: ignore[union-attr]
+            node.target = eager_ops.rope  # narrow types round at every step, and the Program says where
+            return
+        wide = self._share(node, eager_ops.widen_angles, cos, sin, interleaved)
+        self._replace(node, eager_ops.rotate, x, wide, interleaved)
+
+    def _attention(self, node: fx.Node) -> None:
+        """Which keys are seen is computed once for all layers that look alike."""
+        q, k, v, mask, window = (argument(node, name) for name in ("q", "k", "v", "key_mask", "window"))
+        causal = argument(node, "causal")
+        tail = [argument(node, name) for name in ("sinks", "slopes", "scale", "softcap")]
+        if node.target is slim.attention.default:
+            seen = self._share(node, eager_ops.seen_keys, mask, causal, window, sizes=(q, k))
+            bias = argument(node, "bias")
+            self._replace(node, eager_ops.attention, seen, q, k, v, bias, *tail, causal)
+        else:
+            start = argument(node, "start")
+            seen = self._share(node, eager_ops.seen_cached_keys, mask, start, window, sizes=(q,))
+            caches = argument(node, "k_cache"), argument(node, "v_cache")
+            self._replace(node, eager_ops.cached_attention, seen, q, k, v, *caches, start, window, *tail)
+
+    def _share(self, node: fx.Node, function: Any, *args: Any, sizes: tuple[fx.Node, ...] = ()) -> fx.Node:
+        """``function(*sizes, *args)``, computed once for equal ``args`` and equal shapes of ``sizes``."""
+        key = (function, args, tuple(str(size.meta["val"].shape[2]) for size in sizes))
+        if key not in self.shared:
+            with self.graph.inserting_before(node):
+                self.shared[key] = self.graph.call_function(function, (*sizes, *args))
+        return self.shared[key]
+
+    def _replace(self, node: fx.Node, function: Any, *args: Any) -> None:
+        with self.graph.inserting_before(node):
+            new = self.graph.call_function(function, args)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        self.graph.erase_node(node)
 
 
-def _per_row(weight: Any) -> bool:
+def _is_per_row(weight: Any) -> bool:
     """Whether ``weight`` is an int8 tensor [..., m, n] with one scale for each row of n."""
     if not isinstance(weight, fx.Node) or weight.target is not slim.dequantize.default:
         return False
-    q, scale, zero_point = (*weight.args, None)[:3]
-    rows = q.meta["val"].shape[:-1]
-    axis = weight.kwargs.get("axis")
-    plain = zero_point is None and weight.kwargs.get("group_size") is None
-    return bool(plain and scale.meta["val"].shape == rows and axis == len(rows) - 1)
+    q, scale = weight.args[:2]
+    rows = q.meta["val"].shape[:-1]  # type: ignore[union-attr]
+    plain = argument(weight, "zero_point") is None and argument(weight, "group_size") is None
+    return bool(plain and scale.meta["val"].shape == rows and argument(weight, "axis") == len(rows) - 1)  # type: ignore[union-attr]
 
 
 def _stored(weight: fx.Node) -> tuple[Any, Any, torch.dtype]:
     return weight.args[0], weight.args[1], weight.meta["val"].dtype
-
-
-def _replace(graph: fx.Graph, node: fx.Node, function: Any, *args: Any) -> None:
-    with graph.inserting_before(node):
-        new = graph.call_function(function, args)
-    new.meta = dict(node.meta)
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-
-
-# -- quantised operations ----------------------------------------------------------------------------------------------
-
-# Rows of int8 are widened a block at a time, so that the float copy stays in the cache: measured on AVX2, 512 KiB is
-# best for a few tokens (half the time of widening the whole weight), 4 MiB where the product dominates.
-_FEW_TOKENS = 8
-_SMALL_BLOCK, _LARGE_BLOCK = 1 << 17, 1 << 20
-
-
-def int8_linear(x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
-    """x (q * scale)^T + bias for x [..., n], q int8 [m, n], scale [m]; the scale is applied to the product."""
-    rows = x.reshape(-1, x.shape[-1])
-    if dtype == torch.bfloat16 and x.device.type == "cpu":  # torch has a kernel here, faster than bfloat16 itself
-        ones = torch.ones(q.shape[0], dtype=dtype)  # a scale rounded to bfloat16 would bias its whole row
-        y = (torch._weight_int8pack_mm(rows.contiguous(), q, ones) * scale).to(dtype)
-    elif dtype == torch.float32:
-        y = _widened_product(rows, q).mul_(scale)
-    else:
-        y = F.linear(rows, (q.float() * scale[:, None]).to(dtype))
-    y = y if bias is None else y + bias
-    return y.view(*x.shape[:-1], q.shape[0])
-
-
-def _widened_product(rows: Tensor, q: Tensor) -> Tensor:
-    elements = _SMALL_BLOCK if rows.shape[0] <= _FEW_TOKENS else _LARGE_BLOCK
-    block = max(1, elements // q.shape[1])
-    if block >= q.shape[0]:
-        return F.linear(rows, q.to(rows.dtype))
-    return torch.cat([F.linear(rows, part.to(rows.dtype)) for part in q.split(block)], dim=-1)
-
-
-def int8_embedding(q: Tensor, scale: Tensor, dtype: torch.dtype, tokens: Tensor) -> Tensor:
-    """Rows ``tokens`` of q * scale: only the rows that are asked for are widened."""
-    return (F.embedding(tokens, q).float() * F.embedding(tokens, scale[:, None])).to(dtype)
-
-
-def int8_expert_linear(
-    x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None, expert: Tensor
-) -> Tensor:
-    """``slim.expert_linear`` for q int8 [E, m, n] and scale [E, m]: only the experts that are asked for are read."""
-    y = x.new_empty(x.shape[0], q.shape[1])
-    for index in torch.unique(expert).tolist():
-        rows = (expert == index).nonzero(as_tuple=True)[0]
-        y[rows] = int8_linear(x[rows], q[index], scale[index], dtype, None if bias is None else bias[index])
-    return y

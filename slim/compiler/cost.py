@@ -33,7 +33,7 @@ class Work(NamedTuple):
     kind: str
     flops: sympy.Expr
     nbytes: sympy.Expr
-    count: int
+    nodes: int
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,11 @@ class Cost:
 
     @property
     def flops(self) -> sympy.Expr:
-        return sympy.Add(*(item.flops * item.count for item in self.work))
+        return sympy.Add(*(item.flops * item.nodes for item in self.work))
 
     @property
     def bytes_moved(self) -> sympy.Expr:
-        return sympy.Add(*(item.nbytes * item.count for item in self.work))
+        return sympy.Add(*(item.nbytes * item.nodes for item in self.work))
 
     @property
     def prefill_flops(self) -> sympy.Expr:
@@ -100,7 +100,7 @@ class Cost:
         Args:
             bandwidth: bytes a second that the machine reads. flops_rate: floating-point operations a second.
         """
-        terms = (item.count * sympy.Max(item.flops / flops_rate, item.nbytes / bandwidth) for item in self.work)
+        terms = (item.nodes * sympy.Max(item.flops / flops_rate, item.nbytes / bandwidth) for item in self.work)
         return sympy.Add(*terms)
 
 
@@ -160,7 +160,7 @@ class _Reader:
 
     def _attention_bytes(self, node: fx.Node) -> sympy.Expr:
         """Queries, results, the new keys and values written, and all keys and values in sight read."""
-        q, k, v = node.args[:3]
+        q, k = node.args[:2]
         window = argument(node, "window")
         seen = T if window is None else sympy.Min(T, self._size(q, 2) + window - 1)
         cached = self._size(q, 0) * self.kv_bytes(node) * (seen + self._size(k, 2))
@@ -227,6 +227,6 @@ def _kind(node: fx.Node) -> str:
 
 # Matrix products: which argument, and which of its dimensions, is summed over.
 _DEPTH: dict[Any, tuple[int, int]] = {
-    LINEAR: (0, -1), EXPERTS: (0, -1), aten.mm.default: (0, -1), aten.bmm.default: (0, -1), aten.matmul.default: (0, -1),
-    aten.addmm.default: (1, -1), aten.baddbmm.default: (1, -1), aten.mv.default: (0, -1), aten.dot.default: (0, -1),
+    LINEAR: (0, -1), EXPERTS: (0, -1), aten.matmul.default: (0, -1), aten.mm.default: (0, -1), aten.mv.default: (0, -1),
+    aten.bmm.default: (0, -1), aten.dot.default: (0, -1), aten.addmm.default: (1, -1), aten.baddbmm.default: (1, -1),
 }  # fmt: skip

@@ -122,7 +122,10 @@ class _Run:
 
     def _measure(self, before: Program, after: Program, pass_: Pass, report: Report) -> Outputs:
         assert self.probe is not None
-        outputs = self.probe.run(after)
+        try:
+            outputs = self.probe.run(after)
+        except errors.NonFiniteWeight as error:  # all weights were finite before the pass
+            raise ArithmeticError(f"it left weight '{error.name}' with {error.count} {error.kind} values") from error
         report.error = self.probe.error(self.latest, outputs)
         report.drift = self.probe.error(self.lifted, outputs)
         if pass_.lossless and report.error > tolerance(before):
@@ -133,7 +136,8 @@ class _Run:
 
     def _tell_from_rounding(self, before: Program, pass_: Pass, report: Report) -> None:
         """Raises NotLossless where the output moved more than rounding alone can move it in this model."""
-        assert self.probe is not None and report.error is not None
+        assert self.probe is not None
+        assert report.error is not None
         noise = rounding_noise(self.probe, before, self.latest)
         allowed = max(tolerance(before), _NOISES * noise)
         if not report.error <= allowed:

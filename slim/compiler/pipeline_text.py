@@ -100,9 +100,7 @@ class _Reader:
             return ast.literal_eval(node)
         except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
             shown = ast.get_source_segment(f"{_OPEN}{self.text}\n)", node) or "this"
-            raise self._bad(
-                self._at(node), f"{shown} is not a number, string, list, True, False or None"
-            ) from None
+            raise self._bad(self._at(node), f"{shown} is not a number, string, list, True, False or None") from None
 
     def _bad(self, position: int, reason: str) -> errors.BadPipelineText:
         return errors.BadPipelineText(text=self.text, position=position, reason=reason)

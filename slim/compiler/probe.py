@@ -156,7 +156,9 @@ def _sizes(inputs: tuple[Input, ...]) -> Mapping[str, int]:
 def tolerance(program: Program) -> float:
     """How far a lossless pass may move the output: 1e-5 in float32, and as many roundings in a narrower type."""
     weights = program.weights
-    held = {weights.dtype(name) for name in weights if weights.numel(name) > 1 and weights.dtype(name).is_floating_point}
+    held = {
+        weights.dtype(name) for name in weights if weights.numel(name) > 1 and weights.dtype(name).is_floating_point
+    }
     narrow = max((torch.finfo(dtype).eps for dtype in held), default=torch.finfo(torch.float32).eps)
     return max(1e-5, 8 * narrow)
 

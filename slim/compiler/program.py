@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 import slim.compiler.dialect  # noqa: F401  registers the ops that every Program is written in
 from slim.compiler.types import Input, Typer
@@ -136,7 +136,8 @@ class Program:
     def insert(self, before: fx.Node, target: Callable[..., Any], *args: Any, like: fx.Node, **kwargs: Any) -> fx.Node:
         """A new operation before ``before``, typed, with the provenance of ``like``."""
         args, kwargs = without_defaults(target, args, kwargs)
-        name = str(getattr(target, "_schema", target).name).split("::")[-1] if hasattr(target, "_schema") else None
+        schema = getattr(target, "_schema", None)
+        name = schema.name.split("::")[-1] if schema is not None else None
         with self.graph.inserting_before(before):
             node = self.graph.create_node("call_function", target, args, kwargs, name=name)
         node.meta.update(provenance(like))
@@ -166,6 +167,7 @@ class Program:
 class _Streaming(fx.Interpreter):
     def __init__(self, program: Program) -> None:
         super().__init__(fx.GraphModule({}, fx.Graph()), garbage_collect_values=True, graph=program.graph)
+        self.extra_traceback = False  # errors of slim's own say all there is to say
         self.weights = program.weights
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> None:
@@ -213,5 +215,3 @@ def _identifier(name: str) -> str:
 def _has_effect(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and schema.is_mutable
-
-

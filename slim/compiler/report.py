@@ -101,13 +101,15 @@ class PipelineReport:
 
 
 def _report(data: dict[str, Any]) -> Report:
-    return Report(**{
-        **data,
-        "skipped": [Skip(*pair) for pair in data["skipped"]],
-        "rules": {name: Count(**count) for name, count in data["rules"].items()},
-        "before": data["before"] and Size(**data["before"]),
-        "after": data["after"] and Size(**data["after"]),
-    })
+    return Report(
+        **{
+            **data,
+            "skipped": [Skip(*pair) for pair in data["skipped"]],
+            "rules": {name: Count(**count) for name, count in data["rules"].items()},
+            "before": data["before"] and Size(**data["before"]),
+            "after": data["after"] and Size(**data["after"]),
+        }
+    )
 
 
 # -- for people --------------------------------------------------------------------------------------------------------

@@ -271,4 +271,6 @@ def _same_type(program: Program, rule: Rule, old: fx.Node, new: fx.Node) -> None
     if isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor):
         same = before.dtype == after.dtype and len(before.shape) == len(after.shape)
         if not same:
-            raise TypeError(f"rule {rule.name!r} turned {before.dtype}{list(before.shape)} into {after.dtype}{list(after.shape)}")
+            raise TypeError(
+                f"rule {rule.name!r} turned {before.dtype}{list(before.shape)} into {after.dtype}{list(after.shape)}"
+            )

@@ -117,13 +117,12 @@ def _find_function(text: str) -> ast.FunctionDef:
 
 
 def _read_input(argument: ast.arg) -> Input:
-    annotation = argument.annotation
+    annotation: Any = argument.annotation
     try:
-        assert isinstance(annotation, ast.Subscript) and isinstance(annotation.value, ast.Name)
         dims = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
         shape = tuple(d.id if isinstance(d, ast.Name) else int(ast.literal_eval(d)) for d in dims)
         return Input(argument.arg, LONG[annotation.value.id], shape)
-    except (AssertionError, KeyError, ValueError) as error:
+    except (AttributeError, KeyError, ValueError) as error:
         raise errors.BadIR(line=argument.lineno, reason=f"input {argument.arg} has no readable type") from error
 
 

@@ -17,9 +17,17 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from slim.compiler.weights import Weights
 
 SHORT = {
-    torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16",
-    torch.float8_e4m3fn: "f8e4m3", torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8",
-    torch.uint8: "u8", torch.bool: "bool",
+    torch.float64: "f64",
+    torch.float32: "f32",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float8_e4m3fn: "f8e4m3",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.int16: "i16",
+    torch.int8: "i8",
+    torch.uint8: "u8",
+    torch.bool: "bool",
 }
 LONG = {short: dtype for dtype, short in SHORT.items()}
 
@@ -52,23 +60,25 @@ class Typer:
         for value in inputs:
             for position, dim in enumerate(value.shape):
                 if isinstance(dim, str):
-                    size = self.inputs[value.name].shape[position]
+                    size: Any = self.inputs[value.name].shape[position]
                     self.dims[size.node.expr] = dim
 
     def extended(self, inputs: tuple[Input, ...]) -> Typer:
         """These types with more inputs: types made so far stay valid, since known symbols keep their meaning."""
         other = copy.copy(self)
-        names = list(dict.fromkeys(d for value in (*self._declared, *inputs) for d in value.shape if isinstance(d, str)))
+        names = list(
+            dict.fromkeys(d for value in (*self._declared, *inputs) for d in value.shape if isinstance(d, str))
+        )
         other._declare(inputs, dict(zip(names, _HINTS, strict=False)))
         return other
 
     def _fake_input(self, value: Input, hints: dict[str, int]) -> FakeTensor:
         sizes = [hints[d] if isinstance(d, str) else d for d in value.shape]
         dynamic = [DimDynamic.DUCK if isinstance(d, str) else DimDynamic.STATIC for d in value.shape]
-        context = StatelessSymbolicContext(dynamic_sizes=dynamic)
+        context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=dynamic)
         return self.mode.from_tensor(torch.empty(sizes, dtype=value.dtype), symbolic_context=context)
 
-    def weight(self, shape: tuple[int, ...], dtype: torch.dtype) -> FakeTensor:
+    def weight(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         with self.mode:
             return torch.empty(shape, dtype=dtype)
 
@@ -116,7 +126,15 @@ def expression(size: Any, dims: Mapping[sympy.Symbol, str]) -> sympy.Expr:
     return expr.xreplace({s: sympy.Symbol(n, integer=True, positive=True) for s, n in dims.items()})
 
 
-SIZE_OPS = frozenset({
-    operator.add, operator.sub, operator.mul, operator.floordiv, operator.mod, operator.neg,
-    torch.sym_max, torch.sym_min,
-})
+SIZE_OPS = frozenset(
+    {
+        operator.add,
+        operator.sub,
+        operator.mul,
+        operator.floordiv,
+        operator.mod,
+        operator.neg,
+        torch.sym_max,
+        torch.sym_min,
+    }
+)

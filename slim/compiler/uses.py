@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import fx
@@ -49,7 +49,11 @@ def _role(value: fx.Node, reader: fx.Node) -> Role:
     places = [index for index, argument in enumerate(reader.args) if argument is value]
     if len(places) != 1 or value in reader.kwargs.values():
         return Role.OTHER
-    known = {(LINEAR, 1): Role.LINEAR, (EXPERTS, 1): Role.EXPERTS, (EMBEDDING, 0): Role.TABLE}
+    known: dict[tuple[Any, int], Role] = {
+        (LINEAR, 1): Role.LINEAR,
+        (EXPERTS, 1): Role.EXPERTS,
+        (EMBEDDING, 0): Role.TABLE,
+    }
     return known.get((reader.target, places[0]), Role.OTHER)
 
 

@@ -1,7 +1,7 @@
 """What a user can put into ``passes=[...]``: one file a pass, found by being in this folder.
 
-    slim.compile(model, passes=[FoldNorms(), Quantize("int8")])
-    slim.compile(model, passes='fold_norms, quantize("int8")')
+slim.compile(model, passes=[FoldNorms(), Quantize("int8")])
+slim.compile(model, passes='fold_norms, quantize("int8")')
 """
 
 from __future__ import annotations

@@ -60,7 +60,9 @@ class FoldNorms(Pass):
                 continue
             _fold(program, site)
             report.matched.append(name)
-        report.notes += [f"{name} is new: its linear had no bias to hold the norm's shift" for name in program.facts.added]
+        report.notes += [
+            f"{name} is new: its linear had no bias to hold the norm's shift" for name in program.facts.added
+        ]
         return report
 
 

@@ -88,7 +88,9 @@ class Quantize(Pass):
                 report.skipped.append(Skip(name, reason))
                 continue
             if self._is_shared(node) and not self.embeddings:
-                report.notes.append(f"{name} is embedding and head at once, so the embedding is quantised with the head")
+                report.notes.append(
+                    f"{name} is embedding and head at once, so the embedding is quantised with the head"
+                )
             yield node
 
     def _refused(self, node: fx.Node, is_head: bool) -> str | None:
@@ -184,7 +186,8 @@ def round_to_nearest(weight: Tensor) -> tuple[Tensor, Tensor]:
     q = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
     scale = torch.empty(rows.shape[0], dtype=torch.float32, device=weight.device)
     for block in row_blocks(rows.shape):
-        wide = rows[block].float()
-        scale[block] = (wide.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float32).tiny)
-        q[block] = slim.quantize(wide, scale[block], axis=0, low=-127)
+        wide = rows[block].to(torch.float32, copy=True)
+        low, high = wide.aminmax(dim=-1)
+        scale[block] = (torch.maximum(-low, high) / 127).clamp_min_(torch.finfo(torch.float32).tiny)
+        q[block] = wide.div_(scale[block, None]).round_().clamp_(-127, 127)  # slim.quantize, in place
     return q.view(weight.shape), scale.view(weight.shape[:-1])

@@ -33,10 +33,13 @@ def restored(after, name):
 
 @settings(deadline=None)
 @given(
-    st.integers(1, 5), st.integers(1, 9), st.integers(0, 2**31), st.floats(-30, 30), st.sampled_from(["f4", "f2", "bf2"])
-)  # fmt: skip
-def test_every_weight_is_within_half_a_step(rows, width, seed, log_size, kind):
-    dtype = {"f4": torch.float32, "f2": torch.float16, "bf2": torch.bfloat16}[kind]
+    rows=st.integers(1, 5),
+    width=st.integers(1, 9),
+    seed=st.integers(0, 2**31),
+    log_size=st.floats(-30, 30),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+)
+def test_every_weight_is_within_half_a_step(rows, width, seed, log_size, dtype):
     spread = torch.randn(rows, width, generator=torch.Generator().manual_seed(seed)).double() * 10.0**log_size
     weight = spread.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
     q, scale = round_to_nearest(weight)
@@ -85,8 +88,10 @@ def test_two_readers_of_one_weight_read_one_restored_value():
     assert len(list(after.nodes(DEQUANTIZE))) == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["llama", "qwen2", "gemma", "gpt2", "mixtral"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [*((name, torch.float32) for name in ("llama", "qwen2", "gemma", "gpt2", "mixtral")), ("llama", torch.bfloat16)],
+)
 def test_models_stay_close_and_their_text_reads_back(name, dtype):
     before = lifted(name, dtype)
     after, report = run_pipeline(before, [Quantize()], Context())
@@ -99,7 +104,7 @@ def test_models_stay_close_and_their_text_reads_back(name, dtype):
 
 def test_embeddings_and_routers_are_left_alone_and_said_so():
     _, report = quantized(lifted("mixtral"))
-    reasons = {site: reason for site, reason in report.skipped}
+    reasons = dict(report.skipped)
     assert reasons["model.embed_tokens.weight"] == "it is an embedding (embeddings=False)"
     assert reasons["model.layers.1.mlp.gate.weight"] == "it routes tokens to experts"
     assert "lm_head.weight" in report.matched

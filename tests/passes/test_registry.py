@@ -1,6 +1,7 @@
 """Passes are found by lying in the folder, and their text and their objects say the same."""
 
 import ast
+import contextlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -56,10 +57,8 @@ def test_the_repr_of_a_pass_is_its_text_and_equal_passes_hash_alike(made):
 
 @given(st.text())
 def test_any_text_is_read_or_refused_with_an_error_of_the_catalogue(text):
-    try:
-        read_pipeline(text, KNOWN)
-    except errors.SlimError as error:
-        assert str(error)
+    with contextlib.suppress(errors.SlimError):
+        assert all(isinstance(one, Pass) for one in read_pipeline(text, KNOWN))
 
 
 def test_every_pass_in_the_folder_is_found_and_exported():

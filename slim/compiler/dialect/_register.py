@@ -25,7 +25,7 @@ def define(
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)
     if differentiable:
         torch.library.register_autograd(
-            qualified, _recomputed_backward(reference), setup_context=_save_inputs, lib=_LIBRARY
+            qualified, _recomputed_backward(reference, _types_in(schema)), setup_context=_save_inputs, lib=_LIBRARY
         )
 
 
@@ -38,7 +38,20 @@ def _save_inputs(
     ctx.save_for_backward(*(inputs[i] for i in ctx.tensors))
 
 
-def _recomputed_backward(reference: Callable[..., Any]) -> Callable[..., Any]:
+# c10::ScalarType: autograd hands a dtype on as its number.
+_BY_NUMBER = {
+    0: torch.uint8, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.int64, 5: torch.float16, 6: torch.float32,
+    7: torch.float64, 11: torch.bool, 15: torch.bfloat16,
+}  # fmt: skip
+
+
+def _types_in(schema: str) -> frozenset[str]:
+    """The arguments that are dtypes."""
+    arguments = torch._C.parse_schema(schema).arguments
+    return frozenset(a.name for a in arguments if str(a.real_type).removeprefix("Optional[").startswith("ScalarType"))
+
+
+def _recomputed_backward(reference: Callable[..., Any], types: frozenset[str]) -> Callable[..., Any]:
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         inputs = list(ctx.others)
         leaves = {}
@@ -46,8 +59,9 @@ def _recomputed_backward(reference: Callable[..., Any]) -> Callable[..., Any]:
             inputs[index] = tensor.detach()
             if tensor.is_floating_point():
                 leaves[index] = inputs[index].requires_grad_()
+        keywords = {k: _BY_NUMBER.get(v, v) if k in types else v for k, v in ctx.keywords.items()}
         with torch.enable_grad():
-            outputs = reference(*inputs, **ctx.keywords)
+            outputs = reference(*inputs, **keywords)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(out, grad) for out, grad in zip(outputs, grad_outputs, strict=True) if grad is not None]
         grads = torch.autograd.grad(

@@ -59,25 +59,33 @@ def attend(
     queries, keys = q.shape[2], k.shape[2]
     whole = bool(causal and queries == keys and offset == 0)
     plain = softcap is None and sinks is None
-    if (
-        plain
-        and bias is None
-        and slopes is None
-        and key_mask is None
-        and window is None
-        and (whole or not causal)
-    ):
+    if plain and bias is None and slopes is None and key_mask is None and window is None and (whole or not causal):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=bool(causal and queries > 1), scale=scale, enable_gqa=True
         )
     if queries == 1 and window is None and key_mask is None and causal and offset + 1 == keys:
         seen = None  # the newest token sees everything there is
     else:
-        seen = visibility(
-            key_mask, queries, keys, causal=causal, window=window, offset=offset, device=q.device
-        )
-    bias = _with_slopes(bias, slopes, queries, keys, offset, q.dtype)
-    if plain:
+        seen = visibility(key_mask, queries, keys, causal=causal, window=window, offset=offset, device=q.device)
+    return attend_to(seen, q, k, v, bias, sinks, slopes, scale=scale, softcap=softcap, offset=offset)
+
+
+def attend_to(
+    seen: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    *,
+    scale: float,
+    softcap: float | None,
+    offset: int = 0,
+) -> Tensor:
+    """``attend`` once it is known which keys are seen: bool, [B or 1, 1, S, T], None for all of them."""
+    bias = _with_slopes(bias, slopes, q.shape[2], k.shape[2], offset, q.dtype)
+    if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, _additive(seen, bias), scale=scale, enable_gqa=True)
     return _attend_by_hand(q, k, v, seen, bias, sinks, scale, softcap)
 
@@ -91,7 +99,9 @@ def _with_slopes(
     row = torch.arange(offset, offset + queries, device=slopes.device)[:, None]
     distance = torch.arange(keys, device=slopes.device)[None, :] - row
     alibi = (slopes.float()[:, None, None] * distance).to(dtype)[None]
-    return alibi if bias is None else bias + alibi
+    if bias is None:
+        return alibi
+    return alibi.masked_fill(~bias, float("-inf")) if bias.dtype == torch.bool else bias + alibi
 
 
 def _additive(seen: Tensor | None, bias: Tensor | None) -> Tensor | None:
@@ -123,10 +133,16 @@ def _attend_by_hand(
     if sinks is not None:
         sink = sinks.to(scores.dtype).reshape(1, -1, 1, 1).expand(scores.shape[0], -1, scores.shape[2], 1)
         scores = torch.cat([scores, sink], dim=-1)
-    weights = torch.softmax(scores.float(), dim=-1).nan_to_num(0.0).to(q.dtype)
+    weights = _softmax(scores.float()).to(q.dtype)
     if sinks is not None:
         weights = weights[..., :-1]
     return torch.matmul(weights, v)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    """Over the last dimension; zeros, and no gradient, for a row of nothing but -inf."""
+    empty = scores.amax(dim=-1, keepdim=True) == float("-inf")
+    return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
 
 
 def _attention(
@@ -200,7 +216,13 @@ def _cached_attention_fake(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwa
 
 
 def _visibility(
-    key_mask: Tensor | None, batch: int, queries: int, keys: int, *, causal: bool, window: int | None = None,
+    key_mask: Tensor | None,
+    batch: int,
+    queries: int,
+    keys: int,
+    *,
+    causal: bool,
+    window: int | None = None,
     additive: torch.dtype | None = None,
 ) -> Tensor:
     """[batch, 1, queries, keys]: True where visible, or 0 there and the lowest number of ``additive`` elsewhere."""
@@ -214,7 +236,12 @@ def _visibility(
 
 
 def _visibility_fake(
-    key_mask: Tensor | None, batch: int, queries: int, keys: int, *, additive: torch.dtype | None = None,
+    key_mask: Tensor | None,
+    batch: int,
+    queries: int,
+    keys: int,
+    *,
+    additive: torch.dtype | None = None,
     **kwargs: object,
 ) -> Tensor:
     device = "cpu" if key_mask is None else key_mask.device

@@ -26,9 +26,7 @@ def _rms_norm(
     return y.to(x.dtype) * (weight + offset if offset else weight)
 
 
-def _layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, offset: float = 0.0
-) -> Tensor:
+def _layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, offset: float = 0.0) -> Tensor:
     """(x - mean) / sqrt(var + eps) * (weight + offset) + bias (Ba et al., 2016)."""
     if weight is not None and offset:
         weight = weight + offset
@@ -40,11 +38,7 @@ def _same_as_x(x: Tensor, *args: object, **kwargs: object) -> Tensor:
 
 
 def _rms_norm_fake(x: Tensor, weight: Tensor | None, **kwargs: object) -> Tensor:
-    dtype = (
-        x.dtype
-        if weight is None or kwargs.get("gain_in_float")
-        else torch.promote_types(x.dtype, weight.dtype)
-    )
+    dtype = x.dtype if weight is None or kwargs.get("gain_in_float") else torch.promote_types(x.dtype, weight.dtype)
     return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
@@ -55,5 +49,6 @@ define(
 )
 define(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, *, float eps, float offset=0.0) -> Tensor",
-    _layer_norm, _same_as_x,
+    _layer_norm,
+    _same_as_x,
 )

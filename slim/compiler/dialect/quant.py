@@ -62,14 +62,14 @@ def _dequantize(
         return _restored(q, scale, zero_point, axis, group_size, dtype)
     out = torch.empty(q.shape, dtype=dtype, device=q.device)
     for rows in row_blocks(q.shape):  # or float32 copies of a large weight would be what fills the memory
-        parts = (_rows_of(grid, rows, axis) for grid in (scale, zero_point))
-        out[rows] = _restored(q[rows], *parts, axis, group_size, dtype)
+        zeros = None if zero_point is None else _rows_of(zero_point, rows, axis)
+        out[rows] = _restored(q[rows], _rows_of(scale, rows, axis), zeros, axis, group_size, dtype)
     return out
 
 
-def _rows_of(grid: Tensor | None, rows: slice, axis: int | None) -> Tensor | None:
+def _rows_of(grid: Tensor, rows: slice, axis: int | None) -> Tensor:
     """What of a scale or zero point belongs to some rows of a weight of two dimensions or more."""
-    if grid is None or axis is None or (grid.dim() == 1 and axis != 0):
+    if axis is None or (grid.dim() == 1 and axis != 0):
         return grid
     return grid[rows]
 

@@ -46,8 +46,7 @@ def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False
 
 
 define(
-    "rope_table(Tensor positions, Tensor inv_freq, *, float scale=1.0, ScalarType dtype=float32) "
-    "-> (Tensor, Tensor)",
+    "rope_table(Tensor positions, Tensor inv_freq, *, float scale=1.0, ScalarType dtype=float32) -> (Tensor, Tensor)",
     _rope_table,
     _rope_table_fake,
     differentiable=False,

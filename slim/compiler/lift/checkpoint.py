@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from contextlib import contextmanager
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,17 @@ from slim.compiler.weights import PartOf, Stored
 log = logging.getLogger(__name__)
 
 _DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
-    "U8": torch.uint8, "BOOL": torch.bool,
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
 }
 
 
@@ -77,8 +85,12 @@ class Checkpoint:
         if not missing:
             self._generation_config(model)
             return model.eval(), True
-        log.info("%s: %d names differ from the model's (%s...); transformers loads it", self.directory, len(missing),
-                 missing[0])
+        log.info(
+            "%s: %d names differ from the model's (%s...); transformers loads it",
+            self.directory,
+            len(missing),
+            missing[0],
+        )
         return _loaded(cls, self.directory, self.dtype), False
 
     def _missing(self, model: nn.Module) -> list[str]:
@@ -86,7 +98,8 @@ class Checkpoint:
         named = dict(model.named_parameters(remove_duplicate=False))
         filled = {id(parameter) for name, parameter in named.items() if self._fits(name, parameter)}
         return [
-            name for name, tensor in model.state_dict().items()
+            name
+            for name, tensor in model.state_dict().items()
             if not self._fits(name, tensor) and (name not in named or id(named[name]) not in filled)
         ]
 
@@ -163,7 +176,8 @@ def _read_header(file: Path) -> dict[str, Stored]:
         with safe_open(file, framework="pt") as handle:
             slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118  not a mapping
             return {
-                key: Stored(file, key, _DTYPES[part.get_dtype()], tuple(part.get_shape())) for key, part in slices.items()
+                key: Stored(file, key, _DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                for key, part in slices.items()
             }
     except (SafetensorError, OSError, KeyError) as error:
         raise errors.CheckpointCorrupt(file=str(file), reason=str(error)) from error

@@ -8,7 +8,6 @@ import operator
 import re
 import traceback
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -115,7 +114,8 @@ class _Builder:
         key = str(size.node.expr)
         if not size.node.expr.is_Symbol:
             raise errors.LiftFailed(
-                module=self.facts.architecture, line="inputs",
+                module=self.facts.architecture,
+                line="inputs",
                 reason=f"an input dimension depends on another one ({key}); pass example_inputs of fixed size there",
             )
         if key not in self._symbols:
@@ -132,7 +132,8 @@ class _Builder:
             elif node not in self.values:  # a constant argument (use_cache=False): traced in, no longer an input
                 self.values[node] = None
         elif node.op == "output":
-            self.graph.output(self._mapped(tuple(node.args[0])[self._mutations :]))
+            results: Any = node.args[0]
+            self.graph.output(self._mapped(tuple(results)[self._mutations :]))
         elif node.op == "call_function" and _is_dialect(node.target):
             args, kwargs = self._mapped(node.args), self._mapped(node.kwargs)
             copied = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
@@ -180,7 +181,8 @@ class _Builder:
                 node.meta["val"] = program.typer.value(node, program.weights)
             except Exception as error:
                 raise errors.LiftFailed(
-                    module=node.meta.get("module", ""), line=node.meta.get("where", where(node)),
+                    module=node.meta.get("module", ""),
+                    line=node.meta.get("where", where(node)),
                     reason=_first_lines(error),
                 ) from error
 
@@ -210,5 +212,3 @@ def _provenance(node: fx.Node) -> dict[str, str]:
     own = [(file, line) for file, line in frames if not file.startswith(_TORCH)]
     place = f"{_short(own[-1][0])}:{own[-1][1]}" if own else ""
     return {key: value for key, value in (("module", path), ("where", place)) if value}
-
-

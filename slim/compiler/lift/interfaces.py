@@ -25,11 +25,26 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from slim import errors
 
 # What models hand through to every attention function without meaning for its result.
-_IRRELEVANT = frozenset({
-    "position_ids", "cache_position", "use_cache", "output_attentions", "output_hidden_states", "return_dict",
-    "past_key_values", "past_key_value", "layer_idx", "position_embeddings", "is_causal", "output_router_logits",
-    "head_mask", "deterministic", "logits_to_keep", "num_items_in_batch",
-})
+_IRRELEVANT = frozenset(
+    {
+        "position_ids",
+        "cache_position",
+        "use_cache",
+        "output_attentions",
+        "output_hidden_states",
+        "return_dict",
+        "past_key_values",
+        "past_key_value",
+        "layer_idx",
+        "position_embeddings",
+        "is_causal",
+        "output_router_logits",
+        "head_mask",
+        "deterministic",
+        "logits_to_keep",
+        "num_items_in_batch",
+    }
+)
 
 
 @contextlib.contextmanager
@@ -37,13 +52,21 @@ def traced(model: PreTrainedModel) -> Iterator[None]:
     """Routes ``model``'s attention, masks and experts into slim ops for the duration of a trace."""
     layers = itertools.count()
 
-    def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **options: Any):
-        return _attention(next(layers), module, query, key, value, mask, **options), None
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+    ) -> tuple[Tensor, None]:
+        return _attention(next(layers), module, query, key, value, attention_mask, **options), None
 
     implementation = _implementation(model)
     configs = _configs(model)
-    saved = [(config, config.__dict__.get("_attn_implementation_internal"),
-              config.__dict__.get("_experts_implementation_internal")) for config in configs]
+    saved = [
+        (
+            config,
+            config.__dict__.get("_attn_implementation_internal"),
+            config.__dict__.get("_experts_implementation_internal"),
+        )
+        for config in configs
+    ]
     with contextlib.ExitStack() as stack:
         stack.enter_context(_registered(ALL_MASK_ATTENTION_FUNCTIONS, implementation, _mask_function(implementation)))
         if implementation == "slim":
@@ -109,15 +132,15 @@ def longest_static_position(model: PreTrainedModel) -> int | None:
     limits = []
     for module in model.modules():
         if _chooses_by_length(module):
-            kinds, parameters = _rope_types(module), getattr(module.config, "rope_parameters", None) or {}
-            original = parameters.get("original_max_position_embeddings")
-            limit = original if "longrope" in kinds and original else module.config.max_position_embeddings
-            limits.append(int(limit))
+            config: Any = module.config
+            original = (getattr(config, "rope_parameters", None) or {}).get("original_max_position_embeddings")
+            long = "longrope" in _rope_types(module) and original
+            limits.append(int(original if long else config.max_position_embeddings))
     return min(limits, default=None)
 
 
 def _implementation(model: PreTrainedModel) -> str:
-    """"slim" where the attention interface is used, else the plainest implementation the model's classes have."""
+    """ "slim" where the attention interface is used, else the plainest implementation the model's classes have."""
     if getattr(model, "_supports_attention_backend", False) or getattr(model, "_can_set_attn_implementation", bool)():
         return "slim"
     return "eager"
@@ -147,9 +170,19 @@ def _registered(interface: Any, name: str, function: Callable[..., Any]) -> Iter
 
 
 def _attention(
-    layer: int, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, *,
-    scaling: float | None = None, dropout: float = 0.0, sliding_window: int | None = None,
-    softcap: float | None = None, s_aux: Tensor | None = None, **options: Any,
+    layer: int,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **options: Any,
 ) -> Tensor:
     unknown = sorted(name for name, v in options.items() if v is not None and name not in _IRRELEVANT)
     if unknown:
@@ -157,13 +190,23 @@ def _attention(
         raise errors.UnsupportedModel(model=type(module).__name__, reason=reason)
     causal, window = False, None
     if mask is None:
-        causal = options.get("is_causal")
-        causal = bool(getattr(module, "is_causal", True) if causal is None else causal)
+        asked = options.get("is_causal")
+        causal = bool(getattr(module, "is_causal", True) if asked is None else asked)
         window = sliding_window if causal else None
     scale = float(query.shape[-1] ** -0.5 if scaling is None else scaling)
     out = torch.ops.slim.attention(
-        query, key, value, None, mask, s_aux, None,
-        layer=layer, scale=scale, causal=causal, window=window, softcap=softcap,
+        query,
+        key,
+        value,
+        None,
+        mask,
+        s_aux,
+        None,
+        layer=layer,
+        scale=scale,
+        causal=causal,
+        window=window,
+        softcap=softcap,
     )
     return out.transpose(1, 2)
 
@@ -173,14 +216,25 @@ def _attention(
 
 def _mask_function(implementation: str) -> Callable[..., Tensor]:
     def mask(
-        batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
-        mask_function: Callable[..., Any] | None = None, attention_mask: Tensor | None = None,
-        dtype: torch.dtype = torch.float32, **options: Any,
+        batch_size: int,
+        q_length: int,
+        kv_length: int,
+        q_offset: int = 0,
+        kv_offset: int = 0,
+        mask_function: Callable[..., Any] | None = None,
+        attention_mask: Tensor | None = None,
+        dtype: torch.dtype = torch.float32,
+        **options: Any,
     ) -> Tensor:
         causal, window = describe_mask(mask_function)
         return torch.ops.slim.visibility(
-            attention_mask, batch_size, q_length, kv_length,
-            causal=causal, window=window, additive=dtype if implementation == "eager" else None,
+            attention_mask,
+            batch_size,
+            q_length,
+            kv_length,
+            causal=causal,
+            window=window,
+            additive=dtype if implementation == "eager" else None,
         )
 
     return mask

@@ -15,22 +15,33 @@ aten = torch.ops.aten
 
 def _about(value: float) -> Var:
     """A number within rounding of ``value``; each gets a name of its own."""
-    return Var(
-        f"about {value}", lambda v: isinstance(v, (int, float)) and math.isclose(v, value, rel_tol=1e-6)
-    )
+    return Var(f"about {value}", lambda v: isinstance(v, (int, float)) and math.isclose(v, value, rel_tol=1e-6))
 
 
 _CUBE = call(aten.pow.Tensor_Scalar, args=("x", _about(3.0)))
 _CUBIC = call(aten.add.Tensor, args=("x", call(aten.mul.Tensor, args=(_CUBE, _about(0.044715)), commutes=True)))
-_TANH = call(aten.tanh.default, args=(call(aten.mul.Tensor, args=(_CUBIC, _about(math.sqrt(2 / math.pi))), commutes=True),))
+_TANH = call(
+    aten.tanh.default, args=(call(aten.mul.Tensor, args=(_CUBIC, _about(math.sqrt(2 / math.pi))), commutes=True),)
+)
 
 
 _ROOT = _about(math.sqrt(2 / math.pi))
-_SQUARED = call(aten.mul.Tensor, args=(call(aten.mul.Tensor, args=("x", _about(0.044715)), commutes=True), "x"), commutes=True)
-_FACTORED = call(aten.tanh.default, args=(call(aten.mul.Tensor, args=(
-    call(aten.mul.Tensor, args=("x", _ROOT), commutes=True),
-    call(aten.add.Tensor, args=(_SQUARED, _about(1.0)), commutes=True),
-), commutes=True),))
+_SQUARED = call(
+    aten.mul.Tensor, args=(call(aten.mul.Tensor, args=("x", _about(0.044715)), commutes=True), "x"), commutes=True
+)
+_FACTORED = call(
+    aten.tanh.default,
+    args=(
+        call(
+            aten.mul.Tensor,
+            args=(
+                call(aten.mul.Tensor, args=("x", _ROOT), commutes=True),
+                call(aten.add.Tensor, args=(_SQUARED, _about(1.0)), commutes=True),
+            ),
+            commutes=True,
+        ),
+    ),
+)
 
 
 def _gelu(m: Match) -> fx.Node:
@@ -52,10 +63,14 @@ def _written(value: str) -> Any:
 ACTIVATIONS = (
     Rule(
         "0.5 x (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3))) = gelu(x, tanh)",
-        call(aten.mul.Tensor, args=(
-            call(aten.mul.Tensor, args=("x", _about(0.5)), commutes=True),
-            call(aten.add.Tensor, args=(Either((_TANH, _FACTORED)), _about(1.0)), commutes=True),
-        ), commutes=True),
+        call(
+            aten.mul.Tensor,
+            args=(
+                call(aten.mul.Tensor, args=("x", _about(0.5)), commutes=True),
+                call(aten.add.Tensor, args=(Either((_TANH, _FACTORED)), _about(1.0)), commutes=True),
+            ),
+            commutes=True,
+        ),
         _gelu,
     ),
     Rule(
@@ -65,12 +80,25 @@ ACTIVATIONS = (
     ),
     Rule(
         "empty[:n] = x, empty[n:] = y is cat(x, y)",
-        call(aten.slice_scatter.default, args=(
-            call(aten.slice_scatter.default, args=(
-                call(aten.new_empty.default, aten.empty.memory_format, name="empty"), _written("x"), "dim", "a", "b",
-            )),
-            _written("y"), "dim", "c", "d",
-        )),
+        call(
+            aten.slice_scatter.default,
+            args=(
+                call(
+                    aten.slice_scatter.default,
+                    args=(
+                        call(aten.new_empty.default, aten.empty.memory_format, name="empty"),
+                        _written("x"),
+                        "dim",
+                        "a",
+                        "b",
+                    ),
+                ),
+                _written("y"),
+                "dim",
+                "c",
+                "d",
+            ),
+        ),
         _scattered,
     ),
 )

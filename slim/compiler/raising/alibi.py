@@ -11,10 +11,18 @@ from slim.compiler.program import Program
 
 aten = torch.ops.aten
 
-_VIEWS = frozenset({
-    aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default, aten.expand.default,
-    aten.clone.default, aten._to_copy.default, aten.slice.Tensor,
-})
+_VIEWS = frozenset(
+    {
+        aten.reshape.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.unsqueeze.default,
+        aten.expand.default,
+        aten.clone.default,
+        aten._to_copy.default,
+        aten.slice.Tensor,
+    }
+)
 
 
 def alibi_slopes(program: Program, bias: fx.Node) -> fx.Node | None:

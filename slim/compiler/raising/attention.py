@@ -11,6 +11,7 @@ from torch import fx
 from slim.compiler.program import Program
 from slim.compiler.raising.alibi import alibi_slopes
 from slim.compiler.raising.cleanup import CASTS, COPIES
+from slim.compiler.raising.masks import static_mask
 from slim.compiler.rules import Match, NearMiss, Rule, Through, argument, call
 
 aten, slim = torch.ops.aten, torch.ops.slim
@@ -59,6 +60,10 @@ def add_mask(program: Program, scores: Scores, mask: fx.Node) -> None:
         scores.causal |= argument(mask, "causal")
         scores.window = _narrower(scores.window, argument(mask, "window"))
         return
+    static = static_mask(program, mask)
+    if static is not None:
+        scores.causal, scores.window = scores.causal or static[0], _narrower(scores.window, static[1])
+        return
     slopes = alibi_slopes(program, mask)
     if slopes is not None:
         scores.slopes = slopes
@@ -100,8 +105,17 @@ def _attention(m: Match, scores: Scores, v: fx.Node, **options: Any) -> fx.Node:
     options = {"sinks": None, "layer": -1, "scale": scores.scale, "softcap": scores.softcap, **options}
     sinks = options.pop("sinks")
     return m.new(
-        ATTENTION, scores.q, scores.k, v, scores.key_mask, bias, sinks, scores.slopes,
-        causal=scores.causal, window=scores.window, **options,
+        ATTENTION,
+        scores.q,
+        scores.k,
+        v,
+        scores.key_mask,
+        bias,
+        sinks,
+        scores.slopes,
+        causal=scores.causal,
+        window=scores.window,
+        **options,
     )
 
 
@@ -151,7 +165,8 @@ def _from_softmax(m: Match) -> fx.Node | None:
     out = _attention(m, scores, unrepeated(v))
     if flat is q:
         return out
-    return m.new(aten.reshape.default, out, [*flat.args[1][:2], -1])
+    shape: Any = flat.args[1]
+    return m.new(aten.reshape.default, out, [*shape[:2], -1])
 
 
 def _four_dimensional(x: fx.Node | None) -> fx.Node:
@@ -178,7 +193,7 @@ def _read_scores(program: Program, node: Any, scores: Scores) -> None:
     elif node.target is aten.where.self:
         _masked(program, node, scores)
     elif node.target is aten.masked_fill.Scalar:
-        add_mask(program, scores, _negated(right))
+        add_mask(program, scores, _negated(program, right))
         _read_scores(program, left, scores)
     elif node.target in _MATMULS:
         scores.q, scores.k = _unscaled(program, left, scores), _transposed(program, right, scores)
@@ -186,14 +201,16 @@ def _read_scores(program: Program, node: Any, scores: Scores) -> None:
         raise NearMiss(f"its scores pass through {node.target}")
 
 
-def _negated(hidden: Any) -> fx.Node:
-    """The visibility whose negation ``hidden`` is: by a not, or by being an additive mask where it is not zero."""
+def _negated(program: Program, hidden: Any) -> fx.Node:
+    """The mask whose negation ``hidden`` is: by a not, or by being an additive mask where it is not zero."""
     if isinstance(hidden, fx.Node) and hidden.target in (aten.bitwise_not.default, aten.logical_not.default):
         return hidden.args[0]
     source = _mask_source(hidden) if isinstance(hidden, fx.Node) else hidden
     if source.target is slim.visibility.default and argument(source, "additive") is not None:
         return source
-    raise NearMiss("its masked_fill takes a mask that is not the negation of a visibility")
+    if isinstance(hidden, fx.Node) and hidden.meta["val"].dtype == torch.bool:
+        return program.insert(hidden.next, aten.logical_not.default, hidden, like=hidden)
+    raise NearMiss("its masked_fill takes a mask that is not boolean")
 
 
 def _peel_scores(node: Any) -> Any:
@@ -213,9 +230,15 @@ def _scaled(program: Program, node: fx.Node, factor: float, scores: Scores) -> N
     _read_scores(program, node.args[0], scores)
 
 
-_ON_THE_WAY = frozenset({
-    aten.mul.Tensor, aten.div.Tensor, aten.add.Tensor, aten.where.self, aten.masked_fill.Scalar,
-})
+_ON_THE_WAY = frozenset(
+    {
+        aten.mul.Tensor,
+        aten.div.Tensor,
+        aten.add.Tensor,
+        aten.where.self,
+        aten.masked_fill.Scalar,
+    }
+)
 
 
 def _leads_to_matmul(node: Any) -> bool:
@@ -240,31 +263,10 @@ def _number_of(program: Program, value: Any) -> float | None:
 
 
 def _masked(program: Program, node: fx.Node, scores: Scores) -> None:
-    """where(seen, scores, lowest): a constant triangle or band of the model's own, or a computed visibility."""
-    seen, inner, lowest = node.args
-    source = _peel(seen)
-    if source.target is slim.visibility.default:
-        add_mask(program, scores, source)
-    else:
-        scores.causal, window = True, _constant_band(program, source)
-        scores.window = _narrower(scores.window, window)
+    """where(seen, scores, lowest)"""
+    seen, inner, _ = node.args
+    add_mask(program, scores, seen)
     _read_scores(program, inner, scores)
-
-
-def _constant_band(program: Program, seen: Any) -> int | None:
-    """The window of a constant lower triangle or band that was cut to the current lengths (None: no window)."""
-    while isinstance(seen, fx.Node) and seen.target in _TRANSPARENT | {aten.slice.Tensor}:
-        seen = seen.args[0]
-    name = program.weight_of(seen)
-    if name is None or program.weights.dtype(name) not in (torch.bool, torch.uint8):
-        raise NearMiss("its scores are masked by something that is neither a constant nor a visibility")
-    table = program.weights[name].reshape(program.weights.shape(name)[-2:]).bool()
-    size = table.shape[0]
-    window = int(table[-1].sum())
-    row, column = torch.arange(size)[:, None], torch.arange(size)[None, :]
-    if not torch.equal(table, (column <= row) & (row - column < window)):
-        raise NearMiss(f"the constant mask {name} is neither a triangle nor a band")
-    return None if window == size else window
 
 
 def _unscaled(program: Program, q: Any, scores: Scores) -> Any:
@@ -303,8 +305,13 @@ ATTENTION_RULES = (
     Rule(
         "attention(bias=visibility(mask)) = attention(mask, causal, window)",
         call(
-            ATTENTION, args=("q", "k", "v", "key_mask", "bias", "sinks", "slopes"),
-            layer="layer", scale="scale", causal="causal", window="window", softcap="softcap",
+            ATTENTION,
+            args=("q", "k", "v", "key_mask", "bias", "sinks", "slopes"),
+            layer="layer",
+            scale="scale",
+            causal="causal",
+            window="window",
+            softcap="softcap",
         ),
         _fold_visibility,
     ),
@@ -319,7 +326,10 @@ ATTENTION_RULES = (
         "softmax(q k^T) v = attention(q, k, v)",
         call(
             *_MATMULS,
-            args=(Through(_TRANSPARENT | {aten.reshape.default}, call(aten.softmax.int, aten._softmax.default, name="p")), "v"),
+            args=(
+                Through(_TRANSPARENT | {aten.reshape.default}, call(aten.softmax.int, aten._softmax.default, name="p")),
+                "v",
+            ),
         ),
         _from_softmax,
     ),

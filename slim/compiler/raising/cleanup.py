@@ -11,9 +11,15 @@ from slim.compiler.rules import Literal, Match, Rule, Var, argument, call
 
 aten = torch.ops.aten
 
-COPIES = frozenset({
-    aten.clone.default, aten.alias.default, aten.detach.default, aten.contiguous.default, aten.lift_fresh_copy.default,
-})
+COPIES = frozenset(
+    {
+        aten.clone.default,
+        aten.alias.default,
+        aten.detach.default,
+        aten.contiguous.default,
+        aten.lift_fresh_copy.default,
+    }
+)
 CASTS = frozenset({aten._to_copy.default, aten.to.dtype})
 RESHAPES = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
 
@@ -89,7 +95,8 @@ CLEANUP = (
     Rule("type_as(x, y) = cast(x)", call(aten.type_as.default, args=("x",)), _cast_like),
     Rule(
         "reshape(x, 1)[0] = reshape(x)",
-        call(aten.select.int, args=(call(aten.reshape.default, args=("x", "shape")), "dim", "index")), _selected_one,
+        call(aten.select.int, args=(call(aten.reshape.default, args=("x", "shape")), "dim", "index")),
+        _selected_one,
     ),
     _drop("copy(x) = x", *COPIES),
     _drop("cast(x, type of x) = x", *CASTS),
@@ -102,7 +109,8 @@ CLEANUP = (
     Rule("view(x) = reshape(x)", call(*(RESHAPES - {aten.reshape.default}), args=("x", "shape")), _as_reshape),
     Rule(
         "reshape(reshape(x)) = reshape(x)",
-        call(aten.reshape.default, args=(call(aten.reshape.default, args=("x",)), "shape")), _merged_reshape,
+        call(aten.reshape.default, args=(call(aten.reshape.default, args=("x",)), "shape")),
+        _merged_reshape,
     ),
     Rule("reshape(x, sizes) = reshape(x, -1)", call(aten.reshape.default, args=("x", Var("shape"))), _static_shape),
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -125,14 +126,13 @@ LINEARS = (
     ),
     Rule(
         "reshape(linear(reshape(x))) = linear(x)",
-        call(aten.reshape.default, args=(
-            call(LINEAR, args=(call(aten.reshape.default, args=("x",)), "w", "b")),
-        )),
+        call(aten.reshape.default, args=(call(LINEAR, args=(call(aten.reshape.default, args=("x",)), "w", "b")),)),
         _lifted_through,
     ),
     Rule(
         "expert_linear(x, W') = expert_linear(x, W)",
-        call(EXPERT_LINEAR, args=("x", "w", "b", "expert")), _expert_transposed,
+        call(EXPERT_LINEAR, args=("x", "w", "b", "expert")),
+        _expert_transposed,
     ),
 )
 
@@ -215,7 +215,7 @@ def _pieces(source: fx.Node) -> list[Piece]:
     if len({piece.axis for piece in found}) != 1:
         raise NearMiss("its parts are taken along different axes")
     covered = sorted({(piece.start, piece.stop) for piece in found})
-    if any(a[1] > b[0] for a, b in zip(covered, covered[1:], strict=False)):
+    if any(a[1] > b[0] for a, b in pairwise(covered)):
         raise NearMiss("its parts overlap")
     return found
 
@@ -278,7 +278,7 @@ def _axis_before(moves: list[fx.Node], axis: int, rank: int) -> int:
 def _part_linear(
     program: Program, linear: fx.Node, before: fx.Node, suffix: str, grid: list[int], index: tuple[tuple[int, int], ...]
 ) -> fx.Node:
-    x, weight, *rest = linear.args
+    x, weight = linear.args[:2]
     bias = argument(linear, "bias")
     new_weight = _rows(program, weight, suffix, grid, index)
     new_bias = None if bias is None else _rows(program, bias, suffix, grid, index, is_bias=True)
@@ -288,7 +288,11 @@ def _part_linear(
 
 
 def _rows(
-    program: Program, weight: fx.Node, suffix: str, grid: list[int], index: tuple[tuple[int, int], ...],
+    program: Program,
+    weight: fx.Node,
+    suffix: str,
+    grid: list[int],
+    index: tuple[tuple[int, int], ...],
     is_bias: bool = False,
 ) -> fx.Node:
     """Some output rows of a weight [..., m, n] or bias [..., m], where m is spread over ``grid``."""
@@ -313,12 +317,11 @@ def _rows(
     return derive(program, name, local, origin, f"{name.removesuffix('_t')}{suffix}")
 
 
-def _moved(
-    program: Program, x: fx.Node, move: fx.Node, lead: int, part_grid: list[int], before: fx.Node
-) -> fx.Node:
+def _moved(program: Program, x: fx.Node, move: fx.Node, lead: int, part_grid: list[int], before: fx.Node) -> fx.Node:
     """The reshape or transpose between the linear and its parts, done to one part."""
     if move.target is aten.reshape.default:
-        sizes = [*move.args[1][:lead], *part_grid]
+        shape: Any = move.args[1]
+        sizes = [*shape[:lead], *part_grid]
         first = next((i for i, size in enumerate(sizes) if not isinstance(size, fx.Node)), None)
         if first is not None and not any(size == -1 for size in sizes if not isinstance(size, fx.Node)):
             sizes[first] = -1

@@ -39,16 +39,22 @@ def _is_gain(m: Match, gain: Any, x: fx.Node) -> bool:
 
 # -- RMSNorm, in the order the pieces are put together -----------------------------------------------------------------
 
-_SQUARE: Pattern = Either((
-    call(aten.pow.Tensor_Scalar, args=("x", 2)), call(aten.mul.Tensor, args=("x", "x")), call(aten.square.default, args=("x",)),
-))
+_SQUARE: Pattern = Either(
+    (
+        call(aten.pow.Tensor_Scalar, args=("x", 2)),
+        call(aten.mul.Tensor, args=("x", "x")),
+        call(aten.square.default, args=("x",)),
+    )
+)
 _MEAN_SQUARE = call(aten.mean.dim, args=(_SQUARE, _last("axis"), True))
 _WITH_EPS = call(aten.add.Tensor, args=(_MEAN_SQUARE, _number("eps")), commutes=True)
-_ROOT = Either((
-    call(aten.rsqrt.default, args=(_WITH_EPS,)),
-    call(aten.pow.Tensor_Scalar, args=(_WITH_EPS, -0.5)),
-    call(aten.reciprocal.default, args=(call(aten.sqrt.default, args=(_WITH_EPS,)),)),
-))
+_ROOT = Either(
+    (
+        call(aten.rsqrt.default, args=(_WITH_EPS,)),
+        call(aten.pow.Tensor_Scalar, args=(_WITH_EPS, -0.5)),
+        call(aten.reciprocal.default, args=(call(aten.sqrt.default, args=(_WITH_EPS,)),)),
+    )
+)
 
 
 def _bare(m: Match) -> fx.Node | None:
@@ -86,15 +92,21 @@ RMS_RULES = (
     Rule("x * rsqrt(mean(x^2) + eps) = rms_norm(x)", call(aten.mul.Tensor, args=("x", _ROOT), commutes=True), _bare),
     Rule(
         "x / sqrt(mean(x^2) + eps) = rms_norm(x)",
-        call(aten.div.Tensor, args=("x", call(aten.sqrt.default, args=(_WITH_EPS,)))), _bare,
+        call(aten.div.Tensor, args=("x", call(aten.sqrt.default, args=(_WITH_EPS,)))),
+        _bare,
     ),
     Rule(
         "cast(rms_norm(cast(x), w)) = rms_norm(x, w)",
-        call(*CASTS, args=(call(RMS, args=(_WIDENED, "w"), eps="eps", offset="offset"),)), _narrowed,
+        call(*CASTS, args=(call(RMS, args=(_WIDENED, "w"), eps="eps", offset="offset"),)),
+        _narrowed,
     ),
     Rule(
         "rms_norm(x) * (w + 1) = rms_norm(x, w, offset=1)",
-        call(aten.mul.Tensor, args=(_NORM, call(aten.add.Tensor, args=(_GAIN, _number("offset")), commutes=True)), commutes=True),
+        call(
+            aten.mul.Tensor,
+            args=(_NORM, call(aten.add.Tensor, args=(_GAIN, _number("offset")), commutes=True)),
+            commutes=True,
+        ),
         _gained,
     ),
     Rule("rms_norm(x) * w = rms_norm(x, w)", call(aten.mul.Tensor, args=(_NORM, _GAIN), commutes=True), _gained),
@@ -129,7 +141,7 @@ def _centred(m: Match) -> fx.Node | None:
 
 
 def _narrowed_layer(m: Match) -> fx.Node | None:
-    if _dtype(m["x"]) != _dtype(m.node) or m["w"] is not None and _dtype(m["w"]) != _dtype(m.node):
+    if _dtype(m["x"]) != _dtype(m.node) or (m["w"] is not None and _dtype(m["w"]) != _dtype(m.node)):
         return None
     return m.new(LN, m["x"], m["w"], m["b"], eps=m["eps"], offset=m["offset"])
 
@@ -148,31 +160,48 @@ def _shifted_gain(m: Match) -> fx.Node | None:
 
 _MEAN = call(aten.mean.dim, args=("x", _last("axis"), True))
 _CENTRED = call(aten.sub.Tensor, args=("x", _MEAN))
-_VARIANCE = call(aten.mean.dim, args=(
-    Either((call(aten.pow.Tensor_Scalar, args=(_CENTRED, 2)),)), _last("axis"), True,
-))
+_VARIANCE = call(
+    aten.mean.dim,
+    args=(
+        Either((call(aten.pow.Tensor_Scalar, args=(_CENTRED, 2)),)),
+        _last("axis"),
+        True,
+    ),
+)
 _BARE_LN = call(LN, args=("x", None, None), eps="eps")
 
 LAYER_NORM_RULES = (
     Rule(
         "aten.layer_norm(x, w, b) = layer_norm(x, w, b)",
-        call(aten.layer_norm.default, args=("x", "shape", "w", "b", "eps")), _from_aten_layer_norm,
+        call(aten.layer_norm.default, args=("x", "shape", "w", "b", "eps")),
+        _from_aten_layer_norm,
     ),
     Rule(
         "(x - mean) * rsqrt(mean((x - mean)^2) + eps) = layer_norm(x)",
-        call(aten.mul.Tensor, args=(
-            _CENTRED, call(aten.rsqrt.default, args=(call(aten.add.Tensor, args=(_VARIANCE, _number("eps"))),)),
-        ), commutes=True),
+        call(
+            aten.mul.Tensor,
+            args=(
+                _CENTRED,
+                call(aten.rsqrt.default, args=(call(aten.add.Tensor, args=(_VARIANCE, _number("eps"))),)),
+            ),
+            commutes=True,
+        ),
         _centred,
     ),
-    Rule("layer_norm(x) * w = layer_norm(x, w)", call(aten.mul.Tensor, args=(_BARE_LN, _GAIN), commutes=True), _gained_layer),
+    Rule(
+        "layer_norm(x) * w = layer_norm(x, w)",
+        call(aten.mul.Tensor, args=(_BARE_LN, _GAIN), commutes=True),
+        _gained_layer,
+    ),
     Rule(
         "layer_norm(x, w + 1, b) = layer_norm(x, w, b, offset=1)",
-        call(LN, args=("x", call(aten.add.Tensor, args=(_GAIN, _number("offset")), commutes=True), "b"), eps="eps"), _shifted_gain,
+        call(LN, args=("x", call(aten.add.Tensor, args=(_GAIN, _number("offset")), commutes=True), "b"), eps="eps"),
+        _shifted_gain,
     ),
     Rule(
         "cast(layer_norm(cast(x), w, b)) = layer_norm(x, w, b)",
-        call(*CASTS, args=(call(LN, args=(_WIDENED, "w", "b"), eps="eps", offset="offset"),)), _narrowed_layer,
+        call(*CASTS, args=(call(LN, args=(_WIDENED, "w", "b"), eps="eps", offset="offset"),)),
+        _narrowed_layer,
     ),
 )
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from slim.compiler.raising.cleanup import CASTS, COPIES
-from slim.compiler.rules import Either, Literal, Match, NearMiss, Pattern, Rule, Through, Var, argument, call
+from slim.compiler.rules import Either, Literal, Match, NearMiss, Pattern, Rule, Var, argument, call
 
 aten, slim = torch.ops.aten, torch.ops.slim
 _VIEWS = CASTS | COPIES | {aten.unsqueeze.default, aten.expand.default, aten.reshape.default}
@@ -107,7 +107,8 @@ def _pushed_in(m: Match) -> fx.Node | None:
 TABLE_RULES = (
     Rule(
         "cos(twice(f)) = twice(cos(f))",
-        call(aten.cos.default, aten.sin.default, aten.mul.Tensor, aten.mul.Scalar, *CASTS, args=(_TWICE,)), _pushed_in,
+        call(aten.cos.default, aten.sin.default, aten.mul.Tensor, aten.mul.Scalar, *CASTS, args=(_TWICE,)),
+        _pushed_in,
     ),
     Rule("cos(positions x inv_freq) = rope_table[0]", call(aten.cos.default, args=("f",)), lambda m: _table(m, 0)),
     Rule("sin(positions x inv_freq) = rope_table[1]", call(aten.sin.default, args=("f",)), lambda m: _table(m, 1)),
@@ -146,10 +147,12 @@ _HALF_TURN = call(
 )
 _PAIR_TURN = call(
     aten.reshape.default,
-    args=(call(
-        aten.stack.default,
-        args=([call(aten.neg.default, args=(_whole("x", 1, _LAST, 2),)), _whole("x", 0, _LAST, 2)], -1),
-    ),),
+    args=(
+        call(
+            aten.stack.default,
+            args=([call(aten.neg.default, args=(_whole("x", 1, _LAST, 2),)), _whole("x", 0, _LAST, 2)], -1),
+        ),
+    ),
 )
 
 
@@ -257,22 +260,41 @@ ROTATION_RULES = (
     Rule("x cos + turn(x) sin = rope(x, interleaved)", _rotation(_PAIR_TURN, _pairs), lambda m: _rope(m, True)),
     Rule(
         "cat(a cos - b sin, b cos + a sin) = rope(x)",
-        call(aten.cat.default, args=([
-            call(aten.sub.Tensor, args=(call(aten.mul.Tensor, args=("a", "c")), call(aten.mul.Tensor, args=("b", "s")))),
-            call(aten.add.Tensor, args=(call(aten.mul.Tensor, args=("b", "c")), call(aten.mul.Tensor, args=("a", "s")))),
-        ], -1)),
+        call(
+            aten.cat.default,
+            args=(
+                [
+                    call(
+                        aten.sub.Tensor,
+                        args=(call(aten.mul.Tensor, args=("a", "c")), call(aten.mul.Tensor, args=("b", "s"))),
+                    ),
+                    call(
+                        aten.add.Tensor,
+                        args=(call(aten.mul.Tensor, args=("b", "c")), call(aten.mul.Tensor, args=("a", "s"))),
+                    ),
+                ],
+                -1,
+            ),
+        ),
         _from_halves,
     ),
     Rule(
         "cat(rope(x[:R]), x[R:]) = rope(x)",
-        call(aten.cat.default, args=([
-            call(slim.rope.default, args=(_FIRST,), name="rope"), call(aten.slice.Tensor, args=("x",), name="rest"),
-        ],)),
+        call(
+            aten.cat.default,
+            args=(
+                [
+                    call(slim.rope.default, args=(_FIRST,), name="rope"),
+                    call(aten.slice.Tensor, args=("x",), name="rest"),
+                ],
+            ),
+        ),
         _with_rest,
     ),
     Rule(
         "cat(rope(split(x)[0]), split(x)[1]) = rope(x)",
-        call(aten.cat.default, args=([call(slim.rope.default, args=("first",), name="rope"), "rest"],)), _rest_of_split,
+        call(aten.cat.default, args=([call(slim.rope.default, args=("first",), name="rope"), "rest"],)),
+        _rest_of_split,
     ),
 )
 
@@ -280,11 +302,13 @@ _UNSQUEEZED = call(aten.unsqueeze.default, args=("t", 1))
 SHAPE_RULES = (
     Rule(
         "unsqueeze(t)[..., a:b] = unsqueeze(t[..., a:b])",
-        call(aten.slice.Tensor, args=(_UNSQUEEZED, "dim"), step=Var("step")), _moved,
+        call(aten.slice.Tensor, args=(_UNSQUEEZED, "dim"), step=Var("step")),
+        _moved,
     ),
     Rule(
         "repeat(unsqueeze(t)) = unsqueeze(repeat(t))",
-        call(aten.repeat_interleave.self_int, args=(_UNSQUEEZED, "n", "dim")), _moved,
+        call(aten.repeat_interleave.self_int, args=(_UNSQUEEZED, "n", "dim")),
+        _moved,
     ),
     Rule("twice(f)[..., :half] = f", call(aten.slice.Tensor, args=(_DOUBLED, "dim", "start", "end")), _first_half),
 )

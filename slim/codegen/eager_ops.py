@@ -1,0 +1,176 @@
+"""The functions that an eager executable calls: what the dialect's operations mean, in few calls of PyTorch."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from slim.compiler.dialect.attention import attend_to, visibility
+from slim.compiler.dialect.experts import _expert_linear as expert_linear
+from slim.compiler.dialect.norm import _rms_norm
+from slim.compiler.dialect.rope import _rope as rope
+from slim.compiler.dialect.rope import _rope_table as rope_table
+
+__all__ = ["expert_linear", "rope", "rope_table"]
+
+# -- norms and rotation ------------------------------------------------------------------------------------------------
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor | None, *, eps: float, offset: float = 0.0, gain_in_float: bool = False
+) -> Tensor:
+    """``slim.rms_norm``; in float32, where nothing is rounded on the way, PyTorch's own."""
+    if x.dtype != torch.float32:
+        return _rms_norm(x, weight, eps=eps, offset=offset, gain_in_float=gain_in_float)
+    gain = weight + offset if offset and weight is not None else weight
+    if gain is not None and gain.dtype != torch.float32:
+        gain = gain.float()
+    return F.rms_norm(x, x.shape[-1:], gain, eps)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
+    """``slim.layer_norm``."""
+    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+
+
+def widen_angles(cos: Tensor, sin: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """cos and sin [B,S,R/2] as factors [B,1,S,R] of a channel and of its partner."""
+    if interleaved:
+        factors = cos.repeat_interleave(2, dim=-1), torch.stack([-sin, sin], dim=-1).flatten(-2)
+    else:
+        factors = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    return factors[0].unsqueeze(1), factors[1].unsqueeze(1)
+
+
+def rotate(x: Tensor, factors: tuple[Tensor, Tensor], interleaved: bool) -> Tensor:
+    """``slim.rope`` of x [B,H,S,D] by widened angles."""
+    own, partner = factors
+    width = own.shape[-1]
+    turned = x if width == x.shape[-1] else x[..., :width]
+    if interleaved:
+        partners = turned.unflatten(-1, (width // 2, 2)).flip(-1).flatten(-2)
+    else:
+        partners = turned.roll(width // 2, dims=-1)
+    turned = torch.addcmul(turned * own, partners, partner)
+    return turned if width == x.shape[-1] else torch.cat([turned, x[..., width:]], dim=-1)
+
+
+# -- attention ---------------------------------------------------------------------------------------------------------
+
+
+def seen_keys(q: Tensor, k: Tensor, key_mask: Tensor | None, causal: bool, window: int | None) -> Tensor | None:
+    """Which keys the queries of ``slim.attention`` see; None where it is all, or all up to their own."""
+    queries, keys = q.shape[2], k.shape[2]
+    if key_mask is None and (window is None or (causal and window >= keys)) and (queries == keys or not causal):
+        return None
+    return visibility(key_mask, queries, keys, causal=causal, window=window, device=q.device)
+
+
+def attention(
+    seen: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    causal: bool,
+) -> Tensor:
+    """``slim.attention``, knowing which keys are seen."""
+    if seen is None and causal and q.shape[2] > 1:
+        if bias is None and sinks is None and slopes is None and softcap is None:
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        seen = visibility(None, q.shape[2], k.shape[2], causal=True, window=None, device=q.device)
+    return attend_to(seen, q, k, v, bias, sinks, slopes, scale=scale, softcap=softcap)
+
+
+def seen_cached_keys(q: Tensor, key_mask: Tensor | None, start: int, window: int | None) -> Tensor | None:
+    """Which keys, from the first that ``cached_attention`` reads, new queries see; None as in ``seen_keys``."""
+    queries = q.shape[2]
+    first = _first_key(start, window)
+    if key_mask is not None:
+        key_mask = key_mask[:, first:]
+    if queries == 1:  # the newest token sees all there is, and the window has cut off what it must not
+        return None if key_mask is None else key_mask[:, None, None]
+    if key_mask is None and start == 0 and (window is None or window >= queries):
+        return None
+    end = start + queries - first
+    return visibility(key_mask, queries, end, causal=True, window=window, offset=start - first, device=q.device)
+
+
+def _first_key(start: int, window: int | None) -> int:
+    return 0 if window is None else max(0, start - window + 1)
+
+
+def cached_attention(
+    seen: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: int,
+    window: int | None,
+    sinks: Tensor | None,
+    slopes: Tensor | None,
+    scale: float,
+    softcap: float | None,
+) -> Tensor:
+    """``slim.cached_attention``, which is causal, knowing which keys are seen."""
+    end = start + q.shape[2]
+    k_cache[:, :, start:end] = k
+    v_cache[:, :, start:end] = v
+    if start == 0:
+        return attention(seen, q, k, v, None, sinks, slopes, scale, softcap, True)
+    first = _first_key(start, window)
+    keys, values = k_cache[:, :, first:end], v_cache[:, :, first:end]
+    return attend_to(seen, q, keys, values, None, sinks, slopes, scale=scale, softcap=softcap, offset=start - first)
+
+
+# -- quantised operations ----------------------------------------------------------------------------------------------
+
+# Rows of int8 are widened a block at a time, so that the float copy stays in the cache: measured on AVX2, 512 KiB is
+# best for a few tokens (half the time of widening the whole weight), 4 MiB where the product dominates.
+_FEW_TOKENS = 8
+_SMALL_BLOCK, _LARGE_BLOCK = 1 << 17, 1 << 20
+
+
+def int8_linear(x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    """x (q * scale)^T + bias for x [..., n], q int8 [m, n], scale [m]; the scale is applied to the product."""
+    rows = x.reshape(-1, x.shape[-1])
+    if dtype == torch.bfloat16 and x.device.type == "cpu":  # torch has a kernel here, faster than bfloat16 itself
+        ones = torch.ones(q.shape[0], dtype=dtype)  # a scale rounded to bfloat16 would bias its whole row
+        y = (torch._weight_int8pack_mm(rows.contiguous(), q, ones) * scale).to(dtype)
+    elif dtype == torch.float32:
+        y = _widened_product(rows, q).mul_(scale)
+    else:
+        y = F.linear(rows, (q.float() * scale[:, None]).to(dtype))
+    y = y if bias is None else y + bias
+    return y.view(*x.shape[:-1], q.shape[0])
+
+
+def _widened_product(rows: Tensor, q: Tensor) -> Tensor:
+    elements = _SMALL_BLOCK if rows.shape[0] <= _FEW_TOKENS else _LARGE_BLOCK
+    block = max(1, elements // q.shape[1])
+    if block >= q.shape[0]:
+        return F.linear(rows, q.to(rows.dtype))
+    return torch.cat([F.linear(rows, part.to(rows.dtype)) for part in q.split(block)], dim=-1)
+
+
+def int8_embedding(q: Tensor, scale: Tensor, dtype: torch.dtype, tokens: Tensor) -> Tensor:
+    """Rows ``tokens`` of q * scale: only the rows that are asked for are widened."""
+    return (F.embedding(tokens, q).float() * F.embedding(tokens, scale[:, None])).to(dtype)
+
+
+def int8_expert_linear(
+    x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None, expert: Tensor
+) -> Tensor:
+    """``slim.expert_linear`` for q int8 [E, m, n] and scale [E, m]: only the experts that are asked for are read."""
+    y = x.new_empty(x.shape[0], q.shape[1])
+    for index in torch.unique(expert).tolist():
+        rows = (expert == index).nonzero(as_tuple=True)[0]
+        y[rows] = int8_linear(x[rows], q[index], scale[index], dtype, None if bias is None else bias[index])
+    return y

@@ -1,0 +1,188 @@
+"""Writing directories whole or not at all, and tensors to safetensors files one at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from slim import errors
+from slim.compiler.weights import Stored, Weights
+
+SHARD_BYTES = 5 * 10**9
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
+}  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+# -- directories -------------------------------------------------------------------------------------------------------
+
+
+def check_destination(directory: str | Path, replaceable: Callable[[Path], bool]) -> Path:
+    """``directory`` as a path that may be written to.
+
+    Raises:
+        SaveFailed: where it cannot be made, or holds something that ``replaceable`` does not know.
+    """
+    path = Path(directory).absolute()
+    if path.exists() and not path.is_dir():
+        raise errors.SaveFailed(path=directory, reason="there is a file of that name")
+    if path.is_dir() and any(path.iterdir()) and not replaceable(path):
+        raise errors.SaveFailed(path=directory, reason="the directory holds other files, which slim does not overwrite")
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    if not os.access(existing, os.W_OK):
+        raise errors.SaveFailed(path=directory, reason=f"{existing} cannot be written to")
+    return path
+
+
+@contextlib.contextmanager
+def written_directory(directory: str | Path, replaceable: Callable[[Path], bool]) -> Iterator[Path]:
+    """A temporary directory to write into, which becomes ``directory`` at the end, or vanishes if anything raises.
+
+    Raises:
+        SaveFailed: for every failure to write, a full disk for instance; ``directory`` is then as it was.
+    """
+    target = check_destination(directory, replaceable)
+    made = [parent for parent in target.parents if not parent.exists()]
+    temporary: Path | None = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        temporary.chmod(0o777 & ~_umask())
+        yield temporary
+        _swap(temporary, target)
+    except BaseException as error:  # Ctrl-C too must leave nothing behind
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        for parent in made:  # the innermost first
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+        if isinstance(error, (OSError, SafetensorError)) and not isinstance(error, errors.SlimError):
+            raise errors.SaveFailed(path=directory, reason=_reason(error)) from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    """Puts the new directory in the place of the old one, which comes back if that fails."""
+    if not target.exists():
+        temporary.rename(target)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+    target.rename(old / "was")
+    try:
+        temporary.rename(target)
+    except BaseException:
+        (old / "was").rename(target)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+# -- files -------------------------------------------------------------------------------------------------------------
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file and waits until the disk has it: a full disk may say so only then."""
+    with path.open("wb") as file:
+        file.write(text.encode())
+        _settle(file)
+
+
+def _settle(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def checksum(path: Path) -> str:
+    """CRC-32 of a file, in hexadecimal."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return f"{value:08x}"
+
+
+def write_weights(weights: Weights, directory: Path, stem: str) -> list[Path]:
+    """Writes ``<stem>.safetensors``, or numbered shards of 5 GB, holding one weight in memory at a time."""
+    shards = list(_shards(weights))
+    files = []
+    for number, names in enumerate(shards, start=1):
+        label = "" if len(shards) == 1 else f"-{number:05}-of-{len(shards):05}"
+        files.append(directory / f"{stem}{label}.safetensors")
+        _write_shard(weights, names, files[-1])
+    return files
+
+
+def _shards(weights: Weights) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
+    for name in weights:
+        if names and size + weights.nbytes(name) > SHARD_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += weights.nbytes(name)
+    yield names
+
+
+def _write_shard(weights: Weights, names: Iterable[str], path: Path) -> None:
+    """The safetensors format: the header's length in 8 bytes, the header in JSON, the tensors as they lie in memory."""
+    ordered = sorted(names, key=lambda name: (-weights.dtype(name).itemsize, name))  # so that all are aligned
+    header, offset = {}, 0
+    for name in ordered:
+        end = offset + weights.nbytes(name)
+        dtype = _NAMES[weights.dtype(name)]
+        header[name] = {"dtype": dtype, "shape": list(weights.shape(name)), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in ordered:
+            file.write(_bytes(weights[name]))
+        _settle(file)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def stored_weights(files: Iterable[Path]) -> Weights:
+    """The weights in ``files``, still on disk.
+
+    Raises:
+        CheckpointCorrupt: where a file is damaged.
+    """
+    values: dict[str, Tensor | Stored] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as handle:
+                for key in handle.keys():  # noqa: SIM118  it is no mapping
+                    part = handle.get_slice(key)
+                    values[key] = Stored(file, key, _DTYPES[part.get_dtype()], tuple(part.get_shape()))
+        except (SafetensorError, OSError, KeyError) as error:
+            raise errors.CheckpointCorrupt(file=file, reason=str(error)) from error
+    return Weights(dict(values))
