@@ -6,6 +6,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+import logging
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 def pytest_configure(config: pytest.Config) -> None:
     # Workers share the cores, and one thread sums in one order. A test of threading sets its own number.
     torch.set_num_threads(1)
+    # torch's record of every trace: pytest would keep it all, and print thousands of lines with each failure.
+    logging.getLogger("torch.__trace").disabled = True
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -82,11 +82,13 @@ TINY = dict(
 
 @functools.cache
 def model(architecture: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A tiny random transformers causal LM: llama, qwen2, gemma, mixtral, gpt2, ..."""
+    """A tiny random transformers causal LM: llama with two layers; qwen2, gemma, mixtral, gpt2, ... with one."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    sizes = dict(n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=96) if architecture == "gpt2" else TINY
+    sizes = TINY if architecture == "llama" else {**TINY, "num_hidden_layers": 1}
+    if architecture == "gpt2":
+        sizes = dict(n_embd=32, n_layer=1, n_head=4, n_positions=64, vocab_size=96, bos_token_id=1, eos_token_id=2)
     config = AutoConfig.for_model(architecture, **{**sizes, **options})
     return randomised(AutoModelForCausalLM.from_config(config)).to(dtype)
 

@@ -28,7 +28,7 @@ def bench(model: str, prompt_length: int, new_tokens: int, rounds: int, against:
 
     Compare numbers of one run only: with --against the two take turns, so that neighbours on the machine slow both.
     """
-    with Steps("starting") as steps:
+    with Steps() as steps:
         compiled = open_model(model, target, steps)
         require_generative(compiled, model)
         models: dict[str, Any] = {} if against is None else {f"{against} (original)": open_original(against, steps)}

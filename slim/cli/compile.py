@@ -40,7 +40,7 @@ def compile_(
     """
     text = read_pipeline_option(pipeline)
     texts = None if calibration is None else read_calibration(calibration)
-    with Steps("starting") as steps:
+    with Steps() as steps:
         from slim.api import compile
         from slim.passes import parse_pipeline
         from slim.runtime.artifact import check_destination

@@ -32,7 +32,7 @@ def evaluate(
     """
     _check(max_tokens, pieces, limit)
     text = read_text(file, "--text")
-    with Steps("starting") as steps:
+    with Steps() as steps:
         compiled = open_model(model, target, steps)
         require_generative(compiled, model)
         from slim.runtime import perplexity

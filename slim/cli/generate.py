@@ -42,7 +42,7 @@ def generate(
     sampling = _sampling(temperature, top_k, top_p)
     if not prompt:
         raise errors.EmptyPrompt()
-    with Steps("starting") as steps:
+    with Steps() as steps:
         compiled = open_model(model, target, steps)
         require_generative(compiled, model)
         from slim.runtime.tokenizer import load_tokenizer
@@ -60,7 +60,7 @@ def generate(
     if not stream:
         click.echo(tokenizer.decode(result[0], skip_special_tokens=True))
     new = result.shape[1] - tokens.shape[1]
-    click.echo(f"[{new} tokens in {seconds:.2f} s, prompt of {tokens.shape[1]} included]", err=True)
+    click.echo(f"[{new} tokens in {seconds:.2f} s, after a prompt of {tokens.shape[1]}]", err=True)
 
 
 def _sampling(temperature: float | None, top_k: int | None, top_p: float | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def inspect(model: str, pipeline: str, tokens: int) -> None:
     With -p the IR is that after the passes. Nothing is compiled, and without -p no weight is read.
     """
     text = read_pipeline_option(pipeline)
-    with Steps("starting") as steps:
+    with Steps() as steps:
         program, report = _program(model, text, steps)
     click.echo(str(program))
     if report is not None:
@@ -55,7 +55,7 @@ def print_cost(program: Program, tokens: int) -> None:
 
     found = cost(program)
     columns = ("cost", "in B rows, S new tokens, T in all", f"B=1, {tokens} tokens")
-    print_table("", columns, _totals(found, tokens), left=2)
+    print_table("", columns, _totals(found, tokens), words=2)
     if found.flops != 0:
         print_table("", ("by operation", "count", "FLOPs, prefill", "bytes moved, decode"), _parts(found, tokens))
 
@@ -84,7 +84,7 @@ def _parts(found: Cost, tokens: int) -> Iterator[tuple[str, str, str, str]]:
         part = dataclasses.replace(found, work=tuple(items))
         flops = part.bind(B=1, S=tokens, T=tokens).flops
         moved = part.bind(B=1, S=1, T=tokens).bytes_moved
-        yield kind, str(sum(item.count for item in items)), _flops(flops), short_bytes(moved)
+        yield kind, str(sum(item.nodes for item in items)), _flops(flops), short_bytes(moved)
 
 
 def _flops(number: int) -> str:

@@ -28,7 +28,8 @@ def passes() -> None:
         click.echo(click.wrap_text(first, width=80, initial_indent="  ", subsequent_indent="  "))
         options = list(_options(kind))
         if options:
-            print_table("", ("  option", "values", "default"), options, left=2)
+            print_table("", ("option", "values", "default"), options, words=3, indent=4)
+            click.echo()
         else:
             click.echo("  no options\n")
 
@@ -40,4 +41,4 @@ def _options(kind: type[Pass]) -> Iterator[tuple[str, str, str]]:
     types = option_types(kind)
     for option in dataclasses.fields(kind):
         default = "must be given" if option.default is dataclasses.MISSING else literal(option.default)
-        yield f"  {option.name}", show_kind(types[option.name]), default
+        yield option.name, show_kind(types[option.name]), default

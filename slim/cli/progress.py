@@ -12,12 +12,13 @@ class Steps:
     """Shows what is being done and how far it is; called as ``slim.compile`` calls its ``progress``.
 
     Example:
-        >>> with Steps("lifting") as steps:
+        >>> with Steps() as steps:
+        ...     steps.stage("lifting")
         ...     compiled = slim.compile(model, passes, progress=steps)
         ...     steps.stage("saving")
     """
 
-    def __init__(self, stage: str) -> None:
+    def __init__(self) -> None:
         console = Console(stderr=True, highlight=False)
         columns = (
             SpinnerColumn(),
@@ -30,11 +31,12 @@ class Steps:
         self._progress = Progress(*columns, console=console, transient=True, disable=not self._moving)
         self._tasks: dict[str, TaskID] = {}
         self._seen: set[str] = set()
-        self._stage = stage
+        self._stage = "starting"
 
     def __enter__(self) -> Steps:
         self._progress.start()
-        self.stage(self._stage)
+        if self._moving:  # importing torch takes seconds, and is nothing to tell a log
+            self.stage(self._stage)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

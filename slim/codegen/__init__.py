@@ -26,8 +26,8 @@ class Executable(Protocol):
         code: name -> source of everything that was generated for it.
     """
 
-    code: Mapping[str, str]
-
+    @property
+    def code(self) -> Mapping[str, str]: ...
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
         """The flat outputs for one tensor an input, in the order of the Program's inputs."""
         ...

@@ -163,5 +163,5 @@ def _is_per_row(weight: Any) -> bool:
     return bool(plain and scale.meta["val"].shape == rows and argument(weight, "axis") == len(rows) - 1)  # type: ignore[union-attr]
 
 
-def _stored(weight: fx.Node) -> tuple[Any, Any, torch.dtype]:
+def _stored(weight: Any) -> tuple[Any, Any, torch.dtype]:
     return weight.args[0], weight.args[1], weight.meta["val"].dtype

@@ -29,8 +29,12 @@ def rms_norm(
     return F.rms_norm(x, x.shape[-1:], gain, eps)
 
 
-def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> Tensor:
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, offset: float = 0.0
+) -> Tensor:
     """``slim.layer_norm``."""
+    if weight is not None and offset:
+        weight = weight + offset
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
@@ -140,16 +144,25 @@ _SMALL_BLOCK, _LARGE_BLOCK = 1 << 17, 1 << 20
 
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
     """x (q * scale)^T + bias for x [..., n], q int8 [m, n], scale [m]; the scale is applied to the product."""
-    rows = x.reshape(-1, x.shape[-1])
-    if dtype == torch.bfloat16 and x.device.type == "cpu":  # torch has a kernel here, faster than bfloat16 itself
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    if dtype == torch.bfloat16 and _has_kernel(rows, q):
         ones = torch.ones(q.shape[0], dtype=dtype)  # a scale rounded to bfloat16 would bias its whole row
-        y = (torch._weight_int8pack_mm(rows.contiguous(), q, ones) * scale).to(dtype)
+        y = (torch._weight_int8pack_mm(rows, q, ones) * scale).to(dtype)
     elif dtype == torch.float32:
         y = _widened_product(rows, q).mul_(scale)
     else:
         y = F.linear(rows, (q.float() * scale[:, None]).to(dtype))
     y = y if bias is None else y + bias
     return y.view(*x.shape[:-1], q.shape[0])
+
+
+def _has_kernel(rows: Tensor, q: Tensor) -> bool:
+    """Whether torch's int8 kernel may be used, which is faster than bfloat16 itself: on a CPU, on aligned rows alone.
+
+    It loads 16 numbers at a time from aligned addresses and checks neither: a width of 51 ends the process.
+    """
+    aligned = rows.shape[1] % 16 == 0 and rows.data_ptr() % 32 == 0 and q.data_ptr() % 32 == 0
+    return rows.device.type == "cpu" and aligned and q.is_contiguous()
 
 
 def _widened_product(rows: Tensor, q: Tensor) -> Tensor:

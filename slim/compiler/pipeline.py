@@ -39,7 +39,8 @@ def run_pipeline(program: Program, passes: Sequence[Pass], ctx: Context) -> tupl
         What a pass raises of slim's own errors about the user's model or options comes out as it is.
     """
     check_order(program, passes)
-    run = _Run(tuple(passes), ctx, Dump.to(ctx.dump), PipelineReport(notes=list(program.facts.notes)))
+    report = PipelineReport(notes=list(program.facts.notes), rules=dict(program.raised))
+    run = _Run(tuple(passes), ctx, Dump.to(ctx.dump), report)
     run.begin(program)
     for index, pass_ in enumerate(passes):
         ctx.progress("passes", index, len(passes))

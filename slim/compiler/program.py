@@ -62,6 +62,7 @@ class Program:
         self.weights = weights
         self.inputs = inputs
         self.facts = facts
+        self.raised: dict[str, Any] = {}  # what each rule did while lifting, by its name
         self.typer = Typer(inputs)
 
     # -- reading ---------------------------------------------------------------------------------------------------
@@ -126,6 +127,7 @@ class Program:
         for old, new in mapping.items():
             new.meta = dict(old.meta)
         other = Program(graph, self.weights.copy(), self.inputs, copy.deepcopy(self.facts))
+        other.raised = self.raised
         other.typer = self.typer  # the types copied above are in its symbols
         return other
 

@@ -75,6 +75,12 @@ class Report:
 class PipelineReport:
     """What became of a model on its way: one Report a pass, and the seconds of the stages around them.
 
+    Attributes:
+        passes: what each pass did.
+        seconds: stage ("lift", "probe", "lower") -> time.
+        notes: what the lift wants the user to know.
+        rules: how often each rule of the lift was tried and matched, and where it just missed.
+
     Example:
         >>> print(compiled.report)
     """
@@ -82,6 +88,7 @@ class PipelineReport:
     passes: list[Report] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    rules: Counts = field(default_factory=dict)
 
     def to_json(self) -> str:
         """One JSON document that ``from_json`` reads back as an equal report."""
@@ -94,10 +101,14 @@ class PipelineReport:
         found = data.pop("version", None)
         if found != VERSION:
             raise errors.ArtifactVersion(path="report.json", found=found, expected=VERSION)
-        return cls(passes=[_report(item) for item in data.pop("passes")], **data)
+        return cls(passes=[_report(item) for item in data.pop("passes")], rules=_counts(data.pop("rules")), **data)
 
     def __str__(self) -> str:
         return "\n".join([*_table(self), *_remarks(self)])
+
+
+def _counts(data: dict[str, Any]) -> Counts:
+    return {name: Count(**count) for name, count in data.items()}
 
 
 def _report(data: dict[str, Any]) -> Report:
@@ -105,7 +116,7 @@ def _report(data: dict[str, Any]) -> Report:
         **{
             **data,
             "skipped": [Skip(*pair) for pair in data["skipped"]],
-            "rules": {name: Count(**count) for name, count in data["rules"].items()},
+            "rules": _counts(data["rules"]),
             "before": data["before"] and Size(**data["before"]),
             "after": data["after"] and Size(**data["after"]),
         }
@@ -114,11 +125,12 @@ def _report(data: dict[str, Any]) -> Report:
 
 # -- for people --------------------------------------------------------------------------------------------------------
 
-_COLUMNS = ("pass", "sites", "nodes", "parameters", "bytes", "output moved", "since lift", "seconds")
-_WIDTH = 120
+_COLUMNS = ("pass", "sites", "parameters", "bytes", "output\nmoved", "since\nlift", "seconds")
+_WIDTH = 80
 
 
 def _table(report: PipelineReport) -> Iterator[str]:
+    """A line for the model as it came, then one a pass with the sizes after it."""
     if not report.passes:
         yield f"no passes ({_spent(report.seconds)})" if report.seconds else "no passes"
         return
@@ -126,9 +138,10 @@ def _table(report: PipelineReport) -> Iterator[str]:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     for index, column in enumerate(_COLUMNS):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
+    table.add_row("(as lifted)", "", *_sizes(report.passes[0].before), "", "", "")
     for item in report.passes:
         table.add_row(*_row(item))
     page = io.StringIO()
@@ -141,15 +154,11 @@ def _table(report: PipelineReport) -> Iterator[str]:
 def _row(item: Report) -> tuple[str, ...]:
     sites = f"{len(item.matched)} of {item.tried}"
     spent = f"{sum(item.seconds.values()):.2f}"
-    if item.before is None or item.after is None:
-        return item.text, sites, "", "", "", "", "", spent
-    pairs = [
-        (f"{item.before.nodes:,}", f"{item.after.nodes:,}"),
-        (short_count(item.before.parameters), short_count(item.after.parameters)),
-        (short_bytes(item.before.nbytes), short_bytes(item.after.nbytes)),
-    ]
-    changes = [old if old == new else f"{old} → {new}" for old, new in pairs]
-    return item.text, sites, *changes, _moved(item.error), _moved(item.drift), spent
+    return item.text, sites, *_sizes(item.after), _moved(item.error), _moved(item.drift), spent
+
+
+def _sizes(size: Size | None) -> tuple[str, str]:
+    return ("", "") if size is None else (short_count(size.parameters), short_bytes(size.nbytes))
 
 
 def _moved(error: float | None) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import io
+import json
 import operator
 import tokenize
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from torch import fx
 
 from slim import errors
 from slim.compiler.program import Facts, Program
-from slim.compiler.types import LONG, SHORT, SIZE_OPS, Input, show_type
+from slim.compiler.types import LONG, SHORT, SIZE_OPS, Input, not_in_dialect, show_type
 from slim.compiler.weights import Weights
 
 HEADER = "# slim IR 1"
@@ -78,7 +79,7 @@ def _target_name(target: Any) -> str:
 
 def _literal(value: Any) -> str:
     if isinstance(value, fx.Node):
-        return f'weights["{value.target}"]' if value.op == "get_attr" else value.name
+        return f"weights[{json.dumps(value.target)}]" if value.op == "get_attr" else value.name
     if isinstance(value, (list, tuple)):
         body = ", ".join(_literal(v) for v in value)
         return f"[{body}]" if isinstance(value, list) else f"({body}{',' * (len(value) == 1)})"
@@ -97,33 +98,51 @@ def parse(text: str, weights: Weights, facts: Facts | None = None) -> Program:
         BadIR: where the text is not slim IR, with its line.
     """
     function = _find_function(text)
-    inputs = tuple(_read_input(argument) for argument in function.args.args[1:])
+    inputs = tuple(_read_input(argument) for argument in _arguments(function)[1:])
     program = Program(fx.Graph(), weights, inputs, facts or Facts())
     _Reader(program, _comments(text)).read(function)
     return program
 
 
 def _find_function(text: str) -> ast.FunctionDef:
-    if not text.startswith(HEADER):
-        raise errors.BadIR(line=1, reason=f"the first line is not {HEADER!r}")
+    if text.partition("\n")[0].partition(":")[0] != HEADER:
+        raise errors.BadIR(line=1, reason=f"the first line does not begin with {HEADER!r}")
     try:
         body = ast.parse(text).body
     except SyntaxError as error:
         raise errors.BadIR(line=error.lineno or 0, reason=error.msg) from error
+    except (ValueError, RecursionError, MemoryError) as error:  # zero bytes, endless nesting
+        raise errors.BadIR(line=1, reason=f"it is not Python ({error})") from error
     for statement in body:
         if isinstance(statement, ast.FunctionDef) and statement.name == "forward":
             return statement
     raise errors.BadIR(line=1, reason="there is no function `forward`")
 
 
+def _arguments(function: ast.FunctionDef) -> list[ast.arg]:
+    """``weights``, and the inputs."""
+    names = function.args
+    plain = not (names.posonlyargs or names.kwonlyargs or names.vararg or names.kwarg or names.defaults)
+    if not plain or not names.args or names.args[0].arg != "weights":
+        raise errors.BadIR(line=function.lineno, reason="its arguments are not `weights` and then typed inputs")
+    return names.args
+
+
 def _read_input(argument: ast.arg) -> Input:
     annotation: Any = argument.annotation
     try:
         dims = annotation.slice.elts if isinstance(annotation.slice, ast.Tuple) else [annotation.slice]
-        shape = tuple(d.id if isinstance(d, ast.Name) else int(ast.literal_eval(d)) for d in dims)
+        shape = tuple(d.id if isinstance(d, ast.Name) else _size(d) for d in dims)
         return Input(argument.arg, LONG[annotation.value.id], shape)
-    except (AttributeError, KeyError, ValueError) as error:
+    except (AttributeError, KeyError, ValueError, TypeError) as error:
         raise errors.BadIR(line=argument.lineno, reason=f"input {argument.arg} has no readable type") from error
+
+
+def _size(dim: ast.expr) -> int:
+    size = int(ast.literal_eval(dim))
+    if size < 0:
+        raise ValueError("a dimension is negative")
+    return size
 
 
 def _comments(text: str) -> dict[int, str]:
@@ -150,12 +169,18 @@ class _Reader:
                 raise
             except Exception as error:  # whatever a shape function or a malformed literal raises, with its line
                 raise errors.BadIR(line=statement.lineno, reason=f"{type(error).__name__}: {error}") from error
+        if not graph.find_nodes(op="output"):
+            raise errors.BadIR(line=function.lineno, reason="it returns nothing")
 
     def _statement(self, statement: ast.stmt) -> None:
         graph = self.program.graph
+        if graph.find_nodes(op="output"):
+            raise errors.BadIR(line=statement.lineno, reason="it goes on after `return`")
         if isinstance(statement, ast.Return) and statement.value is not None:
             self._typed(graph.output(self._value(statement.value)))
         elif isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.value:
+            if statement.target.id in self.values:
+                raise errors.BadIR(line=statement.lineno, reason=f"{statement.target.id} has a value already")
             target, args, kwargs = self._operation(statement.value)
             node = graph.create_node("call_function", target, args, kwargs, name=statement.target.id)
             self._provenance(node, statement.lineno)
@@ -169,7 +194,9 @@ class _Reader:
         if not isinstance(node, ast.Call):
             raise ValueError("expected a call")
         args = tuple(self._value(a) for a in node.args)
-        return _read_target(node.func), args, {k.arg: self._value(k.value) for k in node.keywords if k.arg}
+        if any(k.arg is None for k in node.keywords):
+            raise ValueError("expected keywords by name, not **")
+        return _read_target(node.func), args, {str(k.arg): self._value(k.value) for k in node.keywords}
 
     def _typed(self, node: fx.Node) -> fx.Node:
         node.meta["val"] = self.program.typer.value(node, self.program.weights)
@@ -212,8 +239,12 @@ def _torch_constant(name: str) -> Any:
 def _read_target(node: ast.expr) -> Any:
     match node:
         case ast.Attribute(value=ast.Name(id="operator" | "torch"), attr=name):
-            known = {op.__name__: op for op in SIZE_OPS}
-            return known[name]
+            target: Any = {op.__name__: op for op in SIZE_OPS}.get(name)
         case ast.Attribute(value=ast.Attribute(value=ast.Name(id=("aten" | "slim") as space), attr=op), attr=overload):
-            return getattr(getattr(getattr(torch.ops, space), op), overload)
-    raise ValueError(f"{ast.unparse(node)} is not an operation of the dialect")
+            # what these attributes lead to may be anything that Python objects have, so it is looked at before it is called
+            target = getattr(getattr(getattr(torch.ops, space), op, None), overload, None)
+        case _:
+            target = None
+    if target is None or not_in_dialect(target):
+        raise ValueError(f"{ast.unparse(node)} is not an operation of the dialect")
+    return target

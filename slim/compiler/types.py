@@ -138,3 +138,24 @@ SIZE_OPS = frozenset(
         torch.sym_min,
     }
 )
+
+_OUTSIDE = frozenset({"aten::from_file", "aten::save", "aten::_print", "aten::warn"})
+_IN_PLACE = frozenset({"slim::cached_attention"})  # the one op that writes: into the cache it is given
+
+
+def not_in_dialect(target: Any) -> str | None:
+    """Why a node may not call ``target``; None where it may.
+
+    A node computes its value from its arguments and does nothing else: a rewrite may share it, move it or drop it, and
+    IR from elsewhere can touch no file.
+    """
+    if target is operator.getitem or any(target is op for op in SIZE_OPS):
+        return None
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace not in ("aten", "slim"):
+        return f"{target} is not part of the dialect (aten, slim, sizes)"
+    name = target._schema.name
+    if name in _OUTSIDE:
+        return f"{target} reaches outside the program"
+    if target._schema.is_mutable and name not in _IN_PLACE:
+        return f"{target} writes into its arguments"
+    return None

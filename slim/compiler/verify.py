@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
-import torch
 from torch import fx
 
 from slim import errors
 from slim.compiler.program import Program, where
-from slim.compiler.types import SIZE_OPS, show_type
+from slim.compiler.types import not_in_dialect, show_type
 
 
 def verify(program: Program, stage: str) -> None:
@@ -41,12 +39,7 @@ def _dialect(node: fx.Node) -> str | None:
         return None
     if node.op != "call_function":
         return f"a {node.op} is not part of the dialect"
-    target = node.target
-    if isinstance(target, torch._ops.OpOverload) and target.namespace in ("aten", "slim"):
-        return None
-    if target is operator.getitem or target in SIZE_OPS:
-        return None
-    return f"{target} is not part of the dialect (aten, slim, sizes)"
+    return not_in_dialect(node.target)
 
 
 def _type(program: Program, node: fx.Node) -> str | None:

@@ -104,7 +104,8 @@ class PartOf:
     def load(self) -> Tensor:
         if isinstance(self.value, Tensor):
             return self.part.take(self.value)
-        return self.part.take(self.value.load()).contiguous()
+        part = self.part.take(self.value.load())
+        return part.clone(memory_format=torch.contiguous_format)  # a view would keep all of what was read
 
 
 class Weights(MutableMapping[str, Tensor]):

@@ -22,7 +22,7 @@ def rebuild_config(facts: Facts) -> Any:
 
     if facts.config is None:
         return None
-    kind = facts.config.get("model_type")
+    kind = str(facts.config.get("model_type"))
     if kind in CONFIG_MAPPING:
         return CONFIG_MAPPING[kind].from_dict(facts.config)
     return PreTrainedConfig.from_dict(facts.config)

@@ -1,9 +1,9 @@
 """Artifacts: a compiled model as a directory of safetensors, JSON and IR text. Nothing in it is ever executed.
 
-    slim.json              format version, facts, report, cache configuration, and a checksum of every other file
-    program.py             the IR, as text; runnable by people, only parsed by slim
-    weights*.safetensors   under their original names; not model*.safetensors, since transformers would misread them
-    config.json, generation_config.json, tokenizer files: for tokenizers and people
+slim.json              format version, facts, report, cache configuration, and a checksum of every other file
+program.py             the IR, as text; runnable by people, only parsed by slim
+weights*.safetensors   under their original names; not model*.safetensors, since transformers would misread them
+config.json, generation_config.json, tokenizer files: for tokenizers and people
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def _read_program(folder: Path, manifest: dict[str, Any]) -> Program:
 def _decode_facts(data: dict[str, Any]) -> Facts:
     parts = {name: _decode_part(part) for name, part in data["parts"].items()}
     bases = {name: (tuple(shape), decode_dtype(dtype)) for name, (shape, dtype) in data["bases"].items()}
-    return Facts(**{**data, "parts": parts, "bases": bases})
+    return Facts(**{**data, "parts": parts, "bases": bases, "constants": set(data["constants"])})
 
 
 def _decode_part(data: dict[str, Any]) -> Part:

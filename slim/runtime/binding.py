@@ -33,7 +33,8 @@ def check_cacheable(program: Program) -> None:
     for node in program.attention_nodes():
         reason = _objection(program, node)
         if reason:
-            raise errors.CacheUnsupported(reason=f"attention of layer {node.kwargs['layer']} {reason}", where=where(node))
+            reason = f"attention of layer {node.kwargs['layer']} {reason}"
+            raise errors.CacheUnsupported(reason=reason, where=where(node))
     check_tokenwise(program)
 
 
@@ -111,8 +112,9 @@ class _Binder:
         """Sizes read off attention_mask are read off input_ids: the mask may have no other reader."""
         tokens = _placeholder(self.program, "input_ids")
         for node in list(self.program.nodes(aten.sym_size.int)):
-            if node.args[0].op == "placeholder":
-                node.replace_input_with(node.args[0], tokens)
+            source: Any = node.args[0]
+            if source.op == "placeholder":
+                node.replace_input_with(source, tokens)
 
     def _inputs(self) -> tuple[Input, ...]:
         inputs = [v for v in self.program.inputs if v.name != "attention_mask" or self._mask_is_read()]
@@ -183,13 +185,14 @@ def _start(program: Program) -> fx.Node:
     return program.insert(first, operator.sub, keys, new, like=mask)
 
 
-def cache_slots(bound: Program) -> tuple[Slot, ...]:
-    """What the cache of a bound Program holds."""
-    caches = [value for value in bound.inputs if value.name.startswith(("k_cache_", "v_cache_"))]
-    return tuple(
-        Slot(heads=int(k.shape[1]), key_width=int(k.shape[3]), value_width=int(v.shape[3]), dtype=k.dtype)
-        for k, v in zip(caches[::2], caches[1::2], strict=True)
-    )
+def cache_slots(program: Program) -> tuple[Slot, ...]:
+    """What the cache of a Program holds, bound or not: a slot for every pair of keys and values."""
+    pairs = dict.fromkeys((argument(node, "k"), argument(node, "v")) for node in program.attention_nodes())
+    return tuple(_slot(k.meta["val"], v.meta["val"]) for k, v in pairs)
+
+
+def _slot(k: Tensor, v: Tensor) -> Slot:
+    return Slot(heads=int(k.shape[1]), key_width=int(k.shape[3]), value_width=int(v.shape[3]), dtype=k.dtype)
 
 
 # -- the last token alone ----------------------------------------------------------------------------------------------

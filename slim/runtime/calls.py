@@ -39,7 +39,8 @@ def check_cache(cache: Any, slots: tuple[Slot, ...], batch: int) -> None:
     if not isinstance(cache, KVCache):
         raise errors.CacheMismatch(expected="a KVCache of this model", got=type(cache).__name__)
     if cache.slots != slots:
-        raise errors.CacheMismatch(expected=f"{len(slots)} layers {slots[:1]}", got=f"{len(cache.slots)} layers {cache.slots[:1]}")
+        expected, got = (f"{len(layers)} layers {list(layers[:1])}" for layers in (slots, cache.slots))
+        raise errors.CacheMismatch(expected=expected, got=got)
     if cache.batch != batch:
         raise errors.CacheMismatch(expected=f"batch {batch}", got=f"batch {cache.batch}")
 
@@ -67,7 +68,9 @@ def call_language_model(
         raise errors.ContradictoryOptions(a="past_key_values", b="use_cache=False", reason="the cache goes on growing")
     tokens = checked_tokens(input_ids, model.vocabulary)
     cache = past_key_values
-    if use_cache and cache is None:
+    if cache is not None:
+        check_cache(cache, model.slots, tokens.shape[0])
+    elif use_cache:
         cache = model.new_cache(tokens.shape[0], tokens.shape[1])
     past = 0 if cache is None else cache.length
     mask = _mask(tokens, attention_mask, cache)
@@ -79,7 +82,7 @@ def call_language_model(
     outputs = model.run(inputs) if cache is None else _cached(model, cache, mask, inputs)
     result = _rebuild(model, outputs)
     logits = result.logits
-    extra = {"loss": None if labels is None else _loss(model, logits, labels, num_items_in_batch)}
+    extra: dict[str, Any] = {"loss": None if labels is None else _loss(model, logits, labels, num_items_in_batch)}
     extra["logits"] = _kept(logits, logits_to_keep)
     if cache is not None:
         extra["past_key_values"] = cache
@@ -112,7 +115,6 @@ def _takes(model: CompiledModel, name: str) -> bool:
 def _cached(model: CompiledModel, cache: KVCache, mask: Tensor, inputs: dict[str, Tensor]) -> tuple[Any, ...]:
     masked = bool((mask == 0).any())
     step = model.step(masked=masked)
-    check_cache(cache, step.slots, mask.shape[0])
     cache.mask[:, : cache.length] = mask[:, : cache.length].bool()
     return step(cache, mask[:, cache.length :].bool(), inputs)
 
@@ -171,7 +173,7 @@ def call_module(model: CompiledModel, args: tuple[Any, ...], kwargs: dict[str, A
     if len(tensors) != len(inputs) or not all(isinstance(value, Tensor) for value in tensors):
         found = ", ".join(type(value).__name__ for value in tensors) or "nothing"
         wanted = ", ".join(f"{value.name} {list(value.shape)}" for value in inputs)
-        reason = f"the module was compiled for {len(inputs)} tensors ({wanted}); anything else was fixed then, got {found}"
+        reason = f"the module was compiled for {len(inputs)} tensors ({wanted}), all else being fixed; got {found}"
         raise errors.BadInput(argument="arguments", reason=reason)
     sizes: dict[str, int] = {}
     for value, tensor in zip(inputs, tensors, strict=True):

@@ -16,8 +16,8 @@ from slim.codegen import Executable, Target, select
 from slim.compiler.program import Program
 from slim.runtime import calls, generation
 from slim.runtime.architecture import counts_real_tokens, rebuild_config, rebuild_generation_config
-from slim.runtime.binding import bind_cache, check_cacheable
-from slim.runtime.cache import KVCache, KVCacheConfig
+from slim.runtime.binding import bind_cache, cache_slots, check_cacheable
+from slim.runtime.cache import KVCache, KVCacheConfig, Slot
 from slim.runtime.inputs import position_limit, vocabulary
 from slim.runtime.steps import CachedDecoder, Decoder, RecomputingDecoder, Step
 
@@ -66,7 +66,7 @@ class CompiledModel:
         self._steps: dict[tuple[bool, bool], Step] = {}
         self._sources: dict[str, str] = dict(self._executable.code)
         if kv_cache is not None:
-            check_cacheable(program)
+            self.slots  # noqa: B018  asked for: then it must be possible
 
     def __repr__(self) -> str:
         name = self.program.facts.architecture or "model"
@@ -112,6 +112,12 @@ class CompiledModel:
     def counts_real_tokens(self) -> bool:
         """Whether, without position_ids, padding is left out of the count, as the original does or does not."""
         return counts_real_tokens(self.program.facts)
+
+    @functools.cached_property
+    def slots(self) -> tuple[Slot, ...]:
+        """What a KV cache of this model holds; raises CacheUnsupported where it can have none."""
+        check_cacheable(self.program)
+        return cache_slots(self.program)
 
     @property
     def name_or_path(self) -> str:
@@ -234,7 +240,7 @@ class CompiledModel:
         limit = self.kv_cache.max_tokens
         if limit is not None and tokens > limit:
             raise errors.PromptTooLong(length=tokens, capacity=limit)
-        return KVCache(self.step().slots, batch, max(1, tokens), limit, self.device)
+        return KVCache(self.slots, batch, max(1, tokens), limit, self.device)
 
     def decoder(self, plan: generation.Plan) -> Decoder:
         """What runs a call of ``generate``: over a cache, unless the call or the model is against it."""
@@ -257,7 +263,7 @@ class CompiledModel:
             raise errors.PromptTooLong(length=plan.max_length, capacity=limit)
         if plan.cache is None:
             return self.new_cache(batch, min(plan.max_length, length + _ROOM))
-        calls.check_cache(plan.cache, self.step().slots, batch)
+        calls.check_cache(plan.cache, self.slots, batch)
         if plan.cache.length >= length:
             reason = f"the prompt must go on beyond the {plan.cache.length} tokens of past_key_values, and has {length}"
             raise errors.BadInput(argument="input_ids", reason=reason)

@@ -22,7 +22,13 @@ slim = torch.ops.slim
 
 FORMATS = ("transformers",)
 # What an export writes: a directory that holds nothing else may be replaced by another export.
-_OWN_FILES = (*TOKENIZER_FILES, "config.json", "generation_config.json", "model*.safetensors", "*.safetensors.index.json")
+_OWN_FILES = (
+    *TOKENIZER_FILES,
+    "config.json",
+    "generation_config.json",
+    "model*.safetensors",
+    "*.safetensors.index.json",
+)
 
 
 def export(program: Program, directory: str | Path, format: str = "transformers", *, dequantize: bool = False) -> None:
@@ -139,7 +145,8 @@ def _fitted(model: Any, program: Program, state: dict[str, Tensor]) -> dict[str,
     same = _tied_names(expected)
     fitted: dict[str, Tensor] = {}
     for name, meta in expected.items():
-        value = next((state[other] for other in (name, program.facts.tied.get(name), *same[name]) if other in state), None)
+        names = (name, program.facts.tied.get(name, name), *same[name])
+        value = next((state[other] for other in names if other in state), None)
         if value is None and name in program.facts.retired:
             value = torch.full(meta.shape, program.facts.retired[name], dtype=_dtype(program))
         if value is None:

@@ -32,12 +32,16 @@ log = logging.getLogger(__name__)
 class Generative(Protocol):
     """What generation needs of a compiled model."""
 
-    config: Any
-    generation_config: Any
-    device: torch.device
-    vocabulary: int | None
-    position_limit: int | None
-
+    @property
+    def config(self) -> Any: ...
+    @property
+    def generation_config(self) -> Any: ...
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def vocabulary(self) -> int | None: ...
+    @property
+    def position_limit(self) -> int | None: ...
     def decoder(self, plan: Plan) -> Decoder: ...
 
 
@@ -82,7 +86,7 @@ def generate(
         if setting not in (None, False):
             raise errors.UnsupportedGenerateOption(option=name, reason="it asks for another way of decoding")
     tokenizer = kwargs.pop("tokenizer", None)
-    host = _Host(model)
+    host: Any = _Host(model)  # to a type checker, transformers' helpers belong to whole models
     plan = _plan(host, model, inputs, generation_config, kwargs)
     if streamer is not None:
         streamer.put(plan.tokens.cpu())
@@ -161,7 +165,7 @@ def _take(kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     return {name: kwargs.pop(name) for name in names if name in kwargs}
 
 
-def _plan(host: _Host, model: Generative, inputs: Any, given: GenerationConfig | None, kwargs: dict[str, Any]) -> Plan:
+def _plan(host: Any, model: Generative, inputs: Any, given: GenerationConfig | None, kwargs: dict[str, Any]) -> Plan:
     if "input_ids" in kwargs and inputs is not None:
         raise errors.ContradictoryOptions(a="inputs", b="input_ids", reason="both are the prompt")
     arrived = _take(kwargs, _INPUTS)
@@ -170,16 +174,16 @@ def _plan(host: _Host, model: Generative, inputs: Any, given: GenerationConfig |
         config, unknown = host._prepare_generation_config(given, **kwargs)
     _refuse_unknown(unknown)
     _refuse_unsupported(config)
-    tokens = checked_tokens(_prompt(inputs if inputs is not None else arrived.get("input_ids"), config), model.vocabulary)
-    tokens = tokens.to(model.device)
+    prompt = _prompt(inputs if inputs is not None else arrived.get("input_ids"), config)
+    tokens = checked_tokens(prompt, model.vocabulary).to(model.device)
     with _TransformersErrors():
         has_mask = arrived.get("attention_mask") is not None
         host._prepare_special_tokens(config, has_mask, device=tokens.device, batch_size=tokens.shape[0])
     mask = _mask(host, config, tokens, arrived.get("attention_mask"))
     positions = _positions(tokens, mask, arrived.get("position_ids"))
     repeat = config.num_return_sequences or 1
-    rows = [value.repeat_interleave(repeat, dim=0) for value in (tokens, mask, positions)]
-    return Plan(*rows, config=config, cache=arrived.get("past_key_values"), use_cache=use_cache)
+    tokens, mask, positions = (value.repeat_interleave(repeat, dim=0) for value in (tokens, mask, positions))
+    return Plan(tokens, mask, positions, config, arrived.get("past_key_values"), use_cache)
 
 
 def _prompt(tokens: Any, config: Any) -> Any:
@@ -216,7 +220,8 @@ def _refuse_unsupported(config: Any) -> None:
             log.debug("generation_config holds %s=%r, which transformers does not know either", name, value)
 
 
-def _mask(host: _Host, config: Any, tokens: Tensor, given: Any) -> Tensor:
+def _mask(host: Any, config: Any, tokens: Tensor, given: Any) -> Tensor:
+    mask: Tensor
     if given is None:
         mask = host._prepare_attention_mask_for_generation(tokens, config, {})
     else:
@@ -235,7 +240,7 @@ def _positions(tokens: Tensor, mask: Tensor, given: Any) -> Tensor:
 
 
 def _settle_length(
-    host: _Host, model: Generative, plan: Plan, given: GenerationConfig | None, kwargs: dict[str, Any]
+    host: Any, model: Generative, plan: Plan, given: GenerationConfig | None, kwargs: dict[str, Any]
 ) -> None:
     """Completes max_length and min_length as transformers does, and checks that all of it fits."""
 
@@ -302,7 +307,8 @@ class _Loop:
     def _choose(self, logits: Tensor) -> Tensor:
         kept = self.scores is not None or self.logits is not None
         raw = logits.to(dtype=torch.float32, copy=kept)
-        scores = self.plan.processors(self.sequences[:, : self.length], raw) if self.plan.processors else raw
+        processors: Any = self.plan.processors
+        scores: Tensor = processors(self.sequences[:, : self.length], raw) if processors else raw
         if self.scores is not None:
             self.scores.append(scores)
         if self.logits is not None:
@@ -329,14 +335,16 @@ class _Loop:
         return self.length >= self.plan.max_length or not bool(self.unfinished.any())
 
     def _result(self) -> Any:
-        sequences = self.sequences if self.length == self.plan.max_length else self.sequences[:, : self.length].clone()
+        sequences: Any = (
+            self.sequences if self.length == self.plan.max_length else self.sequences[:, : self.length].clone()
+        )
         if not self.plan.config.return_dict_in_generate:
             return sequences
+        steps: dict[str, Any] = {"scores": self.scores, "logits": self.logits}
         return GenerateDecoderOnlyOutput(
             sequences=sequences,
-            scores=None if self.scores is None else tuple(self.scores),
-            logits=None if self.logits is None else tuple(self.logits),
-            past_key_values=getattr(self.decoder, "_cache", None),
+            **{name: None if values is None else tuple(values) for name, values in steps.items()},
+            past_key_values=self.decoder.cache,
         )
 
 

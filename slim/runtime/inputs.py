@@ -86,7 +86,8 @@ def checked_tokens(tokens: Any, vocab: int | None, argument: str = "input_ids") 
         BadInput: for another type or shape. EmptyPrompt. TokenOutOfRange: naming token and position.
     """
     if not isinstance(tokens, Tensor):
-        raise errors.BadInput(argument=argument, reason=f"it must be a tensor of token ids, not {type(tokens).__name__}")
+        reason = f"it must be a tensor of token ids, not {type(tokens).__name__}"
+        raise errors.BadInput(argument=argument, reason=reason)
     if tokens.dim() != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
         reason = f"it must be integers [batch, length], not {tokens.dtype} {list(tokens.shape)}"
         raise errors.BadInput(argument=argument, reason=reason)

@@ -44,7 +44,13 @@ class Step:
 
 
 class Decoder(Protocol):
-    """Runs a prompt, then one token a row at a time; both return the logits of the last token, [B, V]."""
+    """Runs a prompt, then one token a row at a time; both return the logits of the last token, [B, V].
+
+    Attributes:
+        cache: what past tokens are kept in, if anything.
+    """
+
+    cache: Any
 
     def prefill(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor: ...
     def step(self, tokens: Tensor) -> Tensor: ...
@@ -55,20 +61,20 @@ class CachedDecoder:
 
     def __init__(self, step: Step, cache: KVCache, chunk: int | None = None) -> None:
         self._step = step
-        self._cache = cache
+        self.cache = cache
         self._chunk = chunk
 
     def prefill(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Runs what of ``tokens`` [B, S] the cache does not hold yet, ``chunk`` tokens at a time."""
-        first, stop = self._cache.length, tokens.shape[1]
-        self._cache.mask[:, :first] = mask[:, :first].bool()
+        first, stop = self.cache.length, tokens.shape[1]
+        self.cache.mask[:, :first] = mask[:, :first].bool()
         logits = tokens
         for start in range(first, stop, self._chunk or stop):
             part = slice(start, min(stop, start + (self._chunk or stop)))
             inputs = {
                 "input_ids": tokens[:, part], "attention_mask": mask[:, part], "position_ids": positions[:, part]
             }  # fmt: skip
-            logits = self._step(self._cache, mask[:, part].bool(), inputs)[0]
+            logits = self._step(self.cache, mask[:, part].bool(), inputs)[0]
         self._prepare_steps(positions)
         return logits[:, -1]
 
@@ -83,7 +89,7 @@ class CachedDecoder:
 
     def step(self, tokens: Tensor) -> Tensor:
         """One token a row, [B]."""
-        cache = self._cache
+        cache = self.cache
         self._token[:, 0] = tokens
         self._position += 1
         end = cache.length + 1
@@ -100,6 +106,7 @@ class RecomputingDecoder:
     """Decodes without a cache: every step runs all tokens again."""
 
     def __init__(self, forward: Callable[[dict[str, Tensor]], tuple[Any, ...]], room: int) -> None:
+        self.cache = None
         self._forward = forward
         self._room = room
         self._length = 0

@@ -9,17 +9,19 @@ import shutil
 import tempfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slim import errors
-from slim.compiler.weights import Stored, Weights
+from slim.compiler.weights import Deferred, Stored, Weights
 
 SHARD_BYTES = 5 * 10**9
+_TRANSPOSED = "slim.transposed"  # in a file's metadata: which of its tensors are written as their transpose
 _NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
@@ -148,26 +150,58 @@ def _shards(weights: Weights) -> Iterator[list[str]]:
 
 
 def _write_shard(weights: Weights, names: Iterable[str], path: Path) -> None:
-    """The safetensors format: the header's length in 8 bytes, the header in JSON, the tensors as they lie in memory."""
+    """The safetensors format: the header's length in 8 bytes, the header in JSON, the tensors as they lie in memory.
+
+    A matrix that lies in memory column by column is written that way, as its transpose, and comes back so: products
+    add up in the order of memory, and a reloaded model must give the same bits.
+    """
     ordered = sorted(names, key=lambda name: (-weights.dtype(name).itemsize, name))  # so that all are aligned
-    header, offset = {}, 0
+    turned = [name for name in ordered if _by_column(weights.raw(name))]
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", _TRANSPOSED: json.dumps(turned)}}
+    offset = 0
     for name in ordered:
         end = offset + weights.nbytes(name)
-        dtype = _NAMES[weights.dtype(name)]
-        header[name] = {"dtype": dtype, "shape": list(weights.shape(name)), "data_offsets": [offset, end]}
+        shape = list(weights.shape(name))
+        shape = [*shape[:-2], shape[-1], shape[-2]] if name in turned else shape
+        header[name] = {"dtype": _NAMES[weights.dtype(name)], "shape": shape, "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps({"__metadata__": {"format": "pt"}, **header}).encode()
+    text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in ordered:
-            file.write(_bytes(weights[name]))
+            file.write(_bytes(weights[name].mT if name in turned else weights[name]))
         _settle(file)
+
+
+def _by_column(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.dim() >= 2 and not value.is_contiguous() and value.stride(-2) == 1
+    return isinstance(value, _Transposed)
+
+
+@dataclass(frozen=True)
+class _Transposed:
+    """A stored tensor whose last two dimensions are swapped, so that it lies in memory as it did when it was saved."""
+
+    stored: Stored
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.stored.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        *rest, columns, rows = self.stored.shape
+        return (*rest, rows, columns)
+
+    def load(self) -> Tensor:
+        return self.stored.load().mT
 
 
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy().data) if flat.numel() else memoryview(b"")
 
 
 def stored_weights(files: Iterable[Path]) -> Weights:
@@ -176,13 +210,15 @@ def stored_weights(files: Iterable[Path]) -> Weights:
     Raises:
         CheckpointCorrupt: where a file is damaged.
     """
-    values: dict[str, Tensor | Stored] = {}
+    values: dict[str, Tensor | Deferred] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as handle:
+                turned = json.loads((handle.metadata() or {}).get(_TRANSPOSED, "[]"))
                 for key in handle.keys():  # noqa: SIM118  it is no mapping
                     part = handle.get_slice(key)
-                    values[key] = Stored(file, key, _DTYPES[part.get_dtype()], tuple(part.get_shape()))
-        except (SafetensorError, OSError, KeyError) as error:
+                    stored = Stored(file, key, _DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                    values[key] = _Transposed(stored) if key in turned else stored
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise errors.CheckpointCorrupt(file=file, reason=str(error)) from error
-    return Weights(dict(values))
+    return Weights(values)

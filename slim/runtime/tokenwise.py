@@ -52,7 +52,7 @@ def check_tokenwise(program: Program) -> None:
 class _Sizes:
     """The symbols of the batch and of the sequence."""
 
-    batch: sympy.Symbol | None
+    batch: sympy.Symbol
     tokens: sympy.Symbol
 
     def bind(self, size: sympy.Expr, tokens: int) -> int:
@@ -64,8 +64,8 @@ class _Sizes:
 def _sizes(program: Program) -> _Sizes:
     for value in program.inputs:
         if value.name == "input_ids" and len(value.shape) == 2 and isinstance(value.shape[1], str):
-            symbols = [sympy.Symbol(d, integer=True, positive=True) if isinstance(d, str) else None for d in value.shape]
-            return _Sizes(*symbols)
+            batch, tokens = (sympy.Symbol(str(d), integer=True, positive=True) for d in value.shape)
+            return _Sizes(batch, tokens)
     raise errors.CacheUnsupported(reason="the model has no input_ids [B, S] of any length")
 
 

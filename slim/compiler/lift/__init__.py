@@ -53,7 +53,7 @@ def lift(model: nn.Module, example_inputs: Any = None, source: Path | None = Non
         program = lift_pretrained(model, _as_keywords(example_inputs), source)
     else:
         program = _lift_module(model, example_inputs)
-    raise_program(program)
+    program.raised = raise_program(program)
     verify(program, "lift")
     return program
 

@@ -166,7 +166,9 @@ def _stored(directory: Path) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in files:
         if not file.is_file():
-            raise errors.CheckpointCorrupt(file=str(file), reason="the file is not there")
+            pickled = any(directory.glob("*.bin"))
+            reason = "the file is not there" + ", only pickled weights, which slim does not execute" * pickled
+            raise errors.CheckpointCorrupt(file=str(file), reason=reason)
         found.update(_read_header(file))
     return found
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import operator
+import os
 import re
 import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +39,7 @@ def export(
     Raises:
         LiftFailed: naming the module and the line of its source that cannot be exported.
     """
-    with torch.no_grad(), warnings.catch_warnings():
+    with torch.no_grad(), _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns of its own internals, which no user can act upon
         try:
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
@@ -48,6 +52,22 @@ def export(
     facts.in_spec = pytree.treespec_dumps(exported.call_spec.in_spec)
     facts.out_spec = pytree.treespec_dumps(exported.call_spec.out_spec)
     return _Builder(model, exported, facts).build()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keeps torch from printing the graph so far when a trace fails, unless TORCH_LOGS asks for its logs."""
+    if "TORCH_LOGS" in os.environ:
+        yield
+        return
+    logger = logging.getLogger("torch")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(before)
 
 
 def _first_lines(error: BaseException) -> str:

@@ -20,13 +20,17 @@ def fold_constants(program: Program) -> None:
         if _foldable(program, node, known):
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: known[n])
             known[node] = node.target(*args, **kwargs)
-        elif node.op == "get_attr" and str(node.target) in program.facts.constants:
-            if not program.weights.is_deferred(str(node.target)) and program.weights.numel(str(node.target)) == 1:
-                known[node] = program.weights[str(node.target)]
+        elif node.op == "get_attr" and _is_scalar_constant(program, str(node.target)):
+            known[node] = program.weights[str(node.target)]
     for node, value in known.items():
         if node.op == "call_function" and isinstance(value, Tensor) and any(user not in known for user in node.users):
             _keep(program, node, value)
     program.clean()
+
+
+def _is_scalar_constant(program: Program, name: str) -> bool:
+    held = name in program.facts.constants and not program.weights.is_deferred(name)
+    return held and program.weights.numel(name) == 1
 
 
 def _foldable(program: Program, node: fx.Node, known: dict[fx.Node, Any]) -> bool:

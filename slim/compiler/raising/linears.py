@@ -183,7 +183,7 @@ def _grid(linear: fx.Node) -> tuple[fx.Node, list[int], list[fx.Node]]:
         shape = user.meta["val"].shape if isinstance(user.meta.get("val"), torch.Tensor) else ()
         rank = len(linear.meta["val"].shape) - 1
         if user.target is aten.reshape.default and source is linear and len(shape) > rank + 1:
-            spread = [size for size in shape[rank:]]
+            spread = list(shape[rank:])
             lead = [_e(a) for a in shape[:rank]] == [_e(a) for a in linear.meta["val"].shape[:-1]]
             if not lead or any(isinstance(size, torch.SymInt) for size in spread):
                 break

@@ -141,15 +141,27 @@ def _centred(m: Match) -> fx.Node | None:
 
 
 def _narrowed_layer(m: Match) -> fx.Node | None:
-    if _dtype(m["x"]) != _dtype(m.node) or (m["w"] is not None and _dtype(m["w"]) != _dtype(m.node)):
+    """The casts around a LayerNorm and of its gain are its own: it sums in float32 and rounds once."""
+    narrow = _dtype(m.node)
+    gain, bias = (_peel_casts(value) for value in (m["w"], m["b"]))
+    if _dtype(m["x"]) != narrow or any(value is not None and _dtype(value) != narrow for value in (gain, bias)):
         return None
-    return m.new(LN, m["x"], m["w"], m["b"], eps=m["eps"], offset=m["offset"])
+    return m.new(LN, m["x"], gain, bias, eps=m["eps"], offset=m["offset"])
+
+
+def _peel_casts(node: Any) -> Any:
+    while isinstance(node, fx.Node) and node.target in CASTS:
+        node = node.args[0]
+    return node
 
 
 def _gained_layer(m: Match) -> fx.Node | None:
-    if not _is_gain(m, m["w"], m["x"]) or _dtype(m["w"]) != _dtype(m["x"]):
+    if not _is_gain(m, m["w"], m["x"]):
         return None
-    return m.new(LN, m["x"], m["w"], None, eps=m["eps"])
+    gain = m["w"]
+    if _dtype(gain) != _dtype(m["x"]):  # widened for the product: the rule that narrows the norm takes that back
+        gain = m.new(aten._to_copy.default, gain, dtype=_dtype(m["x"]))
+    return m.new(LN, m["x"], gain, None, eps=m["eps"])
 
 
 def _shifted_gain(m: Match) -> fx.Node | None:

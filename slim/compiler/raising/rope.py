@@ -174,7 +174,7 @@ def _rope(m: Match, interleaved: bool) -> fx.Node | None:
         raise NearMiss(f"it rotates {len(x.meta['val'].shape)} dimensions, not [batch, heads, length, width]")
     if len(c.meta["val"].shape) != 3:
         raise NearMiss("its table is not [batch, length, width]")
-    if c.meta["val"].dtype != x.meta["val"].dtype:
+    if torch.promote_types(c.meta["val"].dtype, x.meta["val"].dtype) != x.meta["val"].dtype:
         raise NearMiss(f"its table is {c.meta['val'].dtype} and what it turns is {x.meta['val'].dtype}")
     return m.new(slim.rope.default, x, c, s, interleaved=interleaved)
 

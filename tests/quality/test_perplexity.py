@@ -1,0 +1,54 @@
+"""Real models on real text: the protocol of ../shared/README.md, 200 pieces of TinyStories' validation split."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import slim
+from slim.runtime.perplexity import pieces, score
+
+PUBLISHED = {"stories260K": 3.559, "stories260K-mha": 3.559, "babyllama361": 1.638}
+IN_A_FRESH_PROCESS = """
+import json, sys, slim, torch
+from transformers import AutoTokenizer
+from slim.runtime.perplexity import pieces, score
+torch.set_num_threads(1)
+artifact, text, context = sys.argv[1], open(sys.argv[2]).read(), int(sys.argv[3])
+passages = pieces(text, AutoTokenizer.from_pretrained(artifact), context, "Once upon a time", 200)
+print(json.dumps(score(slim.load(artifact), passages).perplexity))
+"""
+
+
+def perplexity(model: slim.CompiledModel, text: Path) -> float:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    context = model.config.max_position_embeddings
+    return score(model, pieces(text.read_text(), tokenizer, context, "Once upon a time", 200)).perplexity
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_lift_fold_save_and_load_keep_the_perplexity_to_the_third_decimal(
+    name: str, shared: Path, tmp_path: Path
+) -> None:
+    model, text = shared / "models" / name, shared / "text" / "tinystories_val.txt"
+    lifted = slim.compile(model)
+    before = perplexity(lifted, text)
+    folded = slim.compile(model, passes="fold_norms")
+    after = perplexity(folded, text)
+    folded.save(tmp_path / "artifact")
+    command = [sys.executable, "-c", IN_A_FRESH_PROCESS, tmp_path / "artifact", text]
+    command.append(str(lifted.config.max_position_embeddings))
+    loaded = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert round(before, 3) == PUBLISHED[name]
+    assert round(after, 3) == PUBLISHED[name]
+    assert loaded == after
+
+
+def test_int8_weights_cost_less_than_half_a_percent_of_perplexity_and_more_than_nothing(shared: Path) -> None:
+    model, text = shared / "models" / "stories260K", shared / "text" / "tinystories_val.txt"
+    quantised = perplexity(slim.compile(model, passes='quantize("int8")'), text)
+    assert PUBLISHED["stories260K"] < quantised < PUBLISHED["stories260K"] * 1.005
