@@ -31,7 +31,14 @@ if TYPE_CHECKING:
 @click.option("--dump", metavar="DIR", help="Write the IR after every stage here, as Python.")
 @debug_option
 def compile_(
-    model: str, pipeline: str, output: str, calibration: str | None, target: str, strict: bool, verify: bool, dump: str | None
+    model: str,
+    pipeline: str,
+    output: str,
+    calibration: str | None,
+    target: str,
+    strict: bool,
+    verify: bool,
+    dump: str | None,
 ) -> None:
     """Compile MODEL and save it.
 
@@ -42,10 +49,13 @@ def compile_(
     texts = None if calibration is None else read_calibration(calibration)
     with Steps() as steps:
         from slim.api import compile
+        from slim.compiler.passes_base import STATISTICS
         from slim.passes import parse_pipeline
         from slim.runtime.artifact import check_destination
 
         passes = parse_pipeline(text)
+        if texts is not None and not any(STATISTICS in pass_.requires for pass_ in passes):
+            click.echo("note: no pass of this pipeline reads the texts of --calibration", err=True)
         check_destination(output)  # now, and not after all the work
         steps.stage(f"lifting {model}")
         compiled = compile(

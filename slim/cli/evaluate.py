@@ -17,13 +17,21 @@ from slim.cli.tables import print_table
 @click.argument("model", metavar="DIR|MODEL")
 @click.option("--text", "file", required=True, metavar="FILE", help="UTF-8 text to predict.")
 @click.option("--max-tokens", type=click.IntRange(min=1), help="Predict no more than the first N tokens.")
-@click.option("--context", type=click.IntRange(min=2), help="Tokens read at once; else what the model was made for, 2048 at most.")
+@click.option(
+    "--context", type=click.IntRange(min=2), help="Tokens read at once; else what the model was made for, 2048 at most."
+)
 @click.option("--pieces", metavar="MARKER", help="Predict pieces, one before each paragraph that begins with MARKER.")
 @click.option("--limit", type=click.IntRange(min=1), help="No more pieces than this.")
 @target_option
 @debug_option
 def evaluate(
-    model: str, file: str, max_tokens: int | None, context: int | None, pieces: str | None, limit: int | None, target: str
+    model: str,
+    file: str,
+    max_tokens: int | None,
+    context: int | None,
+    pieces: str | None,
+    limit: int | None,
+    target: str,
 ) -> None:
     """Perplexity and bits per byte on a text.
 

@@ -19,7 +19,9 @@ from slim.cli.shell import debug_option, target_option
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
 @click.option("--temperature", type=click.FloatRange(min=0), help="Sample; 0 takes the likeliest token each time.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Sample from the K likeliest tokens.")
-@click.option("--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from the likeliest tokens that add up to P.")
+@click.option(
+    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from the likeliest tokens that add up to P."
+)
 @click.option("--seed", type=int, help="The same text again, when sampling.")
 @click.option("--stream/--no-stream", default=True, help="Whether to print words as they come.", show_default=True)
 @target_option

@@ -29,9 +29,7 @@ def rms_norm(
     return F.rms_norm(x, x.shape[-1:], gain, eps)
 
 
-def layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, offset: float = 0.0
-) -> Tensor:
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, offset: float = 0.0) -> Tensor:
     """``slim.layer_norm``."""
     if weight is not None and offset:
         weight = weight + offset
@@ -136,41 +134,41 @@ def cached_attention(
 
 # -- quantised operations ----------------------------------------------------------------------------------------------
 
-# Rows of int8 are widened a block at a time, so that the float copy stays in the cache: measured on AVX2, 512 KiB is
-# best for a few tokens (half the time of widening the whole weight), 4 MiB where the product dominates.
+# Rows of int8 are widened a block at a time, so that the float copy stays in the cache. Measured on AVX2, elements a
+# block: small ones are best for a few tokens (three quarters of the time of large ones), large ones where the product
+# dominates; what is no larger than _WHOLE is not worth cutting.
 _FEW_TOKENS = 8
-_SMALL_BLOCK, _LARGE_BLOCK = 1 << 17, 1 << 20
+_SMALL_BLOCK, _LARGE_BLOCK, _WHOLE = 1 << 17, 1 << 20, 1 << 19
 
 
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
     """x (q * scale)^T + bias for x [..., n], q int8 [m, n], scale [m]; the scale is applied to the product."""
-    rows = x.reshape(-1, x.shape[-1]).contiguous()
-    if dtype == torch.bfloat16 and _has_kernel(rows, q):
+    if dtype == torch.float32:
+        y = _widened_product(x, q).mul_(scale)
+    elif dtype == torch.bfloat16 and _has_kernel(x, q):
         ones = torch.ones(q.shape[0], dtype=dtype)  # a scale rounded to bfloat16 would bias its whole row
-        y = (torch._weight_int8pack_mm(rows, q, ones) * scale).to(dtype)
-    elif dtype == torch.float32:
-        y = _widened_product(rows, q).mul_(scale)
+        y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), q, ones) * scale
+        y = y.to(dtype).view(*x.shape[:-1], q.shape[0])
     else:
-        y = F.linear(rows, (q.float() * scale[:, None]).to(dtype))
-    y = y if bias is None else y + bias
-    return y.view(*x.shape[:-1], q.shape[0])
+        y = F.linear(x, (q.float() * scale[:, None]).to(dtype))
+    return y if bias is None else y + bias
 
 
-def _has_kernel(rows: Tensor, q: Tensor) -> bool:
+def _has_kernel(x: Tensor, q: Tensor) -> bool:
     """Whether torch's int8 kernel may be used, which is faster than bfloat16 itself: on a CPU, on aligned rows alone.
 
     It loads 16 numbers at a time from aligned addresses and checks neither: a width of 51 ends the process.
     """
-    aligned = rows.shape[1] % 16 == 0 and rows.data_ptr() % 32 == 0 and q.data_ptr() % 32 == 0
-    return rows.device.type == "cpu" and aligned and q.is_contiguous()
+    aligned = x.shape[-1] % 16 == 0 and x.data_ptr() % 32 == 0 and q.data_ptr() % 32 == 0
+    return x.device.type == "cpu" and aligned and x.is_contiguous() and q.is_contiguous()
 
 
-def _widened_product(rows: Tensor, q: Tensor) -> Tensor:
-    elements = _SMALL_BLOCK if rows.shape[0] <= _FEW_TOKENS else _LARGE_BLOCK
+def _widened_product(x: Tensor, q: Tensor) -> Tensor:
+    if q.numel() <= _WHOLE:
+        return F.linear(x, q.to(torch.float32))
+    elements = _SMALL_BLOCK if x.numel() <= _FEW_TOKENS * x.shape[-1] else _LARGE_BLOCK
     block = max(1, elements // q.shape[1])
-    if block >= q.shape[0]:
-        return F.linear(rows, q.to(rows.dtype))
-    return torch.cat([F.linear(rows, part.to(rows.dtype)) for part in q.split(block)], dim=-1)
+    return torch.cat([F.linear(x, part.to(torch.float32)) for part in q.split(block)], dim=-1)
 
 
 def int8_embedding(q: Tensor, scale: Tensor, dtype: torch.dtype, tokens: Tensor) -> Tensor:

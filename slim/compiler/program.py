@@ -64,6 +64,7 @@ class Program:
         self.facts = facts
         self.raised: dict[str, Any] = {}  # what each rule did while lifting, by its name
         self.typer = Typer(inputs)
+        weights.masks |= facts.constants
 
     # -- reading ---------------------------------------------------------------------------------------------------
 

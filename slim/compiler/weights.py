@@ -109,17 +109,22 @@ class PartOf:
 
 
 class Weights(MutableMapping[str, Tensor]):
-    """Name to tensor. Reading a deferred weight loads it anew each time; ``materialise`` keeps all of them."""
+    """Name to tensor. Reading a deferred weight loads it anew each time; ``materialise`` keeps all of them.
+
+    Attributes:
+        masks: names that may hold infinity, as a buffer that masks by -inf does; no other may, and none may hold NaN.
+    """
 
     def __init__(self, values: dict[str, Tensor | Deferred] | None = None) -> None:
         self._values: dict[str, Tensor | Deferred] = dict(values or {})
         self._checked: set[str] = set()
+        self.masks: set[str] = set()
 
     def __getitem__(self, name: str) -> Tensor:
         value = self._values[name]
         tensor = value if isinstance(value, Tensor) else value.load()
         if name not in self._checked:
-            check_finite(name, tensor)
+            check_finite(name, tensor, mask=name in self.masks)
             self._checked.add(name)
         return tensor
 
@@ -162,6 +167,7 @@ class Weights(MutableMapping[str, Tensor]):
         """Another mapping over the same tensors."""
         other = Weights(self._values)
         other._checked = set(self._checked)
+        other.masks = set(self.masks)
         return other
 
     def materialise(self) -> None:
@@ -170,13 +176,13 @@ class Weights(MutableMapping[str, Tensor]):
             self._values[name] = self[name]
 
 
-def check_finite(name: str, tensor: Tensor) -> None:
-    """Raises NonFiniteWeight where a floating-point weight holds NaN or infinity (masks of -inf are buffers' own)."""
+def check_finite(name: str, tensor: Tensor, *, mask: bool = False) -> None:
+    """Raises NonFiniteWeight where a floating-point weight holds NaN or, unless it is a mask, infinity."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
     # min and max propagate NaN and need no temporary of the tensor's size
     low, high = torch.aminmax(tensor.detach())
-    if torch.isfinite(low) and torch.isfinite(high):
+    if (torch.isfinite(low) and torch.isfinite(high)) or (mask and not torch.isnan(low)):
         return
     flat = tensor.detach().reshape(-1)
     nans = int(torch.isnan(flat).sum())

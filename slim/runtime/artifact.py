@@ -138,11 +138,12 @@ def load(directory: str | Path, target: str | Target = "auto") -> CompiledModel:
     try:
         program = _read_program(folder, manifest)
         report = manifest["report"]
+        kv_cache = KVCacheConfig(**manifest["kv_cache"])
         return CompiledModel(
             program,
             chosen,
             report=None if report is None else PipelineReport.from_json(json.dumps(report)),
-            kv_cache=KVCacheConfig(**manifest["kv_cache"]),
+            kv_cache=None if kv_cache == KVCacheConfig() else kv_cache,
             pipeline=manifest["pipeline"],
         )
     except (errors.BadIR, errors.VerificationFailed, errors.CheckpointCorrupt, errors.NonFiniteWeight) as error:

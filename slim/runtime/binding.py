@@ -64,7 +64,7 @@ def _is_attention_mask(mask: fx.Node) -> bool:
     return bool(value.dtype == torch.bool and torch.equal(value, sample.bool()))
 
 
-def bind_cache(program: Program, *, masked: bool = True, last_only: bool = False) -> Program:
+def bind_cache(program: Program, *, masked: bool = True, last_only: bool = False, checked: bool = False) -> Program:
     """The Program of a step over a KV cache: S new tokens after ``T - S`` that the cache holds.
 
     Its inputs are those of ``program`` for the new tokens, [B, S] (``attention_mask`` only where something beside
@@ -75,11 +75,13 @@ def bind_cache(program: Program, *, masked: bool = True, last_only: bool = False
     Args:
         masked: whether there may be padding; without it ``key_mask`` only says how long T is, and attention is faster.
         last_only: compute the first output for the last token alone, [B, 1, V], which is all that generation needs.
+        checked: whether ``check_cacheable`` was asked already.
 
     Raises:
         CacheUnsupported: where a cached step would not be the same function; see ``check_cacheable``.
     """
-    check_cacheable(program)
+    if not checked:
+        check_cacheable(program)
     bound = _Binder(program.copy(), masked).bind()
     if last_only:
         _keep_last(bound)

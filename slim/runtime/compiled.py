@@ -224,7 +224,8 @@ class CompiledModel:
         """
         key = (masked, last_only)
         if key not in self._steps:
-            bound = bind_cache(self.program, masked=masked, last_only=last_only)
+            checked = bool(self.slots)  # or it raises
+            bound = bind_cache(self.program, masked=masked, last_only=last_only, checked=checked)
             executable: Executable = self.target.lower(bound)
             name = "step" + "_masked" * masked + "_last" * last_only
             self._sources |= {f"{name}/{file}": source for file, source in executable.code.items()}

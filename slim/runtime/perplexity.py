@@ -1,7 +1,6 @@
 """Perplexity of a language model: how a text is cut into passages, and how well each token is predicted.
 
-    passages = windows(text, tokenizer, context=512)
-    score(compiled, passages).perplexity
+>>> score(compiled, windows(text, tokenizer, context=512)).perplexity
 """
 
 from __future__ import annotations
@@ -93,7 +92,7 @@ def windows(text: str, tokenizer: Any, context: int, max_tokens: int | None = No
 
 
 def pieces(text: str, tokenizer: Any, context: int, marker: str, limit: int | None = None) -> list[Passage]:
-    """The pieces that begin with a paragraph that begins with ``marker``, each on its own and cut to ``context`` tokens.
+    """The pieces that begin where a paragraph begins with ``marker``, each on its own and cut to ``context`` tokens.
 
     What stands before the first marker is left out; a piece is stripped of white space, and begins with BOS.
 

@@ -37,10 +37,11 @@ def check_tokenwise(program: Program) -> None:
     """
     sizes = _sizes(program)
     seen: dict[Any, str | None] = {}
+    kinds = _Kinds(program)
     for node in program.nodes():
         if node.target in _ATTENTION or not _tensors(node.meta["val"]):
             continue
-        trial = _Trial(program, node, sizes)
+        trial = _Trial(node, sizes, kinds)
         key = trial.key()
         if key not in seen:
             seen[key] = trial.objection()
@@ -84,11 +85,12 @@ class _Kind:
 class _Trial:
     """One operation, to be tried out."""
 
-    def __init__(self, program: Program, node: fx.Node, sizes: _Sizes) -> None:
+    def __init__(self, node: fx.Node, sizes: _Sizes, kinds: _Kinds) -> None:
         self.node = node
         self.sizes = sizes
-        self.arguments = {n: _kind(program, n.meta["val"]) for n in node.all_input_nodes}
-        self.results = [_kind(program, value) for value in _tensors(node.meta["val"])]
+        self.arguments = {n: kinds[n] for n in node.all_input_nodes}
+        results = kinds[node]
+        self.results = [results] if isinstance(results, _Kind) else [kind for kind in results if kind.dtype is not None]
 
     def key(self) -> Any:
         """Equal for operations that a trial cannot tell apart."""
@@ -169,12 +171,26 @@ class _Trial:
         return split.narrow(axis + 1, start, stop - start).flatten(axis, axis + 2)
 
 
-def _kind(program: Program, value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        return [_kind(program, item) for item in value]
-    if isinstance(value, Tensor):
-        return _Kind(value.dtype, tuple(expression(size, program.dims) for size in value.shape))
-    return _Kind(None, (expression(value, program.dims),))
+class _Kinds(dict[fx.Node, Any]):
+    """The kind of every node's value, found when it is first asked for."""
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self.dims = program.dims
+
+    def __missing__(self, node: fx.Node) -> Any:
+        self[node] = found = self._kind(node.meta["val"])
+        return found
+
+    def _kind(self, value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [self._kind(item) for item in value]
+        if isinstance(value, Tensor):
+            return _Kind(value.dtype, tuple(self._size(size) for size in value.shape))
+        return _Kind(None, (self._size(value),))
+
+    def _size(self, size: Any) -> sympy.Expr:
+        return sympy.Integer(size) if isinstance(size, int) else expression(size, self.dims)
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -226,6 +226,16 @@ def test_a_deferred_weight_is_checked_when_it_is_read():
         weights.materialise()
 
 
+def test_a_buffer_may_mask_by_infinity_and_a_parameter_may_not():
+    mask, lines = torch.tensor([0.0] + [-math.inf] * 7), "y = aten.add.Tensor(x, weights['m'])\nreturn (y,)"
+    made = program(lines, {"m": mask}, constants={"m"})
+    assert made.copy().run(torch.ones(1, 1, 8))[0][0, 0].tolist() == [1.0] + [-math.inf] * 7
+    with pytest.raises(errors.NonFiniteWeight):
+        program(lines, {"m": mask}).run(torch.ones(1, 1, 8))
+    with pytest.raises(errors.NonFiniteWeight):
+        program(lines, {"m": mask + math.nan}, constants={"m"}).run(torch.ones(1, 1, 8))
+
+
 def test_a_replaced_weight_is_checked_again():
     weights = Weights({"w": torch.ones(2)})
     weights["w"]

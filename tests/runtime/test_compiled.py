@@ -149,7 +149,7 @@ def test_it_goes_only_where_it_was_compiled_for():
     assert compiled.to("cpu") is compiled.to(torch.float32) is compiled.to(device="cpu") is compiled
     with pytest.raises(errors.BadInput, match="compiled for cpu, not cuda"):
         compiled.to("cuda")
-    with pytest.raises(errors.BadInput, match="not torch.float16"):
+    with pytest.raises(errors.BadInput, match=r"not torch\.float16"):
         compiled.to(torch.float16)
 
 

@@ -143,13 +143,6 @@ def test_the_reading_length_is_the_models_own(model) -> None:
     assert reading_length(object()) == 2048
 
 
-@pytest.mark.slow
-def test_the_protocol_of_the_shared_models_gives_their_perplexity(model, tokenizer, story: str) -> None:
-    found = score(model, pieces(story, tokenizer, reading_length(model), "Once upon a time", limit=200))
-    assert f"{found.perplexity:.3f}" == "3.559"
-    assert found.tokens == 67921
-
-
 def test_a_directory_without_vocabulary_has_no_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')

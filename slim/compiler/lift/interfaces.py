@@ -140,10 +140,10 @@ def longest_static_position(model: PreTrainedModel) -> int | None:
 
 
 def _implementation(model: PreTrainedModel) -> str:
-    """ "slim" where the attention interface is used, else the plainest implementation the model's classes have."""
+    """The attention to trace: slim's where the model uses the interface, else its own choice of eager and sdpa."""
     if getattr(model, "_supports_attention_backend", False) or getattr(model, "_can_set_attn_implementation", bool)():
         return "slim"
-    return "eager"
+    return "sdpa" if model.config._attn_implementation == "sdpa" else "eager"
 
 
 def _configs(model: PreTrainedModel) -> list[Any]:

@@ -26,5 +26,14 @@ def raise_program(program: Program) -> Counts:
     rewrite(program, (*CLEANUP, *ROPE, *ATTENTION_RULES), counts)
     share_equal(program)
     number_layers(program)
+    _forget_intermediate_parts(program)
     program.infer()
     return counts
+
+
+def _forget_intermediate_parts(program: Program) -> None:
+    """Drops what is remembered of parts that were cut further and are no weights any more."""
+    facts = program.facts
+    facts.parts = {name: part for name, part in facts.parts.items() if name in program.weights}
+    bases = {part.base for part in facts.parts.values()}
+    facts.bases = {name: base for name, base in facts.bases.items() if name in bases}

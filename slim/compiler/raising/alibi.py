@@ -25,25 +25,27 @@ _VIEWS = frozenset(
 )
 
 
-def alibi_slopes(program: Program, bias: fx.Node) -> fx.Node | None:
-    """The slopes [H] of ``bias`` if it is slopes x positions, else None.
+def alibi_slopes(program: Program, bias: fx.Node, factor: float) -> fx.Node | None:
+    """The slopes [H] of ``factor * bias`` if it is slopes x positions in float32, else None.
 
     Positions may be counted by an arange or by a running sum of the attention mask: a row of scores may be shifted
     by a constant, so both give the softmax that distances give.
     """
     node = _source(bias)
-    if program.weight_of(node) is not None:
-        return _table_slopes(program, str(node.target))
-    if node.target is not aten.mul.Tensor:
+    name, slopes = program.weight_of(node), None
+    if name is not None:
+        slopes = _table_slopes(program, name)
+    elif node.target is aten.mul.Tensor and node.meta["val"].dtype == torch.float32:
+        for factors, positions in (node.args[:2], node.args[1::-1]):
+            name = program.weight_of(_source(factors))
+            if name is not None and _counts_keys(positions):
+                slopes = _flat(program, name)
+    if slopes is None:
         return None
-    for slopes, positions in (node.args[:2], node.args[1::-1]):
-        weight = _slope_weight(program, slopes)
-        if weight is not None and _counts_keys(positions):
-            return weight
-    return None
+    return _constant(program, f"{name}_slopes" + f"_{factor:g}" * (factor != 1.0), slopes * factor)
 
 
-def _table_slopes(program: Program, name: str) -> fx.Node | None:
+def _table_slopes(program: Program, name: str) -> torch.Tensor | None:
     """The slopes of a constant table [H, 1, M] that rises evenly with the key's position."""
     shape = program.weights.shape(name)
     if name not in program.facts.constants or len(shape) != 3 or shape[1] != 1 or shape[2] < 2:
@@ -51,9 +53,15 @@ def _table_slopes(program: Program, name: str) -> fx.Node | None:
     table = program.weights[name].float()[:, 0]
     slopes = (table[:, -1] - table[:, 0]) / (shape[2] - 1)
     steps = torch.arange(shape[2]) - (shape[2] - 1)
-    if not torch.allclose(table, table[:, -1:] + slopes[:, None] * steps, rtol=1e-5, atol=1e-6):
+    even = torch.allclose(table, table[:, -1:] + slopes[:, None] * steps, rtol=1e-5, atol=1e-6)
+    return slopes if even else None
+
+
+def _flat(program: Program, name: str) -> torch.Tensor | None:
+    """One number a head, however the constant is laid out to be multiplied with positions."""
+    if name not in program.facts.constants or max(program.weights.shape(name)) != program.weights.numel(name):
         return None
-    return _constant(program, f"{name}_slopes", slopes)
+    return program.weights[name].flatten()
 
 
 def _constant(program: Program, name: str, value: torch.Tensor) -> fx.Node:
@@ -66,19 +74,6 @@ def _source(node: Any) -> Any:
     while isinstance(node, fx.Node) and node.target in _VIEWS:
         node = node.args[0]
     return node
-
-
-def _slope_weight(program: Program, node: Any) -> fx.Node | None:
-    source = _source(node)
-    name = program.weight_of(source)
-    if name is None or name not in program.facts.constants:
-        return None
-    shape = program.weights.shape(name)
-    if len(shape) == 1:
-        return source
-    if max(shape) != program.weights.numel(name):
-        return None
-    return _constant(program, f"{name}_flat", program.weights[name].flatten())
 
 
 def _counts_keys(node: Any) -> bool:

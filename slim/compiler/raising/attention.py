@@ -48,13 +48,17 @@ class Scores:
 # -- masks -------------------------------------------------------------------------------------------------------------
 
 
-def add_mask(program: Program, scores: Scores, mask: fx.Node) -> None:
-    """Folds one additive or boolean mask into ``scores``: as attributes where it is one, else as a bias."""
+def add_mask(program: Program, scores: Scores, mask: fx.Node, factor: float = 1.0) -> None:
+    """Folds ``factor`` times one additive mask, or a boolean one, into ``scores``: as attributes where it is one."""
     mask = _mask_source(mask)
     if mask.target is aten.add.Tensor and all(isinstance(a, fx.Node) for a in mask.args[:2]):
         for part in mask.args[:2]:
-            add_mask(program, scores, part)
+            add_mask(program, scores, part, factor)
         return
+    if mask.target is aten.zeros.default:
+        return
+    if mask.target is aten.where.self and _hides(program, mask.args[2]) and _number_of(program, mask.args[1]) == 0:
+        return add_mask(program, scores, mask.args[0])
     if mask.target is slim.visibility.default:
         scores.key_mask = scores.key_mask or argument(mask, "key_mask")
         scores.causal |= argument(mask, "causal")
@@ -64,11 +68,21 @@ def add_mask(program: Program, scores: Scores, mask: fx.Node) -> None:
     if static is not None:
         scores.causal, scores.window = scores.causal or static[0], _narrower(scores.window, static[1])
         return
-    slopes = alibi_slopes(program, mask)
-    if slopes is not None:
+    slopes = alibi_slopes(program, mask, factor)
+    if slopes is not None and scores.slopes is None:
         scores.slopes = slopes
         return
+    if len(_shape(mask)) != 4:
+        raise NearMiss(f"it adds {mask.name}, which is not [batch, heads, queries, keys]")
+    if factor != 1.0:
+        mask = program.insert(mask.next, aten.mul.Tensor, mask, factor, like=mask)
     scores.biases.append(mask)
+
+
+def _hides(program: Program, value: Any) -> bool:
+    """Whether adding ``value`` to a score takes the key out of the softmax."""
+    number = _number_of(program, value)
+    return number is not None and number <= -1e4
 
 
 def _mask_source(mask: fx.Node) -> fx.Node:
@@ -163,7 +177,7 @@ def _from_softmax(m: Match) -> fx.Node | None:
     q, k, v = (_four_dimensional(x) for x in (scores.q, scores.k, v))
     scores.q, scores.k = q, unrepeated(k)
     out = _attention(m, scores, unrepeated(v))
-    if flat is q:
+    if len(_shape(m.node)) == 4:
         return out
     shape: Any = flat.args[1]
     return m.new(aten.reshape.default, out, [*shape[:2], -1])
@@ -178,24 +192,29 @@ def _four_dimensional(x: fx.Node | None) -> fx.Node:
     return x
 
 
-def _read_scores(program: Program, node: Any, scores: Scores) -> None:
-    """Walks from the softmax to q k^T, collecting what happens to the scores on the way."""
+def _read_scores(program: Program, node: Any, scores: Scores, factor: float = 1.0) -> None:
+    """Walks from the softmax to q k^T, collecting what happens on the way; ``factor`` is what all of it is scaled by."""
     node = _peel_scores(node)
     left, right = (*node.args, None, None)[:2]
+    number = _number_of(program, right)
     if node.target is aten.add.Tensor and isinstance(right, fx.Node):
         inner, mask = (left, right) if _leads_to_matmul(left) else (right, left)
-        add_mask(program, scores, mask)
-        _read_scores(program, inner, scores)
-    elif node.target in (aten.mul.Tensor, aten.mul.Scalar) and _number_of(program, right) is not None:
-        _scaled(program, node, _number_of(program, right), scores)
-    elif node.target in (aten.div.Tensor, aten.div.Scalar) and _number_of(program, right) is not None:
-        _scaled(program, node, 1.0 / _number_of(program, right), scores)
-    elif node.target is aten.where.self:
-        _masked(program, node, scores)
-    elif node.target is aten.masked_fill.Scalar:
+        add_mask(program, scores, mask, factor)
+        _read_scores(program, inner, scores, factor)
+    elif node.target in (aten.mul.Tensor, aten.mul.Scalar) and number is not None:
+        _read_scores(program, left, scores, factor * number)
+    elif node.target in (aten.div.Tensor, aten.div.Scalar) and number is not None:
+        _read_scores(program, left, scores, factor / number)
+    elif node.target in (aten.max.other, aten.maximum.default) and _hides(program, right):
+        _read_scores(program, left, scores, factor)  # it keeps scores finite, and what it raises is hidden still
+    elif node.target is aten.where.self and _hides(program, node.args[2]):
+        add_mask(program, scores, left)
+        _read_scores(program, right, scores, factor)
+    elif node.target is aten.masked_fill.Scalar and _hides(program, node.args[2]):
         add_mask(program, scores, _negated(program, right))
-        _read_scores(program, left, scores)
+        _read_scores(program, left, scores, factor)
     elif node.target in _MATMULS:
+        scores.scale *= factor
         scores.q, scores.k = _unscaled(program, left, scores), _transposed(program, right, scores)
     else:
         raise NearMiss(f"its scores pass through {node.target}")
@@ -225,11 +244,6 @@ def _sizes(node: fx.Node) -> list[str]:
     return [str(size) for size in _shape(node)]
 
 
-def _scaled(program: Program, node: fx.Node, factor: float, scores: Scores) -> None:
-    scores.scale *= factor
-    _read_scores(program, node.args[0], scores)
-
-
 _ON_THE_WAY = frozenset(
     {
         aten.mul.Tensor,
@@ -237,6 +251,7 @@ _ON_THE_WAY = frozenset(
         aten.add.Tensor,
         aten.where.self,
         aten.masked_fill.Scalar,
+        aten.max.other,
     }
 )
 
@@ -260,13 +275,6 @@ def _number_of(program: Program, value: Any) -> float | None:
     if isinstance(value, fx.Node) and value.target is aten.full.default and not argument(value, "size"):
         return float(argument(value, "fill_value"))
     return None
-
-
-def _masked(program: Program, node: fx.Node, scores: Scores) -> None:
-    """where(seen, scores, lowest)"""
-    seen, inner, _ = node.args
-    add_mask(program, scores, seen)
-    _read_scores(program, inner, scores)
 
 
 def _unscaled(program: Program, q: Any, scores: Scores) -> Any:

@@ -87,11 +87,22 @@ def _selected_one(m: Match) -> fx.Node | None:
     return m.new(aten.reshape.default, m["x"], [*shape[:dim], *shape[dim + 1 :]])
 
 
+def _without_empty(m: Match) -> fx.Node | None:
+    """cat(x, nothing) = x"""
+    parts = m["parts"]
+    dim = argument(m.node, "dim") % len(m.node.meta["val"].shape)
+    kept = [part for part in parts if _expression(part.meta["val"].shape[dim]) != 0]
+    if len(kept) == len(parts) or not kept:
+        return None
+    return kept[0] if len(kept) == 1 else m.new(aten.cat.default, kept, dim)
+
+
 def _cast_like(m: Match) -> fx.Node:
     return m.new(aten._to_copy.default, m["x"], dtype=m.node.meta["val"].dtype)
 
 
 CLEANUP = (
+    Rule("cat(x, nothing) = x", call(aten.cat.default, args=("parts",)), _without_empty),
     Rule("type_as(x, y) = cast(x)", call(aten.type_as.default, args=("x",)), _cast_like),
     Rule(
         "reshape(x, 1)[0] = reshape(x)",

@@ -52,5 +52,6 @@ def _keep(program: Program, node: fx.Node, value: Tensor) -> None:
     name = f"constants.{node.name}"
     program.weights[name] = value.contiguous()
     program.facts.constants.add(name)
+    program.weights.masks.add(name)
     constant = program.weight_node(name)
     node.replace_all_uses_with(constant, propagate_meta=False)
