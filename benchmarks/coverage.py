@@ -201,7 +201,10 @@ def _input(batch: dict[str, Tensor], name: str) -> Tensor:
 
 
 def _outputs(result: Result, compiled: CompiledModel, own: Any, batch: dict[str, Tensor]) -> str | None:
-    found, real = compiled(**batch) if result.kind == "causal" else _encoded(compiled, batch), batch["attention_mask"].bool()
+    found, real = (
+        compiled(**batch) if result.kind == "causal" else _encoded(compiled, batch),
+        batch["attention_mask"].bool(),
+    )
     result.error = 0.0
     for name in [n for n in ("logits", "last_hidden_state", "pooler_output") if getattr(own, n, None) is not None]:
         a, b = found[name], own[name]
@@ -398,7 +401,17 @@ def _row(r: Result) -> tuple[str, ...]:
     nodes = "-" if r.attention is None else f"{r.attention}/{r.expected}"
     counts = (str(r.rope), str(r.norms), str(r.linears)) if r.attention is not None else ("-",) * 3
     verdict = "fails" if r.failures else "ok"
-    return (r.name, r.architecture, number(r.error), greedy, number(r.cached), nodes, *counts, f"{r.seconds:.0f}", verdict)
+    return (
+        r.name,
+        r.architecture,
+        number(r.error),
+        greedy,
+        number(r.cached),
+        nodes,
+        *counts,
+        f"{r.seconds:.0f}",
+        verdict,
+    )
 
 
 def _failures(results: list[Result]) -> list[str]:

@@ -93,7 +93,9 @@ def main() -> None:
             write_model(directory, options.tied)
         weights = json.loads((directory / "model.safetensors.index.json").read_text())["metadata"]["total_size"]
         command = [sys.executable, __file__, "--measure", str(directory)]
-        found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+        found = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+        )
     found |= {"weights": weights, "peak beyond weights": found["peak"] - weights}
     for name, value in found.items():
         print(f"{name:24} {value:10.1f} s" if name.startswith("seconds") else f"{name:24} {value / 1e9:10.2f} GB")

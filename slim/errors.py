@@ -30,9 +30,7 @@ class SlimError(_Catalogued):
     message: ClassVar[str]  # what went wrong: a str.format template over the error's fields and properties
     hint: ClassVar[str]  # what to do about it: likewise
 
-    where: str | None = (
-        None  # "node mul_3 (modeling_llama.py:120)", for errors that have a place in the graph
-    )
+    where: str | None = None  # "node mul_3 (modeling_llama.py:120)", for errors that have a place in the graph
 
     def __post_init__(self) -> None:
         place = f"\n  at: {self.where}" if self.where else ""
@@ -88,9 +86,7 @@ class NoTokenizer(SlimError):
     """Text was given, and there is no tokenizer to read it with."""
 
     message = "no tokenizer beside the model at '{path}'"
-    hint = (
-        "pass token ids (tensors [B, S]) instead of text, or save the tokenizer into the model's directory."
-    )
+    hint = "pass token ids (tensors [B, S]) instead of text, or save the tokenizer into the model's directory."
 
     path: StrPath | None
 
@@ -268,9 +264,7 @@ class PassFailed(SlimError):
 class NotLossless(SlimError):
     """A pass that promises the same function changed it."""
 
-    message = (
-        "{pass_name} must preserve the function and moved the output by {error:.3g} (allowed {tolerance:.3g})"
-    )
+    message = "{pass_name} must preserve the function and moved the output by {error:.3g} (allowed {tolerance:.3g})"
     hint = "please report it with the SLIM_DUMP=<dir> files; verify=False lets it pass at your own risk."
 
     pass_name: str
@@ -382,9 +376,7 @@ class NotGenerative(SlimError, TypeError):
     """generate() was called on a model that does not predict a next token."""
 
     message = "{model} cannot generate: {reason}"
-    hint = (
-        "call it as compiled(input_ids); generate() needs a causal language model with logits as its output."
-    )
+    hint = "call it as compiled(input_ids); generate() needs a causal language model with logits as its output."
 
     model: str
     reason: str

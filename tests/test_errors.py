@@ -36,9 +36,7 @@ def cls(request: pytest.FixtureRequest) -> type[SlimError]:
 
 def test_it_has_a_docstring_of_its_own(cls):
     assert "__doc__" in vars(cls)
-    assert not cls.__doc__.startswith(f"{cls.__name__}("), (
-        "the signature that dataclass writes is no docstring"
-    )
+    assert not cls.__doc__.startswith(f"{cls.__name__}("), "the signature that dataclass writes is no docstring"
 
 
 def test_its_text_shows_every_fact_it_was_given(cls):
@@ -112,9 +110,7 @@ def test_a_name_like_no_other_gets_no_guess():
 
 
 def test_a_bad_option_names_what_would_have_been_accepted():
-    error = errors.BadPassOption(
-        pass_name="quantize", option="int9", reason="no such format", known=["int8", "int4"]
-    )
+    error = errors.BadPassOption(pass_name="quantize", option="int9", reason="no such format", known=["int8", "int4"])
     assert "Did you mean 'int8'?" in str(error)
     assert "Accepted here: int8, int4." in str(error)
 

@@ -49,13 +49,10 @@ def compile_(
     texts = None if calibration is None else read_calibration(calibration)
     with Steps() as steps:
         from slim.api import compile
-        from slim.compiler.passes_base import STATISTICS
         from slim.passes import parse_pipeline
         from slim.runtime.artifact import check_destination
 
         passes = parse_pipeline(text)
-        if texts is not None and not any(STATISTICS in pass_.requires for pass_ in passes):
-            click.echo("note: no pass of this pipeline reads the texts of --calibration", err=True)
         check_destination(output)  # now, and not after all the work
         steps.stage(f"lifting {model}")
         compiled = compile(

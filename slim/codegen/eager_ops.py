@@ -145,7 +145,7 @@ def int8_linear(x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: T
     """x (q * scale)^T + bias for x [..., n], q int8 [m, n], scale [m]; the scale is applied to the product."""
     if dtype == torch.float32:
         y = _widened_product(x, q).mul_(scale)
-    elif dtype == torch.bfloat16 and _has_kernel(x, q):
+    elif dtype == torch.bfloat16 and _has_kernel(x := x.contiguous(), q):
         ones = torch.ones(q.shape[0], dtype=dtype)  # a scale rounded to bfloat16 would bias its whole row
         y = torch._weight_int8pack_mm(x.reshape(-1, x.shape[-1]), q, ones) * scale
         y = y.to(dtype).view(*x.shape[:-1], q.shape[0])
@@ -160,7 +160,7 @@ def _has_kernel(x: Tensor, q: Tensor) -> bool:
     It loads 16 numbers at a time from aligned addresses and checks neither: a width of 51 ends the process.
     """
     aligned = x.shape[-1] % 16 == 0 and x.data_ptr() % 32 == 0 and q.data_ptr() % 32 == 0
-    return x.device.type == "cpu" and aligned and x.is_contiguous() and q.is_contiguous()
+    return x.device.type == "cpu" and aligned and q.is_contiguous()
 
 
 def _widened_product(x: Tensor, q: Tensor) -> Tensor:

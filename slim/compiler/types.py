@@ -28,6 +28,7 @@ SHORT = {
     torch.int8: "i8",
     torch.uint8: "u8",
     torch.bool: "bool",
+    torch.complex64: "c64",
 }
 LONG = {short: dtype for dtype, short in SHORT.items()}
 
@@ -78,6 +79,14 @@ class Typer:
         context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=dynamic)
         return self.mode.from_tensor(torch.empty(sizes, dtype=value.dtype), symbolic_context=context)
 
+    def specialised(self) -> str | None:
+        """A symbolic size that some operation fixed to a number, as ``S = 11``; None while there is none."""
+        for symbol, name in self.dims.items():
+            value = self.mode.shape_env.replacements.get(symbol)  # type: ignore[union-attr]
+            if value is not None and value.is_number:
+                return f"{name} = {value}"
+        return None
+
     def weight(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         with self.mode:
             return torch.empty(shape, dtype=dtype)
@@ -99,7 +108,31 @@ class Typer:
         if not callable(node.target):
             raise TypeError(f"{node.op} of {node.target!r} is not an operation")
         with self.mode, torch.no_grad():
-            return node.target(*args, **kwargs)
+            value = _SHAPES.get(node.target, node.target)(*args, **kwargs)
+        self._refuse_fixed(node.target)
+        return value
+
+    def _refuse_fixed(self, target: Any) -> None:
+        """A shape function that asks a symbolic size for its number fixes it for good, and says nothing."""
+        fixed = self.mode.shape_env.replacements if self.mode.shape_env is not None else {}
+        for symbol, name in self.dims.items():
+            if symbol in fixed:
+                raise ValueError(f"{target} is only known for {name} = {fixed[symbol]}")
+
+
+def _view_as_complex(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.complex64 if x.dtype == torch.float32 else torch.complex128)
+
+
+def _view_as_real(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty((*x.shape, 2), dtype=torch.float32 if x.dtype == torch.complex64 else torch.float64)
+
+
+# Shape functions in place of torch's own, which ask for numbers where there are symbols.
+_SHAPES: dict[Any, Any] = {
+    torch.ops.aten.view_as_complex.default: _view_as_complex,
+    torch.ops.aten.view_as_real.default: _view_as_real,
+}
 
 
 def show_dim(size: Any, dims: Mapping[sympy.Symbol, str]) -> str:

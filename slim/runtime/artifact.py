@@ -108,8 +108,10 @@ def _encode(value: Any) -> Any:
         return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, dict):
         return {str(key): _encode(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, set)):
+    if isinstance(value, (list, tuple)):
         return [_encode(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
     if isinstance(value, torch.dtype):
         return str(value)
     return str(value) if isinstance(value, Path) else value

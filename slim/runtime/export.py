@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -131,10 +130,6 @@ def _plain_weights(program: Program, dequantize: bool) -> Iterator[tuple[str, Te
 # -- filling the architecture ------------------------------------------------------------------------------------------
 
 
-# Constants that torch.export took out of the code: they are in no state dict.
-_LIFTED = re.compile(r"(.*\.)?_?(lifted_tensor|tensor_constant|lifted_tensor_constant)_?\d+")
-
-
 def _fitted(model: Any, program: Program, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """``state`` with tied and retired names added, once every name and shape is what ``model`` has.
 
@@ -154,9 +149,8 @@ def _fitted(model: Any, program: Program, state: dict[str, Tensor]) -> dict[str,
         if value.shape != meta.shape:
             _refuse(f"{name} is {list(value.shape)}, and the configuration says {list(meta.shape)}")
         fitted[name] = value
-    buffers = {name for name, _ in model.named_buffers()}
-    known = set(expected) | buffers | set(program.facts.tied.values())
-    left = [name for name in state if name not in known and not _LIFTED.fullmatch(name)]
+    known = set(expected) | program.facts.constants | set(program.facts.tied.values())
+    left = [name for name in state if name not in known]
     if left:
         _refuse(f"the architecture has no place for {', '.join(left[:5])}{' and others' * (len(left) > 5)}")
     return fitted

@@ -22,16 +22,25 @@ def seen(
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None = None, bias: Tensor | None = None,
-    sinks: Tensor | None = None, slopes: Tensor | None = None, *, scale: float, causal: bool = True,
-    window: int | None = None, softcap: float | None = None, offset: int = 0, layer: int = 0,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    *,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    offset: int = 0,
+    layer: int = 0,
 ) -> Tensor:
     """softmax over the visible keys (and a sink, which takes weight and gives nothing); zeros where none is visible."""
     share = q.shape[1] // k.shape[1]
     heads = []
-    visible = seen(
-        q.shape[0], q.shape[2], k.shape[2], causal=causal, window=window, key_mask=key_mask, offset=offset
-    )
+    visible = seen(q.shape[0], q.shape[2], k.shape[2], causal=causal, window=window, key_mask=key_mask, offset=offset)
     for h in range(q.shape[1]):
         scores = torch.einsum("bsd,btd->bst", q[:, h].double(), k[:, h // share].double()) * scale
         if softcap is not None:

@@ -39,7 +39,9 @@ def gradients_agree(op, formula, tensors, kwargs):
     """Gradients through the op are those autograd gives the formula; integer tensors have none."""
 
     def grads(function):
-        leaves = [t.detach().clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors]
+        leaves = [
+            t.detach().clone().requires_grad_() if t is not None and t.is_floating_point() else t for t in tensors
+        ]
         out = function(*leaves, **kwargs)
         seed = torch.sin(torch.arange(out.numel(), dtype=torch.float64)).reshape(out.shape).to(out.dtype)
         wanted = [leaf for leaf in leaves if leaf is not None and leaf.requires_grad]
@@ -105,7 +107,11 @@ def test_gradients_through_attention_are_those_of_the_formula(case):
 
 def qkv(batch=2, heads=4, groups=2, length=6, width=8, keys=None, out=None):
     k, e = keys or length, out or width
-    return torch.randn(batch, heads, length, width), torch.randn(batch, groups, k, width), torch.randn(batch, groups, k, e)
+    return (
+        torch.randn(batch, heads, length, width),
+        torch.randn(batch, groups, k, width),
+        torch.randn(batch, groups, k, e),
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -114,7 +120,9 @@ def test_attention_keeps_its_type(dtype):
     for options in ({}, {"softcap": 2.0}, {"window": 3}):
         out = slim_ops.attention(q, k, v, layer=0, scale=0.3, **options)
         assert out.dtype == dtype
-        close(out, formulas.attention(q, k, v, scale=0.3, **options), dtype if dtype != torch.float64 else torch.float32)
+        close(
+            out, formulas.attention(q, k, v, scale=0.3, **options), dtype if dtype != torch.float64 else torch.float32
+        )
 
 
 def test_query_heads_share_key_heads_in_consecutive_groups():
@@ -173,7 +181,9 @@ def test_attention_over_a_cache_in_chunks_is_attention_over_the_whole(case, seed
     (q, k, v, key_mask, _, sinks, slopes), options = case
     options["causal"] = True
     length = q.shape[2]
-    cuts = sorted({0, length, *torch.randint(0, length + 1, (3,), generator=torch.Generator().manual_seed(seed)).tolist()})
+    cuts = sorted(
+        {0, length, *torch.randint(0, length + 1, (3,), generator=torch.Generator().manual_seed(seed)).tolist()}
+    )
     whole = formulas.attention(q, k, v, key_mask, None, sinks, slopes, **options)
     caches = [torch.full((*t.shape[:2], length + 3, t.shape[3]), 7.0 if stale else 0.0) for t in (k, v)]
     parts = []
@@ -209,9 +219,7 @@ def test_cached_attention_has_the_shape_of_its_new_tokens():
 )  # fmt: skip
 def test_visibility_is_a_table_of_what_attention_sees(batch, queries, keys, causal, window, masked, additive):
     mask = torch.rand(batch, keys) < 0.5 if masked else None
-    out = fake_agrees(
-        slim_ops.visibility, mask, batch, queries, keys, causal=causal, window=window, additive=additive
-    )
+    out = fake_agrees(slim_ops.visibility, mask, batch, queries, keys, causal=causal, window=window, additive=additive)
     wanted = formulas.seen(batch, queries, keys, causal=causal, window=window, key_mask=mask)[:, None]
     if additive is None:
         assert torch.equal(out, wanted)

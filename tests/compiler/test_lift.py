@@ -99,7 +99,16 @@ def test_each_layer_has_one_attention_and_nothing_is_left_of_its_spelling(name):
     assert [node.kwargs["layer"] for node in nodes] == [0, 1]
     assert not list(program.nodes(slim_ops.visibility.default, aten.scaled_dot_product_attention.default))
     left = Counter(str(node.target) for node in program.nodes())
-    for spelled in ("aten.matmul", "aten.bmm", "aten.addmm", "aten.rsqrt", "aten.cos", "aten.sin", "aten.split", "aten.t."):
+    for spelled in (
+        "aten.matmul",
+        "aten.bmm",
+        "aten.addmm",
+        "aten.rsqrt",
+        "aten.cos",
+        "aten.sin",
+        "aten.split",
+        "aten.t.",
+    ):
         assert not [target for target in left if target.startswith(spelled)], spelled
     for node in nodes:
         assert node.kwargs.get("causal", True)
@@ -413,7 +422,9 @@ class HandWrittenNorms(nn.Module):
     def forward(self, x):
         y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * self.g
         y = y / torch.sqrt((y * y).mean(-1, keepdim=True) + 1e-6) * (1 + self.g)
-        z = (y - y.mean(-1, keepdim=True)) * torch.rsqrt((y - y.mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True) + 1e-4)
+        z = (y - y.mean(-1, keepdim=True)) * torch.rsqrt(
+            (y - y.mean(-1, keepdim=True)).pow(2).mean(-1, keepdim=True) + 1e-4
+        )
         return z * self.g + self.b
 
 

@@ -126,9 +126,7 @@ def test_a_named_call_binds_its_node():
 
 # -- rewriting ---------------------------------------------------------------------------------------------------------
 
-NEG_NEG = Rule(
-    "-(-x) = x", call(aten.neg.default, args=(call(aten.neg.default, args=("x",)),)), lambda m: m["x"]
-)
+NEG_NEG = Rule("-(-x) = x", call(aten.neg.default, args=(call(aten.neg.default, args=("x",)),)), lambda m: m["x"])
 
 
 def test_a_rule_replaces_its_root_and_leaves_nothing_dead_behind():
@@ -191,9 +189,7 @@ def test_a_near_miss_leaves_the_program_alone_and_says_why_and_where_once():
     def build(m):
         raise NearMiss("it is Tuesday")
 
-    made = program(
-        "y = aten.neg.default(x)  # layers.0.mlp @ model.py:12\nz = aten.relu.default(y)\nreturn (z,)", {}
-    )
+    made = program("y = aten.neg.default(x)  # layers.0.mlp @ model.py:12\nz = aten.relu.default(y)\nreturn (z,)", {})
     made.graph.find_nodes(op="call_function", target=aten.neg.default)[0].meta.update(
         module="layers.0.mlp", where="model.py:12"
     )

@@ -65,7 +65,11 @@ def test_a_lifted_model_reads_back_as_itself(name):
 def test_the_text_of_a_model_runs_as_python_and_gives_the_same_numbers(name):
     made = lifted(name)
     tokens = torch.randint(0, 96, (2, 7))
-    known = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "position_ids": torch.arange(7).repeat(2, 1)}
+    known = {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "position_ids": torch.arange(7).repeat(2, 1),
+    }
     inputs = [known[value.name] for value in made.inputs]
     with torch.no_grad():
         found = executed(str(made))(made.weights, *inputs)
@@ -174,7 +178,10 @@ def random_programs(draw):
     """(lines, weights, the same computation as a Python function): values are [B, S, 8], weights [8, 8] and [8]."""
     weights, lines, steps, names = {}, [], [], ["x"]
     for index in range(draw(st.integers(1, 9))):
-        name, kind = f"v{index}", draw(st.sampled_from(["unary", "binary", "scalar", "linear", "biased", "matmul", "shift"]))
+        name, kind = (
+            f"v{index}",
+            draw(st.sampled_from(["unary", "binary", "scalar", "linear", "biased", "matmul", "shift"])),
+        )
         a, b = draw(st.sampled_from(names)), draw(st.sampled_from(names))
         if kind == "unary":
             op = draw(st.sampled_from(sorted(UNARY)))
@@ -261,7 +268,7 @@ RETURN = "return (x,)"
         "aten.relu.default([open('{file}', 'w') for _ in (1,)])",
         "aten.relu.default(x) if open('{file}', 'w') else x",
         "(y := open('{file}', 'w'))",
-        "aten.relu.default(f'{{open(\"{file}\", \"w\")}}')",
+        'aten.relu.default(f\'{{open("{file}", "w")}}\')',
         "x[open('{file}', 'w')]",
         "weights[open('{file}', 'w')]",
         "torch.save(x, '{file}')",

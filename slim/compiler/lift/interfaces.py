@@ -58,35 +58,32 @@ def traced(model: PreTrainedModel) -> Iterator[None]:
         return _attention(next(layers), module, query, key, value, attention_mask, **options), None
 
     implementation = _implementation(model)
-    configs = _configs(model)
-    saved = [
-        (
-            config,
-            config.__dict__.get("_attn_implementation_internal"),
-            config.__dict__.get("_experts_implementation_internal"),
-        )
-        for config in configs
-    ]
+    experts = _experts_interface()
+    settings = {"_attn_implementation_internal": implementation, "use_cache": False}
     with contextlib.ExitStack() as stack:
         stack.enter_context(_registered(ALL_MASK_ATTENTION_FUNCTIONS, implementation, _mask_function(implementation)))
         if implementation == "slim":
             stack.enter_context(_registered(ALL_ATTENTION_FUNCTIONS, "slim", attention))
-        experts = _experts_interface()
         if experts is not None:
             stack.enter_context(_registered(experts, "slim", _experts))
+            settings["_experts_implementation_internal"] = "slim"
         stack.enter_context(_SpelledOut())
         stack.enter_context(_static_rope(model))
-        try:
-            for config in configs:
-                config._attn_implementation_internal = implementation
-                if experts is not None:
-                    config._experts_implementation_internal = "slim"
-            yield
-        finally:
-            for config, attention_name, experts_name in saved:
-                config._attn_implementation_internal = attention_name
-                if "_experts_implementation_internal" in config.__dict__:
-                    config._experts_implementation_internal = experts_name
+        stack.enter_context(_set(_configs(model), settings))
+        yield
+
+
+@contextlib.contextmanager
+def _set(configs: list[Any], settings: dict[str, Any]) -> Iterator[None]:
+    """Sets attributes that the configs have, past their setters, and puts back what was there."""
+    saved = [(config, {k: config.__dict__[k] for k in settings if k in config.__dict__}) for config in configs]
+    try:
+        for config, before in saved:
+            config.__dict__.update({name: settings[name] for name in before})
+        yield
+    finally:
+        for config, before in saved:
+            config.__dict__.update(before)
 
 
 class _SpelledOut(TorchFunctionMode):
@@ -208,7 +205,7 @@ def _attention(
         window=window,
         softcap=softcap,
     )
-    return out.transpose(1, 2)
+    return out.transpose(1, 2).contiguous()  # as transformers promises: some models view it
 
 
 # -- masks -------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +38,7 @@ def _export(model: PreTrainedModel, example_inputs: dict[str, Tensor] | None, fa
     options = _constant_options(model)
 
     def attempt(inputs: dict[str, Tensor], shapes: dict[str, Any]) -> Program:
-        with traced(model), _without_cache(model):
+        with traced(model):
             return export(model, (), {**inputs, **options}, {**shapes, **dict.fromkeys(options)}, facts)
 
     if example_inputs is not None:
@@ -105,18 +103,3 @@ def _constant_options(model: PreTrainedModel) -> dict[str, Any]:
 
 def _parameters(model: PreTrainedModel) -> set[str]:
     return set(inspect.signature(model.forward).parameters)
-
-
-@contextlib.contextmanager
-def _without_cache(model: PreTrainedModel) -> Iterator[None]:
-    """Models whose forward takes no ``use_cache`` ask their configuration whether to return a cache."""
-    config = model.config.get_text_config()
-    before = config.__dict__.get("use_cache")
-    if before is None:
-        yield
-        return
-    config.use_cache = False
-    try:
-        yield
-    finally:
-        config.use_cache = before

@@ -193,7 +193,7 @@ def _four_dimensional(x: fx.Node | None) -> fx.Node:
 
 
 def _read_scores(program: Program, node: Any, scores: Scores, factor: float = 1.0) -> None:
-    """Walks from the softmax to q k^T, collecting what happens on the way; ``factor`` is what all of it is scaled by."""
+    """Walks from the softmax to q k^T, collecting what happens on the way; ``factor`` scales all of it."""
     node = _peel_scores(node)
     left, right = (*node.args, None, None)[:2]
     number = _number_of(program, right)
