@@ -131,8 +131,9 @@ def longest_static_position(model: PreTrainedModel) -> int | None:
         if _chooses_by_length(module):
             config: Any = module.config
             original = (getattr(config, "rope_parameters", None) or {}).get("original_max_position_embeddings")
-            long = "longrope" in _rope_types(module) and original
-            limits.append(int(original if long else config.max_position_embeddings))
+            if "longrope" not in _rope_types(module) or original is None:
+                original = config.max_position_embeddings
+            limits.append(int(original))
     return min(limits, default=None)
 
 
@@ -274,11 +275,14 @@ def describe_mask(function: Callable[..., Any] | None) -> tuple[bool, int | None
 def _ask(function: Callable[..., Any], rows: Tensor, columns: Tensor) -> Tensor:
     zeros = torch.zeros_like(rows)
     try:
-        return torch.as_tensor(function(zeros, zeros, rows, columns)).expand(rows.shape)
-    except Exception as error:  # a mask that closes over tensors of the traced inputs (packing, left padding)
-        raise errors.UnsupportedModel(
-            model="the attention mask", reason=f"it depends on more than positions ({error})"
-        ) from error
+        seen = torch.as_tensor(function(zeros, zeros, rows, columns)).expand(rows.shape)
+        known = type(seen) is Tensor
+        why: str | Exception = "it is computed from the inputs, as with packing, or chunks after left padding"
+    except Exception as error:  # whatever a function of the model's own raises when asked about numbers
+        known, why = False, error
+    if not known:
+        raise errors.UnsupportedModel(model="the attention mask", reason=f"it depends on more than positions ({why})")
+    return seen
 
 
 # -- experts -----------------------------------------------------------------------------------------------------------
