@@ -20,6 +20,7 @@ import dataclasses
 import datetime
 import hashlib
 import inspect
+import itertools
 import json
 import multiprocessing
 import platform
@@ -276,7 +277,7 @@ def _cache(result: Result, compiled: CompiledModel, batch: dict[str, Tensor]) ->
 
 def _chunks() -> Iterator[tuple[int, int]]:
     edges = [0, LENGTH, LENGTH + 5, *range(LENGTH + 6, LENGTH + NEW + 1)]
-    return zip(edges, edges[1:], strict=False)
+    return itertools.pairwise(edges)
 
 
 # -- all models, a process each ----------------------------------------------------------------------------------------
@@ -362,7 +363,7 @@ def _summary(causal: list[Result], encoders: list[Result]) -> str:
 
     families = {zoo.ZOO[r.name].model_type for r in causal if not r.failures}
     return (
-        f"**{good(causal)} of {len(causal)}** causal language models ({len(families)} architectures and variants of them) "
+        f"**{good(causal)} of {len(causal)}** causal language models ({len(families)} architectures and variants) "
         f"and **{good(encoders)} of {len(encoders)}** encoders pass every check below. "
         f"transformers {transformers.__version__}, torch {torch.__version__}, {platform.machine()}, "
         f"{datetime.date.today().isoformat()}; written by `benchmarks/coverage.py`."
@@ -374,7 +375,8 @@ def _claims() -> str:
 Each is a small random model of `benchmarks/zoo.py`, in float32, on a batch of three padded to {LENGTH} tokens
 (on the left; encoders on the right).
 
-- **error**: largest difference from the model's own outputs at real tokens, relative to the largest; {TOLERANCE:.0e} allowed.
+- **error**: largest difference from the model's own outputs at real tokens, relative to the largest; {TOLERANCE:.0e}
+  allowed.
 - **greedy**: {NEW} new tokens are those of transformers' `generate`.
 - **cached**: largest difference of logits decoded over slim's KV cache (a prompt, a chunk of five, then one by one)
   from those of the whole sequence at once; {TOLERANCE:.0e} allowed.

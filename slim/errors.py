@@ -304,7 +304,7 @@ class TargetUnavailable(SlimError, RuntimeError):
     """The target is known, and this machine cannot build for it or run it."""
 
     message = "target '{target}' is not available here: {reason}"
-    hint = 'install what is missing, or choose target="cpu", or target="eager", which needs no compiler.'
+    hint = 'target="auto" takes the best that is there; target="eager" runs everywhere.'
 
     target: str
     reason: str
@@ -317,7 +317,7 @@ class BadInput(SlimError, ValueError):
     """An argument has the wrong type, shape or value."""
 
     message = "bad {argument}: {reason}"
-    hint = "see help(slim.compile) for what each argument takes."
+    hint = "help() of what was called (slim.compile, CompiledModel, generate) says what each argument takes."
 
     argument: str
     reason: str

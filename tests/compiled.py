@@ -32,4 +32,5 @@ def difference(a: Tensor, b: Tensor, mask: Tensor | None = None) -> float:
     """Largest difference relative to the largest number, over the rows where ``mask`` is 1."""
     if mask is not None:
         a, b = a[mask.bool()], b[mask.bool()]
-    return float((a.double() - b.double()).abs().max() / b.double().abs().max())
+    a, b = a.detach().double(), b.detach().double()
+    return float((a - b).abs().max() / b.abs().max())

@@ -45,9 +45,9 @@ def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None
 def show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     """Prints the version and ends."""
     if value:
-        from importlib.metadata import version
+        from slim import __version__
 
-        click.echo(f"slim {version('slim-compiler')}")
+        click.echo(f"slim {__version__}")
         ctx.exit()
 
 

@@ -241,7 +241,7 @@ def _read_target(node: ast.expr) -> Any:
         case ast.Attribute(value=ast.Name(id="operator" | "torch"), attr=name):
             target: Any = {op.__name__: op for op in SIZE_OPS}.get(name)
         case ast.Attribute(value=ast.Attribute(value=ast.Name(id=("aten" | "slim") as space), attr=op), attr=overload):
-            # what these attributes lead to may be anything that Python objects have, so it is looked at before it is called
+            # these attributes may lead to anything that Python objects have: looked at before it is called
             target = getattr(getattr(getattr(torch.ops, space), op, None), overload, None)
         case _:
             target = None

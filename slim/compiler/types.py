@@ -79,14 +79,6 @@ class Typer:
         context: StatelessSymbolicContext[Any, Any] = StatelessSymbolicContext(dynamic_sizes=dynamic)
         return self.mode.from_tensor(torch.empty(sizes, dtype=value.dtype), symbolic_context=context)
 
-    def specialised(self) -> str | None:
-        """A symbolic size that some operation fixed to a number, as ``S = 11``; None while there is none."""
-        for symbol, name in self.dims.items():
-            value = self.mode.shape_env.replacements.get(symbol)  # type: ignore[union-attr]
-            if value is not None and value.is_number:
-                return f"{name} = {value}"
-        return None
-
     def weight(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         with self.mode:
             return torch.empty(shape, dtype=dtype)
@@ -120,16 +112,25 @@ class Typer:
                 raise ValueError(f"{target} is only known for {name} = {fixed[symbol]}")
 
 
+_COMPLEX = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+_REAL = {complex_: real for real, complex_ in _COMPLEX.items()}
+
+
+def _polar(radius: torch.Tensor, angle: torch.Tensor) -> torch.Tensor:
+    return angle.new_empty((radius * angle).shape, dtype=_COMPLEX[angle.dtype])
+
+
 def _view_as_complex(x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(x.shape[:-1], dtype=torch.complex64 if x.dtype == torch.float32 else torch.complex128)
+    return x.new_empty(x.shape[:-1], dtype=_COMPLEX[x.dtype])
 
 
 def _view_as_real(x: torch.Tensor) -> torch.Tensor:
-    return x.new_empty((*x.shape, 2), dtype=torch.float32 if x.dtype == torch.complex64 else torch.float64)
+    return x.new_empty((*x.shape, 2), dtype=_REAL[x.dtype])
 
 
 # Shape functions in place of torch's own, which ask for numbers where there are symbols.
 _SHAPES: dict[Any, Any] = {
+    torch.ops.aten.polar.default: _polar,
     torch.ops.aten.view_as_complex.default: _view_as_complex,
     torch.ops.aten.view_as_real.default: _view_as_real,
 }

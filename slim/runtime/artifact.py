@@ -136,8 +136,8 @@ def load(directory: str | Path, target: str | Target = "auto") -> CompiledModel:
     if not folder.is_dir():
         raise errors.ModelNotFound(path=directory)
     chosen = select(target) if isinstance(target, str) else target
-    manifest = _read_manifest(folder)
     try:
+        manifest = _read_manifest(folder)
         program = _read_program(folder, manifest)
         report = manifest["report"]
         kv_cache = KVCacheConfig(**manifest["kv_cache"])
@@ -148,7 +148,10 @@ def load(directory: str | Path, target: str | Target = "auto") -> CompiledModel:
             kv_cache=None if kv_cache == KVCacheConfig() else kv_cache,
             pipeline=manifest["pipeline"],
         )
-    except (errors.BadIR, errors.VerificationFailed, errors.CheckpointCorrupt, errors.NonFiniteWeight) as error:
+    except (
+        errors.BadIR, errors.VerificationFailed, errors.CheckpointCorrupt, errors.NonFiniteWeight, errors.BadInput,
+        errors.ContradictoryOptions,
+    ) as error:  # fmt: skip
         raise errors.ArtifactCorrupt(path=directory, reason=str(error).partition("\n")[0]) from error
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, errors.SlimError):

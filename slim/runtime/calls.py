@@ -220,6 +220,12 @@ def _spec(text: str) -> pytree.TreeSpec:
 def _with(result: Any, values: dict[str, Any]) -> Any:
     """A copy of a transformers output with some fields set; those it does not have are refused by its class."""
     fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
+    if "past_key_values" in values and "past_key_values" not in fields:  # GPT-1: its own class never heard of a cache
+        from transformers.modeling_outputs import CausalLMOutputWithPast
+
+        return CausalLMOutputWithPast(
+            **{**fields, **{name: value for name, value in values.items() if value is not None}}
+        )
     return type(result)(**{**fields, **{name: value for name, value in values.items() if value is not None}})
 
 

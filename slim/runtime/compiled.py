@@ -260,10 +260,11 @@ class CompiledModel:
     def _cache_for(self, plan: generation.Plan) -> KVCache:
         batch, length = plan.tokens.shape
         limit = self.kv_cache.max_tokens
-        if limit is not None and plan.max_length > limit:
-            raise errors.PromptTooLong(length=plan.max_length, capacity=limit)
+        run = plan.max_length - 1  # the last token is returned, and never run
+        if limit is not None and run > limit:
+            raise errors.PromptTooLong(length=run, capacity=limit)
         if plan.cache is None:
-            return self.new_cache(batch, min(plan.max_length, length + _ROOM))
+            return self.new_cache(batch, min(run, length + _ROOM))
         calls.check_cache(plan.cache, self.slots, batch)
         if plan.cache.length >= length:
             reason = f"the prompt must go on beyond the {plan.cache.length} tokens of past_key_values, and has {length}"

@@ -18,16 +18,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from slim import errors
-from slim.compiler.weights import Deferred, Stored, Weights
+from slim.compiler.weights import SAFETENSORS_DTYPES, Deferred, Stored, Weights
 
 SHARD_BYTES = 5 * 10**9
 _TRANSPOSED = "slim.transposed"  # in a file's metadata: which of its tensors are written as their transpose
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 # -- directories -------------------------------------------------------------------------------------------------------
 
@@ -38,7 +33,7 @@ def check_destination(directory: str | Path, replaceable: Callable[[Path], bool]
     Raises:
         SaveFailed: where it cannot be made, or holds something that ``replaceable`` does not know.
     """
-    path = Path(directory).absolute()
+    path = Path(directory).resolve()  # a link stays a link, and what it leads to is replaced
     if path.exists() and not path.is_dir():
         raise errors.SaveFailed(path=directory, reason="there is a file of that name")
     if path.is_dir() and any(path.iterdir()) and not replaceable(path):
@@ -92,14 +87,17 @@ def _swap(temporary: Path, target: Path) -> None:
         temporary.rename(target)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-    target.rename(old / "was")
+    was = old / "was"
     try:
+        target.rename(was)
         temporary.rename(target)
     except BaseException:
-        (old / "was").rename(target)
+        with contextlib.suppress(OSError):  # what cannot be put back stays in `old`, and is not deleted
+            if was.exists():
+                was.rename(target)
+            old.rmdir()
         raise
-    finally:
-        shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 # -- files -------------------------------------------------------------------------------------------------------------
@@ -217,7 +215,7 @@ def stored_weights(files: Iterable[Path]) -> Weights:
                 turned = json.loads((handle.metadata() or {}).get(_TRANSPOSED, "[]"))
                 for key in handle.keys():  # noqa: SIM118  it is no mapping
                     part = handle.get_slice(key)
-                    stored = Stored(file, key, _DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                    stored = Stored(file, key, SAFETENSORS_DTYPES[part.get_dtype()], tuple(part.get_shape()))
                     values[key] = _Transposed(stored) if key in turned else stored
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise errors.CheckpointCorrupt(file=file, reason=str(error)) from error

@@ -25,7 +25,7 @@ _ATTENTION = frozenset({slim.attention.default, slim.cached_attention.default})
 _BY_ROW = frozenset({aten.linear.default, slim.expert_linear.default, aten.embedding.default})
 _BATCH, _TOKENS = 2, 4
 _PARTS = ((0, 1), (1, 4))  # start and stop of the parts that the tokens are tried in
-_INTEGERS = (97, 2)  # bounds of random integers: wide ones tell more, narrow ones are indices to anything
+_INTEGERS = (97, 2, 1)  # bounds of random integers: wide ones tell more, narrow ones are indices to anything
 _SEEDS = 5
 
 

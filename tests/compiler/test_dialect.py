@@ -1,5 +1,6 @@
 """Every op of the dialect computes what its definition says: values, shapes and gradients."""
 
+import itertools
 import math
 
 import pytest
@@ -187,7 +188,7 @@ def test_attention_over_a_cache_in_chunks_is_attention_over_the_whole(case, seed
     whole = formulas.attention(q, k, v, key_mask, None, sinks, slopes, **options)
     caches = [torch.full((*t.shape[:2], length + 3, t.shape[3]), 7.0 if stale else 0.0) for t in (k, v)]
     parts = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         mask = None if key_mask is None else key_mask[:, :stop]
         new = (t[:, :, start:stop] for t in (q, k, v))
         parts.append(slim_ops.cached_attention(*new, *caches, start, mask, sinks, slopes, **options))
@@ -214,7 +215,8 @@ def test_cached_attention_has_the_shape_of_its_new_tokens():
 
 @FAST
 @given(
-    st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.sampled_from([None, 1, 3]), st.booleans(),
+    st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.booleans(), st.sampled_from([None, 1, 3]),
+    st.booleans(),
     st.sampled_from([None, torch.float32, torch.bfloat16]),
 )  # fmt: skip
 def test_visibility_is_a_table_of_what_attention_sees(batch, queries, keys, causal, window, masked, additive):
@@ -452,7 +454,8 @@ def test_expert_linear_multiplies_each_row_by_its_experts_matrix(rows, width, ou
 @pytest.mark.parametrize("biased", [False, True])
 def test_gradients_through_expert_linear_are_those_of_the_formula(biased):
     tensors = (
-        torch.randn(7, 5), torch.randn(3, 4, 5), torch.randn(3, 4) if biased else None, torch.tensor([0, 2, 2, 0, 2, 2, 0])
+        torch.randn(7, 5), torch.randn(3, 4, 5), torch.randn(3, 4) if biased else None,
+        torch.tensor([0, 2, 2, 0, 2, 2, 0]),
     )  # fmt: skip
     gradients_agree(slim_ops.expert_linear, formulas.expert_linear, tensors, {})
 

@@ -76,8 +76,8 @@ RAISED = {
     "opt": (0, {LAYER: 5}, 15, 0, {}),
     "bloom": (0, {LAYER: 6}, 13, 0, {"slopes": True}),
     "mixtral": (4, {RMS: 5}, 11, 6, {"window": 8}),
-    "gpt_oss": (4, {RMS: 5}, 11, 6, {"window": 8, "sinks": True}),
-    "deepseek_v3": (4, {RMS: 9}, 18, 3, {}),
+    "gpt_oss": (4, {RMS: 5}, 11, 4, {"window": 8, "sinks": True}),
+    "deepseek_v3": (4, {RMS: 9}, 22, 3, {}),
 }
 NAMES = list(RAISED)
 # Of these, slim computes some step in another order than the model does (a fused product is three): not bit for bit.
@@ -99,6 +99,8 @@ def test_each_layer_has_one_attention_and_nothing_is_left_of_its_spelling(name):
     assert [node.kwargs["layer"] for node in nodes] == [0, 1]
     assert not list(program.nodes(slim_ops.visibility.default, aten.scaled_dot_product_attention.default))
     left = Counter(str(node.target) for node in program.nodes())
+    if name == "deepseek_v3":  # k and v come out of one latent as heads, and are parted after that
+        del left["aten.split_with_sizes.default"]
     for spelled in (
         "aten.matmul",
         "aten.bmm",

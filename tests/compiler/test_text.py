@@ -306,7 +306,8 @@ def test_a_malicious_expression_is_refused_and_nothing_of_it_runs(expression, tm
 
 @pytest.mark.parametrize(
     "statement",
-    ["import os", "x.y: any = aten.relu.default(x)", "y = aten.relu.default(x)", "aten.relu.default(x)", "del x", "pass",
+    ["import os", "x.y: any = aten.relu.default(x)", "y = aten.relu.default(x)", "aten.relu.default(x)", "del x",
+     "pass",
      "for i in x: pass", "while True: pass", "y: any", "exec('1')", "assert open('f')", "global os", "x += 1",
      "def g(): pass", "class C: pass", "async def g(): pass", "return", "y, z = x"],
 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Weights are read when they are asked for, one at a time; parts of fused ones can be put back."""
 
+import itertools
 import math
 
 import pytest
@@ -28,7 +29,7 @@ def parts(draw):
     shape = (math.prod(grid[:merged]), math.prod(grid[merged:]))
     transposed = draw(st.booleans())
     made = []
-    for start, stop in zip(cuts, cuts[1:], strict=False):
+    for start, stop in itertools.pairwise(cuts):
         index = tuple((start, stop) if i == axis else (0, n) for i, n in enumerate(grid))
         sizes = [b - a for a, b in index]
         part_shape = (math.prod(sizes[:merged]), math.prod(sizes[merged:]))

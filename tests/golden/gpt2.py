@@ -29,10 +29,10 @@ def forward(weights, input_ids: i64[B, S], attention_mask: i64[B, S], position_i
     transpose_2: f32[B, 4, S, 8] = aten.transpose.int(reshape_4, 1, 2)  # transformer.h.0.attn @ transformers/models/gpt2/modeling_gpt2.py:191
     attention_1: f32[B, 4, S, 8] = slim.attention.default(transpose_2, transpose, transpose_1, _to_copy, layer=0, scale=0.3535533905932738)  # transformer.h.0.attn @ transformers/models/gpt2/modeling_gpt2.py:211
     transpose_3: f32[B, S, 4, 8] = aten.transpose.int(attention_1, 1, 2)  # transformer.h.0.attn @ transformers/models/gpt2/modeling_gpt2.py:211
-    reshape_14: f32[B*S, 32] = aten.reshape.default(transpose_3, [-1, 32])  # transformer.h.0.attn.c_proj @ transformers/pytorch_utils.py:119
-    linear_3: f32[B*S, 32] = aten.linear.default(reshape_14, weights["transformer.h.0.attn.c_proj.weight_t"], weights["transformer.h.0.attn.c_proj.bias"])  # transformer.h.0.attn.c_proj @ transformers/pytorch_utils.py:119
-    reshape_15: f32[B, S, 32] = aten.reshape.default(linear_3, [size_B, size_S, -1])  # transformer.h.0.attn.c_proj @ transformers/pytorch_utils.py:120
-    add_120: f32[B, S, 32] = aten.add.Tensor(reshape_15, add_11)  # transformer.h.0 @ transformers/models/gpt2/modeling_gpt2.py:282
+    reshape_13: f32[B*S, 32] = aten.reshape.default(transpose_3, [-1, 32])  # transformer.h.0.attn.c_proj @ transformers/pytorch_utils.py:119
+    linear_3: f32[B*S, 32] = aten.linear.default(reshape_13, weights["transformer.h.0.attn.c_proj.weight_t"], weights["transformer.h.0.attn.c_proj.bias"])  # transformer.h.0.attn.c_proj @ transformers/pytorch_utils.py:119
+    reshape_14: f32[B, S, 32] = aten.reshape.default(linear_3, [size_B, size_S, -1])  # transformer.h.0.attn.c_proj @ transformers/pytorch_utils.py:120
+    add_120: f32[B, S, 32] = aten.add.Tensor(reshape_14, add_11)  # transformer.h.0 @ transformers/models/gpt2/modeling_gpt2.py:282
     layer_norm_4: f32[B, S, 32] = slim.layer_norm.default(add_120, weights["transformer.h.0.ln_2.weight"], weights["transformer.h.0.ln_2.bias"], eps=1e-05)  # transformer.h.0.ln_2 @ transformers/models/gpt2/modeling_gpt2.py:304
     linear_5: f32[B, S, 128] = aten.linear.default(layer_norm_4, weights["transformer.h.0.mlp.c_fc.weight_t"], weights["transformer.h.0.mlp.c_fc.bias"])  # transformer.h.0.mlp.c_fc @ transformers/pytorch_utils.py:120
     gelu: f32[B, S, 128] = aten.gelu.default(linear_5, approximate='tanh')  # transformer.h.0.mlp.act @ transformers/activations.py:66

@@ -32,8 +32,8 @@ def forward(weights, input_ids: i64[B, S], attention_mask: i64[B, S], position_i
     rope_1: f32[B, 2, S, 8] = slim.rope.default(transpose_1, getitem_4, getitem_5)  # model.layers.0.self_attn @ transformers/models/mixtral/modeling_mixtral.py:304
     attention_1: f32[B, 4, S, 8] = slim.attention.default(rope, rope_1, transpose_2, _to_copy, layer=0, scale=0.3535533905932738)  # model.layers.0.self_attn @ transformers/models/mixtral/modeling_mixtral.py:313
     transpose_3: f32[B, S, 4, 8] = aten.transpose.int(attention_1, 1, 2)  # model.layers.0.self_attn @ transformers/models/mixtral/modeling_mixtral.py:313
-    reshape_9: f32[B, S, 32] = aten.reshape.default(transpose_3, [size_B, size_S, -1])  # model.layers.0.self_attn @ transformers/models/mixtral/modeling_mixtral.py:325
-    linear_3: f32[B, S, 32] = aten.linear.default(reshape_9, weights["model.layers.0.self_attn.o_proj.weight"])  # model.layers.0.self_attn.o_proj @ transformers/models/mixtral/modeling_mixtral.py:326
+    reshape_3: f32[B, S, 32] = aten.reshape.default(transpose_3, [size_B, size_S, -1])  # model.layers.0.self_attn @ transformers/models/mixtral/modeling_mixtral.py:325
+    linear_3: f32[B, S, 32] = aten.linear.default(reshape_3, weights["model.layers.0.self_attn.o_proj.weight"])  # model.layers.0.self_attn.o_proj @ transformers/models/mixtral/modeling_mixtral.py:326
     add_216: f32[B, S, 32] = aten.add.Tensor(embedding, linear_3)  # model.layers.0 @ transformers/models/mixtral/modeling_mixtral.py:360
     rms_norm_3: f32[B, S, 32] = slim.rms_norm.default(add_216, weights["model.layers.0.post_attention_layernorm.weight"], eps=1e-05)  # model.layers.0.post_attention_layernorm @ transformers/models/mixtral/modeling_mixtral.py:147
     reshape_4: f32[B*S, 32] = aten.reshape.default(rms_norm_3, [-1, 32])  # model.layers.0.mlp @ transformers/models/mixtral/modeling_mixtral.py:125
@@ -49,14 +49,14 @@ def forward(weights, input_ids: i64[B, S], attention_mask: i64[B, S], position_i
     expert_linear_2: f32[2*B*S, 48] = slim.expert_linear.default(repeat_interleave, weights["model.layers.0.mlp.experts.gate_up_proj_0"], None, reshape_5)  # model.layers.0.mlp.experts @ transformers/integrations/moe.py:634
     expert_linear_3: f32[2*B*S, 48] = slim.expert_linear.default(repeat_interleave, weights["model.layers.0.mlp.experts.gate_up_proj_1"], None, reshape_5)  # model.layers.0.mlp.experts @ transformers/integrations/moe.py:634
     silu: f32[2*B*S, 48] = aten.silu.default(expert_linear_2)  # model.layers.0.mlp.experts.act_fn @ transformers/activations.py:103
-    mul_225: f32[2*B*S, 48] = aten.mul.Tensor(silu, expert_linear_3)  # model.layers.0.mlp.experts @ transformers/integrations/moe.py:634
-    expert_linear_1: f32[2*B*S, 32] = slim.expert_linear.default(mul_225, weights["model.layers.0.mlp.experts.down_proj"], None, reshape_5)  # model.layers.0.mlp.experts @ transformers/integrations/moe.py:634
+    mul_216: f32[2*B*S, 48] = aten.mul.Tensor(silu, expert_linear_3)  # model.layers.0.mlp.experts @ transformers/integrations/moe.py:634
+    expert_linear_1: f32[2*B*S, 32] = slim.expert_linear.default(mul_216, weights["model.layers.0.mlp.experts.down_proj"], None, reshape_5)  # model.layers.0.mlp.experts @ transformers/integrations/moe.py:634
     reshape_6: f32[2*B*S, 1] = aten.reshape.default(div, [-1, 1])  # model.layers.0.mlp.experts @ transformers/integrations/moe.py:634
-    mul_234: f32[2*B*S, 32] = aten.mul.Tensor(expert_linear_1, reshape_6)  # model.layers.0.mlp.experts @ transformers/integrations/moe.py:634
-    reshape_7: f32[B*S, 2, 32] = aten.reshape.default(mul_234, [-1, 2, 32])  # model.layers.0.mlp.experts @ transformers/integrations/moe.py:634
+    mul_225: f32[2*B*S, 32] = aten.mul.Tensor(expert_linear_1, reshape_6)  # model.layers.0.mlp.experts @ transformers/integrations/moe.py:634
+    reshape_7: f32[B*S, 2, 32] = aten.reshape.default(mul_225, [-1, 2, 32])  # model.layers.0.mlp.experts @ transformers/integrations/moe.py:634
     sum_2: f32[B*S, 32] = aten.sum.dim_IntList(reshape_7, [1])  # model.layers.0.mlp.experts @ transformers/integrations/moe.py:634
-    reshape_10: f32[B, S, 32] = aten.reshape.default(sum_2, [size_B, size_S, -1])  # model.layers.0.mlp @ transformers/models/mixtral/modeling_mixtral.py:128
-    add_316: f32[B, S, 32] = aten.add.Tensor(add_216, reshape_10)  # model.layers.0 @ transformers/models/mixtral/modeling_mixtral.py:364
+    reshape_9: f32[B, S, 32] = aten.reshape.default(sum_2, [size_B, size_S, -1])  # model.layers.0.mlp @ transformers/models/mixtral/modeling_mixtral.py:128
+    add_316: f32[B, S, 32] = aten.add.Tensor(add_216, reshape_9)  # model.layers.0 @ transformers/models/mixtral/modeling_mixtral.py:364
     rms_norm_5: f32[B, S, 32] = slim.rms_norm.default(add_316, weights["model.norm.weight"], eps=1e-05)  # model.norm @ transformers/models/mixtral/modeling_mixtral.py:147
     linear_5: f32[B, S, 96] = aten.linear.default(rms_norm_5, weights["lm_head.weight"])  # lm_head @ transformers/models/mixtral/modeling_mixtral.py:616
     return (linear_5,)

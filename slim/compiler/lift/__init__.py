@@ -91,8 +91,5 @@ def _all_dynamic(value: Any) -> Any:
 
 
 def _shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """torch.export wants dynamic shapes by parameter name once there are keywords."""
-    if not kwargs:
-        return args
-    names = list(inspect.signature(model.forward).parameters)
-    return {**dict(zip(names, args, strict=False)), **kwargs}
+    """Dynamic shapes by parameter, which is how torch.export takes them for *args and keywords too."""
+    return dict(inspect.signature(model.forward).bind(*args, **kwargs).arguments)

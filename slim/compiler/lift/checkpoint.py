@@ -15,23 +15,12 @@ from torch import nn
 
 from slim import errors
 from slim.compiler.program import Program
-from slim.compiler.weights import PartOf, Stored
+from slim.compiler.weights import SAFETENSORS_DTYPES, PartOf, Stored
 
 log = logging.getLogger(__name__)
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+# A model and its tokenizer; never pickled weights.
+_FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 
 
 def locate(path: str | Path) -> Path:
@@ -42,6 +31,8 @@ def locate(path: str | Path) -> Path:
     """
     directory = Path(path).expanduser()
     if directory.is_dir():
+        if (directory / "slim.json").is_file():
+            raise errors.ModelNotFound(path=f"{path} (a compiled artifact, which slim.load reads)")
         if not (directory / "config.json").is_file():
             raise errors.ModelNotFound(path=f"{path} (a directory without config.json)")
         return directory
@@ -50,7 +41,7 @@ def locate(path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        return Path(snapshot_download(str(path), allow_patterns=_FETCHED, ignore_patterns=["consolidated*"]))
     except Exception as error:  # the hub client has a dozen errors for "not there" and "no network"
         raise errors.ModelNotFound(path=str(path)) from error
 
@@ -135,8 +126,12 @@ def _config(directory: Path) -> Any:
     try:
         return AutoConfig.from_pretrained(directory)
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = _first_line(error)
         raise errors.CheckpointCorrupt(file=str(directory / "config.json"), reason=reason) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _model_class(config: Any) -> Any:
@@ -157,8 +152,8 @@ def _stored(directory: Path) -> dict[str, Stored]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            names = sorted({str(name) for name in json.loads(index.read_text())["weight_map"].values()})
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise errors.CheckpointCorrupt(file=str(index), reason=f"not an index ({error})") from error
         files = [directory / name for name in names]
     else:
@@ -178,7 +173,7 @@ def _read_header(file: Path) -> dict[str, Stored]:
         with safe_open(file, framework="pt") as handle:
             slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118  not a mapping
             return {
-                key: Stored(file, key, _DTYPES[part.get_dtype()], tuple(part.get_shape()))
+                key: Stored(file, key, SAFETENSORS_DTYPES[part.get_dtype()], tuple(part.get_shape()))
                 for key, part in slices.items()
             }
     except (SafetensorError, OSError, KeyError) as error:
@@ -207,7 +202,7 @@ def _loaded(cls: Any, directory: Path, dtype: torch.dtype) -> nn.Module:
     try:
         model, info = cls.from_pretrained(directory, dtype=dtype, output_loading_info=True)
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
-        raise errors.CheckpointCorrupt(file=str(directory), reason=str(error).splitlines()[0]) from error
+        raise errors.CheckpointCorrupt(file=str(directory), reason=_first_line(error)) from error
     absent = sorted(info["missing_keys"])
     if absent:
         raise errors.CheckpointCorrupt(

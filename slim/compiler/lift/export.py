@@ -199,9 +199,6 @@ class _Builder:
         for node in program.graph.nodes:
             try:
                 node.meta["val"] = program.typer.value(node, program.weights)
-                fixed = program.typer.specialised()
-                if fixed:
-                    raise ValueError(f"{node.target} works for one size only ({fixed})")
             except Exception as error:
                 raise errors.LiftFailed(
                     module=node.meta.get("module", ""),

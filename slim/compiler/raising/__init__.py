@@ -6,6 +6,7 @@ from slim.compiler.program import Program
 from slim.compiler.raising.activations import ACTIVATIONS
 from slim.compiler.raising.attention import ATTENTION_RULES, number_layers
 from slim.compiler.raising.cleanup import CLEANUP
+from slim.compiler.raising.complex_rope import COMPLEX_ROPE
 from slim.compiler.raising.constants import fold_constants
 from slim.compiler.raising.linears import LINEARS, split_fused
 from slim.compiler.raising.norms import NORMS
@@ -21,7 +22,7 @@ def raise_program(program: Program) -> Counts:
     counts = rewrite(program, CLEANUP)
     share_equal(program)
     fold_constants(program)
-    rewrite(program, (*CLEANUP, *LINEARS, *ACTIVATIONS, *NORMS, *ROPE, *ATTENTION_RULES), counts)
+    rewrite(program, (*CLEANUP, *LINEARS, *ACTIVATIONS, *NORMS, *COMPLEX_ROPE, *ROPE, *ATTENTION_RULES), counts)
     split_fused(program, counts)
     rewrite(program, (*CLEANUP, *ROPE, *ATTENTION_RULES), counts)
     share_equal(program)

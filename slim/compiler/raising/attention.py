@@ -11,12 +11,13 @@ from torch import fx
 from slim.compiler.program import Program
 from slim.compiler.raising.alibi import alibi_slopes
 from slim.compiler.raising.cleanup import CASTS, COPIES
-from slim.compiler.raising.masks import static_mask
+from slim.compiler.raising.masks import HIDDEN, key_mask, static_gate, static_mask
 from slim.compiler.rules import Match, NearMiss, Rule, Through, argument, call
 
 aten, slim = torch.ops.aten, torch.ops.slim
 ATTENTION = slim.attention.default
 _TRANSPARENT = CASTS | COPIES | {aten.expand.default, aten.nan_to_num.default}
+_WHERE = frozenset({aten.where.self, aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf})
 _MATMULS = frozenset({aten.matmul.default, aten.bmm.default})
 
 
@@ -51,20 +52,25 @@ class Scores:
 def add_mask(program: Program, scores: Scores, mask: fx.Node, factor: float = 1.0) -> None:
     """Folds ``factor`` times one additive mask, or a boolean one, into ``scores``: as attributes where it is one."""
     mask = _mask_source(mask)
+    low = factor if mask.meta["val"].dtype != torch.bool else 1.0
     if mask.target is aten.add.Tensor and all(isinstance(a, fx.Node) for a in mask.args[:2]):
         for part in mask.args[:2]:
             add_mask(program, scores, part, factor)
         return
     if mask.target is aten.zeros.default:
         return
-    if mask.target is aten.where.self and _hides(program, mask.args[2]) and _number_of(program, mask.args[1]) == 0:
+    if mask.target in _WHERE and _hides(program, mask.args[2], factor) and _number_of(program, mask.args[1]) == 0:
         return add_mask(program, scores, mask.args[0])
     if mask.target is slim.visibility.default:
-        scores.key_mask = scores.key_mask or argument(mask, "key_mask")
+        _hide_keys(program, scores, argument(mask, "key_mask"), mask)
         scores.causal |= argument(mask, "causal")
         scores.window = _narrower(scores.window, argument(mask, "window"))
         return
-    static = static_mask(program, mask)
+    padding = key_mask(program, mask, low)
+    if padding is not None:
+        _hide_keys(program, scores, padding, mask)
+        return
+    static = static_mask(program, mask, low)
     if static is not None:
         scores.causal, scores.window = scores.causal or static[0], _narrower(scores.window, static[1])
         return
@@ -74,26 +80,44 @@ def add_mask(program: Program, scores: Scores, mask: fx.Node, factor: float = 1.
         return
     if len(_shape(mask)) != 4:
         raise NearMiss(f"it adds {mask.name}, which is not [batch, heads, queries, keys]")
-    if factor != 1.0:
-        mask = program.insert(mask.next, aten.mul.Tensor, mask, factor, like=mask)
+    if low != 1.0:
+        mask = program.insert(mask.next, aten.mul.Tensor, mask, low, like=mask)
     scores.biases.append(mask)
 
 
-def _hides(program: Program, value: Any) -> bool:
-    """Whether adding ``value`` to a score takes the key out of the softmax."""
+def _hide_keys(program: Program, scores: Scores, mask: fx.Node | None, at: fx.Node) -> None:
+    """Adds a key mask [B, S], of any type, to the one there is."""
+    if mask is None or mask is scores.key_mask:
+        return
+    if mask.meta["val"].dtype != torch.bool:
+        mask = program.insert(at.next, aten._to_copy.default, mask, dtype=torch.bool, like=at)
+    if scores.key_mask is not None:
+        anchor = max(mask, scores.key_mask, at)
+        mask = program.insert(anchor.next, aten.logical_and.default, scores.key_mask, mask, like=at)
+    scores.key_mask = mask
+
+
+def _hides(program: Program, value: Any, factor: float = 1.0) -> bool:
+    """Whether adding ``factor`` times ``value`` to a score takes the key out of the softmax."""
     number = _number_of(program, value)
-    return number is not None and number <= -1e4
+    return number is not None and number * factor <= HIDDEN
 
 
 def _mask_source(mask: fx.Node) -> fx.Node:
     """The mask before it was cast, expanded, or cut to the length of the keys (which it has)."""
     while True:
-        inner = _peel(mask)
+        inner = mask
+        while inner.target in _TRANSPARENT and _is_bool(inner) == _is_bool(inner.args[0]):
+            inner = inner.args[0]  # but a cast from numbers to truth, or back, says something else
         if inner.target is aten.slice.Tensor and _shape(inner) == _shape(inner.args[0]):
             inner = inner.args[0]
         if inner is mask:
             return mask
         mask = inner
+
+
+def _is_bool(node: fx.Node) -> bool:
+    return bool(node.meta["val"].dtype == torch.bool)
 
 
 def _narrower(a: int | None, b: int | None) -> int | None:
@@ -199,18 +223,25 @@ def _read_scores(program: Program, node: Any, scores: Scores, factor: float = 1.
     number = _number_of(program, right)
     if node.target is aten.add.Tensor and isinstance(right, fx.Node):
         inner, mask = (left, right) if _leads_to_matmul(left) else (right, left)
+        if argument(node, "alpha") != 1 or _is_bool(_peel(mask)):
+            raise NearMiss(f"it adds {mask.name}, which is scaled or boolean")
         add_mask(program, scores, mask, factor)
         _read_scores(program, inner, scores, factor)
+    elif node.target is aten.sub.Tensor and isinstance(right, fx.Node) and argument(node, "alpha") == 1:
+        add_mask(program, scores, right, -factor)
+        _read_scores(program, left, scores, factor)
     elif node.target in (aten.mul.Tensor, aten.mul.Scalar) and number is not None:
         _read_scores(program, left, scores, factor * number)
     elif node.target in (aten.div.Tensor, aten.div.Scalar) and number is not None:
         _read_scores(program, left, scores, factor / number)
-    elif node.target in (aten.max.other, aten.maximum.default) and _hides(program, right):
+    elif node.target is aten.mul.Tensor and static_gate(program, right) == (scores.causal, scores.window):
+        _read_scores(program, left, scores, factor)  # what it multiplies by 0 is hidden already
+    elif node.target in (aten.max.other, aten.maximum.default) and _hides(program, right, factor):
         _read_scores(program, left, scores, factor)  # it keeps scores finite, and what it raises is hidden still
-    elif node.target is aten.where.self and _hides(program, node.args[2]):
+    elif node.target in _WHERE and _hides(program, node.args[2], factor):
         add_mask(program, scores, left)
         _read_scores(program, right, scores, factor)
-    elif node.target is aten.masked_fill.Scalar and _hides(program, node.args[2]):
+    elif node.target is aten.masked_fill.Scalar and _hides(program, node.args[2], factor):
         add_mask(program, scores, _negated(program, right))
         _read_scores(program, left, scores, factor)
     elif node.target in _MATMULS:
@@ -249,7 +280,8 @@ _ON_THE_WAY = frozenset(
         aten.mul.Tensor,
         aten.div.Tensor,
         aten.add.Tensor,
-        aten.where.self,
+        aten.sub.Tensor,
+        *_WHERE,
         aten.masked_fill.Scalar,
         aten.max.other,
     }

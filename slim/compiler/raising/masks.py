@@ -1,7 +1,8 @@
-"""Masks a model makes itself, of sizes and constants alone: evaluated, and asked what they are."""
+"""Masks that a model computes itself: evaluated, and asked what they are."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -10,38 +11,92 @@ from torch import Tensor, fx
 from slim.compiler.program import Program
 
 _LENGTH = 4096  # longer than any window that a model computes a mask for without a table
-_HIDDEN = -1e4  # an additive mask hides what it lowers at least so far
+_SHORT = 61  # a second length, to tell a window from a part of the length
+HIDDEN = -1e3  # a score lowered so far is out of the softmax: exp(-1000) is 0 in any float type
+_SAMPLE = [[1, 1, 0], [0, 1, 1]]  # of an input that is 1 at tokens and 0 at padding; B = 2, S = 3
 
 
-def static_mask(program: Program, node: fx.Node) -> tuple[bool, int | None] | None:
+def static_mask(program: Program, node: fx.Node, factor: float = 1.0) -> tuple[bool, int | None] | None:
     """(causal, window) of a mask that depends on no input's values, or None where it is no such mask.
 
-    A boolean mask is True where a key is seen, an additive one 0 there. The mask is evaluated at one length, that of
-    its table of constants where it has one, so that a window shows.
+    A boolean mask is True where a key is seen; an additive one, of which ``factor`` times is added, is 0 there. The
+    mask is evaluated at two lengths, one of them that of its table of constants where it has one, so that a window
+    shows.
     """
+    return _band(program, node, functools.partial(_seen, factor=factor))
+
+
+def static_gate(program: Program, node: fx.Node) -> tuple[bool, int | None] | None:
+    """The same for a mask that scores are multiplied with: 1 where a key is seen, and 0 elsewhere."""
+    return _band(program, node, _is_one)
+
+
+def key_mask(program: Program, node: fx.Node, factor: float = 1.0) -> fx.Node | None:
+    """The input [B, S] by which alone ``node`` [B, 1, 1, S] hides keys: those where it is 0."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dim() != 4 or list(value.shape[1:3]) != [1, 1]:
+        return None
+    nodes = _subgraph(program, node, inputs=1)
+    source = next((n for n in nodes or () if n.op == "placeholder"), None)
+    if nodes is None or source is None or source.meta["val"].dim() != 2:
+        return None
+    sample = torch.tensor(_SAMPLE)
+    seen = _seen(_evaluate(program, nodes, sample.shape, {source: sample.to(source.meta["val"].dtype)}), factor)
+    if seen is None or list(seen.shape) != [2, 1, 1, 3] or not torch.equal(seen[:, 0, 0], sample.bool()):
+        return None
+    return source
+
+
+def _band(program: Program, node: fx.Node, seen: Any) -> tuple[bool, int | None] | None:
     nodes = _subgraph(program, node)
     if nodes is None:
         return None
-    seen = _evaluate(program, nodes, _length(program, nodes))
-    if seen is None:
+    longest = _length(program, nodes)
+    lengths = min(_SHORT, longest), longest
+    at = {length: _square(seen(_evaluate(program, nodes, (1, length))), length) for length in lengths}
+    table = at[longest]
+    if table is None or not bool(table.any()):
         return None
-    rows, columns = seen.shape
-    row, column = torch.arange(rows)[:, None], torch.arange(columns)[None, :]
-    window = int(seen[-1].sum())
-    if rows != columns or not torch.equal(seen, (column <= row) & (row - column < window)):
-        return None
-    return True, None if window == rows else window
+    window = int(table[-1].sum())
+    for length, mask in at.items():
+        row, column = torch.arange(length)[:, None], torch.arange(length)[None, :]
+        if mask is None or not torch.equal(mask, (column <= row) & (row - column < window)):
+            return None
+    return True, None if window == longest else window
 
 
-def _subgraph(program: Program, root: fx.Node) -> list[fx.Node] | None:
-    """The nodes that ``root`` is computed from, in order; None where an input's values are among them."""
+def _square(mask: Tensor | None, length: int) -> Tensor | None:
+    if mask is None or mask.numel() != length * length or list(mask.shape[-2:]) != [length, length]:
+        return None
+    return mask.reshape(length, length)
+
+
+def _seen(mask: Any, factor: float) -> Tensor | None:
+    if not isinstance(mask, Tensor):
+        return None
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point() or not bool(((mask == 0) | (mask * factor <= HIDDEN)).all()):
+        return None
+    return mask == 0
+
+
+def _is_one(mask: Any) -> Tensor | None:
+    if not isinstance(mask, Tensor) or mask.dtype == torch.bool or not bool(((mask == 0) | (mask == 1)).all()):
+        return None
+    return mask == 1
+
+
+def _subgraph(program: Program, root: fx.Node, inputs: int = 0) -> list[fx.Node] | None:
+    """The nodes that ``root`` is computed from, in order; None where more than ``inputs`` inputs' values are."""
     needed: set[fx.Node] = set()
     pending = [root]
     while pending:
         node = pending.pop()
         if node in needed:
             continue
-        if node.op == "placeholder" or (node.op == "get_attr" and str(node.target) not in program.facts.constants):
+        inputs -= node.op == "placeholder"
+        if inputs < 0 or (node.op == "get_attr" and str(node.target) not in program.facts.constants):
             return None
         needed.add(node)
         if not _is_size(node):
@@ -59,23 +114,17 @@ def _length(program: Program, nodes: list[fx.Node]) -> int:
     return min(squares, default=_LENGTH)
 
 
-def _evaluate(program: Program, nodes: list[fx.Node], length: int) -> Tensor | None:
-    """The mask [length, length] as booleans, or None where it is something else."""
-    values: dict[fx.Node, Any] = {}
+def _evaluate(
+    program: Program, nodes: list[fx.Node], sizes: tuple[int, ...], inputs: dict[fx.Node, Tensor] | None = None
+) -> Any:
+    """The value of the last node for inputs of ``sizes`` [B, S]."""
+    values: dict[fx.Node, Any] = dict(inputs or {})
     for node in nodes:
         if _is_size(node):
-            values[node] = 1 if node.args[1] == 0 else length
+            values[node] = sizes[node.args[1]]
         elif node.op == "get_attr":
             values[node] = program.weights[str(node.target)]
-        else:
+        elif node.op != "placeholder":
             args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
             values[node] = node.target(*args, **kwargs)
-    mask = values[nodes[-1]]
-    if not isinstance(mask, Tensor) or mask.numel() != length * length or list(mask.shape[-2:]) != [length, length]:
-        return None
-    mask = mask.reshape(length, length)
-    if mask.dtype == torch.bool:
-        return mask
-    if not mask.is_floating_point() or not bool(((mask == 0) | (mask <= _HIDDEN)).all()):
-        return None
-    return mask == 0
+    return values[nodes[-1]]
