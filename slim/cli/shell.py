@@ -45,9 +45,9 @@ def _remember_debug(ctx: click.Context, _: click.Parameter, value: bool) -> None
 def show_version(ctx: click.Context, _: click.Parameter, value: bool) -> None:
     """Prints the version and ends."""
     if value:
-        from slim import __version__
+        from slim.runtime.artifact import slim_version
 
-        click.echo(f"slim {__version__}")
+        click.echo(f"slim {slim_version()}")
         ctx.exit()
 
 
