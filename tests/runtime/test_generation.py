@@ -259,7 +259,7 @@ def test_prompt_and_new_tokens_must_fit_the_cache_that_was_asked_for():
     compiled = CompiledModel(pair("llama")[1].program, "eager", kv_cache=KVCacheConfig(max_tokens=20))
     tokens = prompt()[0][-1:]
     assert compiled.generate(tokens, **{**GREEDY, "max_new_tokens": 11}).shape[1] == 20
-    with pytest.raises(errors.PromptTooLong, match="41 tokens do not fit a cache of 20"):
+    with pytest.raises(errors.PromptTooLong, match="40 tokens do not fit a cache of 20"):
         compiled.generate(tokens, **GREEDY)
 
 
