@@ -18,6 +18,7 @@ from torch import Tensor, fx
 from slim.codegen import eager_ops
 from slim.compiler.program import Program
 from slim.compiler.rules import argument
+from slim.compiler.uses import DEQUANTIZE, EMBEDDING, EXPERTS, LINEAR, RESTORING, UNPACK
 
 aten, slim = torch.ops.aten, torch.ops.slim
 
@@ -75,6 +76,20 @@ _DIRECT: dict[Any, Any] = {
     slim.expert_linear.default: eager_ops.expert_linear,
 }
 
+# What reads a quantised weight as it is stored: which argument that is, how many arguments matter (a table's padding
+# index is for training), and the function by the weight's grain.
+_READERS: dict[Any, tuple[int, int]] = {LINEAR: (1, 3), EMBEDDING: (0, 2), EXPERTS: (1, 4)}
+_PER_ROW: dict[Any, Any] = {
+    LINEAR: eager_ops.int8_linear,
+    EMBEDDING: eager_ops.int8_embedding,
+    EXPERTS: eager_ops.int8_expert_linear,
+}
+_GROUPED: dict[Any, Any] = {
+    LINEAR: eager_ops.grouped_linear,
+    EMBEDDING: eager_ops.grouped_embedding,
+    EXPERTS: eager_ops.grouped_expert_linear,
+}
+
 
 def lower(program: Program) -> fx.Graph:
     """The Program's graph over the functions of ``eager_ops`` and PyTorch."""
@@ -83,7 +98,7 @@ def lower(program: Program) -> fx.Graph:
     for node in list(copy.nodes()):
         lowering.visit(node)
     for node in reversed(list(copy.graph.nodes)):  # what the new nodes no longer read
-        if not node.users and (node.op == "get_attr" or node.target is slim.dequantize.default):
+        if not node.users and (node.op == "get_attr" or node.target in RESTORING):
             copy.graph.erase_node(node)
     return copy.graph
 
@@ -97,20 +112,27 @@ class _Lowering:
 
     def visit(self, node: fx.Node) -> None:
         target = node.target
-        if target is aten.linear.default and _is_per_row(node.args[1]):
-            x, weight, bias = (*node.args, None)[:3]
-            self._replace(node, eager_ops.int8_linear, x, *_stored(weight), bias)
-        elif target is aten.embedding.default and _is_per_row(node.args[0]):
-            self._replace(node, eager_ops.int8_embedding, *_stored(node.args[0]), node.args[1])
-        elif target is slim.expert_linear.default and _is_per_row(node.args[1]):
-            x, weight, bias, expert = node.args
-            self._replace(node, eager_ops.int8_expert_linear, x, *_stored(weight), bias, expert)
-        elif target is slim.attention.default or target is slim.cached_attention.default:
+        if target in _READERS and self._quantised(node):
+            return
+        if target is slim.attention.default or target is slim.cached_attention.default:
             self._attention(node)
         elif target is slim.rope.default:
             self._rope(node)
         elif target in _DIRECT:
             node.target = _DIRECT[target]
+
+    def _quantised(self, node: fx.Node) -> bool:
+        """Lets ``node`` read its weight as it is stored, if that is quantised in a way that has a function."""
+        place, count = _READERS[node.target]
+        before, weight, after = node.args[:place], node.args[place], node.args[place + 1 : count]
+        if _is_per_row(weight):
+            functions = _PER_ROW
+        elif _is_grouped(weight):
+            functions = _GROUPED
+        else:
+            return False
+        self._replace(node, functions[node.target], *before, *_stored(weight), *after)
+        return True
 
     def _rope(self, node: fx.Node) -> None:
         """Angles are laid out once for all layers, so that a rotation is two products and a sum."""
@@ -155,13 +177,28 @@ class _Lowering:
 
 def _is_per_row(weight: Any) -> bool:
     """Whether ``weight`` is an int8 tensor [..., m, n] with one scale for each row of n."""
-    if not isinstance(weight, fx.Node) or weight.target is not slim.dequantize.default:
+    if not _is_symmetric(weight) or argument(weight, "group_size") is not None:
         return False
-    q, scale = weight.args[:2]
-    rows = q.meta["val"].shape[:-1]  # type: ignore[union-attr]
-    plain = argument(weight, "zero_point") is None and argument(weight, "group_size") is None
-    return bool(plain and scale.meta["val"].shape == rows and argument(weight, "axis") == len(rows) - 1)  # type: ignore[union-attr]
+    q, scale = (value.meta["val"] for value in weight.args[:2])
+    rows = q.shape[:-1]
+    return bool(scale.shape == rows and argument(weight, "axis") == len(rows) - 1)
+
+
+def _is_grouped(weight: Any) -> bool:
+    """Whether ``weight`` is an int8 or a packed int4 tensor [..., m, n] with scales for groups along its rows."""
+    if not _is_symmetric(weight) or argument(weight, "group_size") is None:
+        return False
+    return bool(argument(weight, "axis") == len(weight.meta["val"].shape) - 1)
+
+
+def _is_symmetric(weight: Any) -> bool:
+    is_quantised = isinstance(weight, fx.Node) and weight.target is DEQUANTIZE
+    return is_quantised and argument(weight, "zero_point") is None
 
 
 def _stored(weight: Any) -> tuple[Any, Any, torch.dtype]:
-    return weight.args[0], weight.args[1], weight.meta["val"].dtype
+    """(numbers, packed where they are held packed; scale; the type they stand for) of a dequantised weight."""
+    q, scale = weight.args[:2]
+    if _is_grouped(weight) and isinstance(q, fx.Node) and q.target is UNPACK:
+        q = q.args[0]
+    return q, scale, weight.meta["val"].dtype

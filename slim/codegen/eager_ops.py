@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from slim.compiler.blocks import row_blocks
 from slim.compiler.dialect.attention import attend_to, visibility
 from slim.compiler.dialect.experts import _expert_linear as expert_linear
 from slim.compiler.dialect.norm import _rms_norm
+from slim.compiler.dialect.quant import _unpack_int4 as unpack_int4
 from slim.compiler.dialect.rope import _rope as rope
 from slim.compiler.dialect.rope import _rope_table as rope_table
 
@@ -141,7 +145,7 @@ _FEW_TOKENS = 8
 _SMALL_BLOCK, _LARGE_BLOCK, _WHOLE = 1 << 17, 1 << 20, 1 << 19
 
 
-def int8_linear(x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+def int8_linear(x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """x (q * scale)^T + bias for x [..., n], q int8 [m, n], scale [m]; the scale is applied to the product."""
     if dtype == torch.float32:
         y = _widened_product(x, q).mul_(scale)
@@ -180,8 +184,61 @@ def int8_expert_linear(
     x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None, expert: Tensor
 ) -> Tensor:
     """``slim.expert_linear`` for q int8 [E, m, n] and scale [E, m]: only the experts that are asked for are read."""
+    return _by_expert(int8_linear, x, q, scale, dtype, bias, expert)
+
+
+def grouped_linear(x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
+    """x w^T + bias for w [m, n] of scales [m, n / group]: int8 [m, n], or two numbers a byte, uint8 [m, n / 2].
+
+    Packed columns are not put back in order, which would cost as much again as widening them: the even ones are
+    multiplied with the even ones of x, and the odd ones with the odd.
+    """
+    packed = q.dtype == torch.uint8
+    inputs = (x[..., 0::2].contiguous(), x[..., 1::2].contiguous()) if packed else (x,)
+    products = []
+    for rows in row_blocks(q.shape):
+        part = q[rows]
+        steps = (_centred(part & 15), _centred(part >> 4)) if packed else (part,)
+        terms = [F.linear(x, _scaled(w, scale[rows], dtype)) for x, w in zip(inputs, steps, strict=True)]
+        products.append(terms[0] + terms[1] if packed else terms[0])
+    y = torch.cat(products, dim=-1)
+    return y if bias is None else y + bias
+
+
+def _centred(nibbles: Tensor) -> Tensor:
+    return nibbles.view(torch.int8).sub_(8)
+
+
+def _scaled(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """q [..., n] times scale [..., groups], in float32, rounded to ``dtype``."""
+    groups = q.unflatten(-1, (scale.shape[-1], -1)).to(torch.float32)
+    return groups.mul_(scale.to(torch.float32).unsqueeze(-1)).flatten(-2).to(dtype)
+
+
+def grouped_embedding(q: Tensor, scale: Tensor, dtype: torch.dtype, tokens: Tensor) -> Tensor:
+    """Rows ``tokens`` of a table as ``grouped_linear`` has it."""
+    rows = F.embedding(tokens, q)
+    return _scaled(unpack_int4(rows) if q.dtype == torch.uint8 else rows, F.embedding(tokens, scale), dtype)
+
+
+def grouped_expert_linear(
+    x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None, expert: Tensor
+) -> Tensor:
+    """``slim.expert_linear`` for a stack of weights as ``grouped_linear`` has them."""
+    return _by_expert(grouped_linear, x, q, scale, dtype, bias, expert)
+
+
+def _by_expert(
+    linear: Callable[..., Tensor],
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    dtype: torch.dtype,
+    bias: Tensor | None,
+    expert: Tensor,
+) -> Tensor:
     y = x.new_empty(x.shape[0], q.shape[1])
     for index in torch.unique(expert).tolist():
         rows = (expert == index).nonzero(as_tuple=True)[0]
-        y[rows] = int8_linear(x[rows], q[index], scale[index], dtype, None if bias is None else bias[index])
+        y[rows] = linear(x[rows], q[index], scale[index], dtype, None if bias is None else bias[index])
     return y

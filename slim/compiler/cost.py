@@ -19,7 +19,7 @@ from torch import fx
 from slim.compiler.program import Program
 from slim.compiler.rules import argument
 from slim.compiler.types import expression
-from slim.compiler.uses import ATTENTION, DEQUANTIZE, EXPERTS, LINEAR, Role, uses
+from slim.compiler.uses import ATTENTION, EXPERTS, LINEAR, RESTORING, Role, stored_in, uses
 
 aten, slim = torch.ops.aten, torch.ops.slim
 
@@ -178,13 +178,10 @@ class _Reader:
 
     def _new_weights(self, node: fx.Node) -> list[fx.Node]:
         """The weights that ``node`` is the first to read; those of a dequantize count where its result is used."""
-        if node.target is DEQUANTIZE and any(n.op == "get_attr" for n in node.all_input_nodes):
+        if stored_in(node):
             return []
-        inputs = list(node.all_input_nodes)
-        for value in node.all_input_nodes:
-            if value.target is DEQUANTIZE:
-                inputs += value.all_input_nodes
-        new = [n for n in inputs if n.op == "get_attr" and str(n.target) not in self.read]
+        inputs = dict.fromkeys(weight for value in node.all_input_nodes for weight in stored_in(value))
+        new = [n for n in inputs if str(n.target) not in self.read]
         self.read |= {str(n.target) for n in new if not self._only_rows(n)}
         return new
 
@@ -218,7 +215,7 @@ class _Reader:
 
     @staticmethod
     def _is_weight(node: fx.Node) -> bool:
-        return node.op == "get_attr" or node.target is DEQUANTIZE or not isinstance(node.meta["val"], torch.Tensor)
+        return node.op == "get_attr" or node.target in RESTORING or not isinstance(node.meta["val"], torch.Tensor)
 
 
 def _kind(node: fx.Node) -> str:

@@ -13,14 +13,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
 from slim import errors
 from slim.compiler.dump import Dump, write_reproducer
 from slim.compiler.passes_base import FLOAT_WEIGHTS, Context, Pass
 from slim.compiler.probe import Outputs, Probe, make_probe, rounding_noise, tolerance
 from slim.compiler.program import Program
 from slim.compiler.report import PipelineReport, Report, Size
+from slim.compiler.uses import DEQUANTIZE, stored_in
 from slim.compiler.verify import verify
 
 log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ def run_pipeline(program: Program, passes: Sequence[Pass], ctx: Context) -> tupl
 def check_order(program: Program, passes: Sequence[Pass]) -> None:
     """Raises PassOrder where a pass requires what an earlier one, or the model itself, has taken away."""
     lost: dict[str, str] = {}
-    if any(program.weight_of(node.args[0]) for node in program.nodes(torch.ops.slim.dequantize.default)):
+    if any(stored_in(node.args[0]) for node in program.nodes(DEQUANTIZE)):
         lost[FLOAT_WEIGHTS] = "the model comes without them: it is quantised already"
     for pass_ in passes:
         for fact in sorted(pass_.requires & lost.keys()):

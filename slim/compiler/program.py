@@ -97,8 +97,9 @@ class Program:
         """Numbers the model holds, tied weights once; buffers, scales and zero points are not counted."""
         q, dq = torch.ops.slim.quantize.default, torch.ops.slim.dequantize.default
         grids = {self.weight_of(argument) for node in self.nodes(q, dq) for argument in node.args[1:3]}
-        others = grids | self.facts.constants
-        return sum(self.weights.numel(name) for name in self.weights if name not in others)
+        pairs = {self.weight_of(node.args[0]) for node in self.nodes(torch.ops.slim.unpack_int4.default)}
+        counted = [name for name in self.weights if name not in grids | self.facts.constants]
+        return sum(self.weights.numel(name) * (2 if name in pairs else 1) for name in counted)
 
     @property
     def nbytes(self) -> int:

@@ -15,6 +15,8 @@ LINEAR = torch.ops.aten.linear.default
 EXPERTS = torch.ops.slim.expert_linear.default
 EMBEDDING = torch.ops.aten.embedding.default
 DEQUANTIZE = torch.ops.slim.dequantize.default
+UNPACK = torch.ops.slim.unpack_int4.default
+RESTORING = frozenset({DEQUANTIZE, UNPACK})  # what stands between a quantised weight and its readers
 ATTENTION = frozenset({torch.ops.slim.attention.default, torch.ops.slim.cached_attention.default})
 
 
@@ -35,10 +37,10 @@ class Use(NamedTuple):
 
 
 def uses(value: fx.Node) -> list[Use]:
-    """The readers of a weight node, seen through ``slim.dequantize``."""
+    """The readers of a weight node, seen through ``slim.dequantize`` and ``slim.unpack_int4``."""
     found: list[Use] = []
     for reader in value.users:
-        if reader.target is DEQUANTIZE:
+        if reader.target in RESTORING:
             found += uses(reader)
         else:
             found.append(Use(reader, _role(value, reader)))
@@ -55,6 +57,17 @@ def _role(value: fx.Node, reader: fx.Node) -> Role:
         (EMBEDDING, 0): Role.TABLE,
     }
     return known.get((reader.target, places[0]), Role.OTHER)
+
+
+def stored_in(value: object) -> list[fx.Node]:
+    """The weight nodes that ``value`` is, or is restored from (its numbers first, then the scale); else none."""
+    if not isinstance(value, fx.Node):
+        return []
+    if value.op == "get_attr":
+        return [value]
+    if value.target not in RESTORING:
+        return []
+    return [weight for argument in value.all_input_nodes for weight in stored_in(argument)]
 
 
 def weight_nodes(program: Program) -> Iterator[fx.Node]:

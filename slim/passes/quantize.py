@@ -5,44 +5,56 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, fx
 
 from slim import errors
 from slim.compiler.blocks import row_blocks
+from slim.compiler.dialect.quant import pack_int4
 from slim.compiler.options import literal
 from slim.compiler.passes_base import FLOAT_WEIGHTS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
-from slim.compiler.uses import ATTENTION, EXPERTS, LINEAR, Role, reached, uses, weight_nodes
+from slim.compiler.uses import ATTENTION, DEQUANTIZE, EXPERTS, LINEAR, UNPACK, Role, reached, uses, weight_nodes
 
-aten, slim = torch.ops.aten, torch.ops.slim
+aten = torch.ops.aten
 
 _MATRIX = frozenset({Role.LINEAR, Role.EXPERTS})
 _MIXES = frozenset({LINEAR, EXPERTS, *ATTENTION})
+_LIMITS = {"int8": 127, "int4": 7}  # the largest number of each format
+_INT4_GROUP = 32
+_SMALLEST = 2.0**-24  # of float16
 _LATER = "{value} comes with a later version of slim"
 
 
 @dataclass(frozen=True)
 class Quantize(Pass):
-    """Holds the weights of linears as int8, one scale an output channel, rounded to nearest.
+    """Holds the weights of linears as int8 or int4, rounded to nearest.
 
-    A weight W [m, n] becomes ``q`` int8 [m, n] under W's name and ``scale`` float32 [m] under ``<name>_scale``, with
-    ``s = max|w| / 127`` a row and ``q = round(w / s)``; what read W reads ``slim.dequantize(q, scale)`` in W's own
-    type. Weights of experts [E, m, n] have scales [E, m]. No calibration is needed; weights on disk are read,
-    quantised and dropped one at a time.
+    A weight W [m, n] becomes ``q`` under W's name and ``scale`` under ``<name>_scale``; what read W reads
+    ``slim.dequantize(q, scale)`` in W's own type. int8: q [m, n] and one float32 scale an output channel, [m], with
+    ``s = max|w| / 127`` and ``q = round(w / s)``. int4: two numbers a byte, uint8 [m, n / 2] (``slim.unpack_int4``
+    says how), and one float16 scale for every ``group_size`` numbers of a row, [m, n / group_size]: 4.5 bits a weight
+    with groups of 32. Weights of experts [E, m, n] have scales [E, m] or [E, m, n / group_size]. No calibration is
+    needed; weights on disk are read, quantised and dropped one at a time.
 
     Args:
-        weights: the number format; int8 today.
-        activations, group_size, method: come with later versions; None, or "rtn" for the method.
+        weights: the number format; "int8" or "int4" today.
+        group_size: numbers of a row that share a scale. None is one scale a row for int8, and 32 for int4, which
+            needs groups. A weight whose rows it does not divide is left alone, and the report says so.
+        activations, method: come with later versions; None, or "rtn" for the method.
         embeddings: quantise embedding tables too, one scale a token.
         head: quantise the head of a language model. A head tied to the embedding takes the embedding with it.
         exclude: patterns of weight names to leave alone (``"*.down_proj.weight"``); each must match one.
 
     Routers stay as they are: they hold few numbers, and a rounding there chooses another expert.
-    Source: round to nearest is the baseline of Dettmers et al., LLM.int8(), 2022.
+    Source: round to nearest is the baseline of Dettmers et al., LLM.int8(), 2022; the scale of int4 that sends the
+    largest weight to -8 is that of llama.cpp's Q4_0, used in the groups where it beats ``max|w| / 7``.
+
+    Example:
+        >>> slim.compile(model, passes=[Quantize("int4", group_size=32)])
     """
 
     weights: Literal["int8", "int4", "int3", "nf4", "fp8"] = "int8"
@@ -58,20 +70,35 @@ class Quantize(Pass):
 
     def check(self) -> None:
         """Refuses what this version does not have."""
-        today = {"weights": "int8", "activations": None, "group_size": None}
+        if self.weights not in _LIMITS:
+            self._refuse("weights", _LATER.format(value=literal(self.weights)))
+        if self.activations is not None:
+            self._refuse("activations", _LATER.format(value=literal(self.activations)))
         if self.method not in (None, "rtn"):
-            today["method"] = None
-        for option, value in today.items():
-            if getattr(self, option) != value:
-                reason = _LATER.format(value=literal(getattr(self, option)))
-                raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason)
+            self._refuse("method", _LATER.format(value=literal(self.method)))
+        if self.group_size is not None and self.group_size < 1:
+            self._refuse("group_size", f"a group of {self.group_size} holds no number")
+        if self._packs and self._group % 2:
+            self._refuse("group_size", f"{self.weights} keeps two numbers in a byte, and {self.group_size} is odd")
+
+    def _refuse(self, option: str, reason: str) -> NoReturn:
+        raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason)
+
+    @property
+    def _packs(self) -> bool:
+        return self.weights == "int4"
+
+    @property
+    def _group(self) -> int:
+        """Numbers that share a scale; 0 where that is a row."""
+        return self.group_size or (_INT4_GROUP if self._packs else 0)
 
     def run(self, program: Program, ctx: Context) -> Report:
         """Changes weights, and puts one ``slim.dequantize`` behind each of them."""
         report = Report()
         chosen = list(self._choose(program, report))
         for node in ctx.track("quantising", chosen):
-            quantize_weight(program, node)
+            quantize_weight(program, node, self.weights, self._group)
             report.matched.append(str(node.target))
         return report
 
@@ -109,6 +136,9 @@ class Quantize(Pass):
             return "it is an embedding (embeddings=False)"
         if any(_routes(use.node) for use in found if use.role is Role.LINEAR):
             return "it routes tokens to experts"
+        width = node.meta["val"].shape[-1]
+        if self._group and width % self._group:
+            return f"its rows of {width} do not divide into groups of {self._group}"
         return None
 
     @staticmethod
@@ -156,8 +186,11 @@ def _routes(linear: fx.Node) -> bool:
 # -- quantising --------------------------------------------------------------------------------------------------------
 
 
-def quantize_weight(program: Program, node: fx.Node) -> fx.Node:
-    """Puts the weight that ``node`` reads into int8, and the dequantised value before its first reader.
+def quantize_weight(program: Program, node: fx.Node, weights: str = "int8", group: int = 0) -> fx.Node:
+    """Quantises the weight that ``node`` reads, and puts the value it stands for before its first reader.
+
+    Args:
+        weights: "int8", or "int4", which is packed. group: numbers of a row that share a scale; 0 for all of them.
 
     Returns:
         The ``slim.dequantize`` node that all readers now read.
@@ -165,29 +198,69 @@ def quantize_weight(program: Program, node: fx.Node) -> fx.Node:
     name = str(node.target)
     dtype = program.weights.dtype(name)
     readers = list(node.users)
-    program.weights[name], program.weights[f"{name}_scale"] = round_to_nearest(program.weights[name])
-    node.meta["val"] = program.typer.value(node, program.weights)
     first = min(readers)  # fx orders nodes by their place in the graph
+    q, program.weights[f"{name}_scale"] = round_to_nearest(program.weights[name], weights, group)
+    program.weights[name] = pack_int4(q) if weights == "int4" else q
+    node.meta["val"] = program.typer.value(node, program.weights)
+    numbers = program.insert(first, UNPACK, node, like=first) if weights == "int4" else node
     scale = program.weight_node(f"{name}_scale")
-    axis = program.weights.shape(f"{name}_scale")
-    restored = program.insert(first, slim.dequantize.default, node, scale, like=first, axis=len(axis) - 1, dtype=dtype)
+    grain: dict[str, Any] = dict(axis=len(scale.meta["val"].shape) - 1, group_size=group or None)
+    restored = program.insert(first, DEQUANTIZE, numbers, scale, like=first, **grain, dtype=dtype)
     for reader in readers:
         reader.replace_input_with(node, restored)
     return restored
 
 
-def round_to_nearest(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 of weight's shape, float32 scale of its shape without the last dimension): ``w ~ q * s``.
+def round_to_nearest(weight: Tensor, weights: str = "int8", group: int = 0) -> tuple[Tensor, Tensor]:
+    """(q, int8 of weight's shape; scale): ``w ~ q * s``, with q from -127 to 127 ("int8") or -8 to 7 ("int4").
 
-    Symmetric: s = max|w| / 127 over the last dimension, q in [-127, 127], |w - q s| <= s / 2. A row of zeros keeps
-    the smallest normal number as its scale, so that nothing divides by zero.
+    Without ``group``, scales are float32, of the weight's shape without its last dimension. With it there is one for
+    every ``group`` numbers of the last dimension, in float16 unless the weight is too large or too small for that
+    (then float32); numbers are rounded by the scale as it is stored. Zeros get a scale that is not zero, so that
+    nothing divides by it.
     """
-    rows = weight.reshape(-1, weight.shape[-1])
+    rows = weight.reshape(-1, group or weight.shape[-1])
+    kept = _scale_type(weight, weights) if group else torch.float32
     q = torch.empty(rows.shape, dtype=torch.int8, device=weight.device)
-    scale = torch.empty(rows.shape[0], dtype=torch.float32, device=weight.device)
+    scale = torch.empty(rows.shape[0], dtype=kept, device=weight.device)
     for block in row_blocks(rows.shape):
         wide = rows[block].to(torch.float32, copy=True)
-        largest = torch.maximum(wide.amax(-1), -wide.amin(-1))  # four times as fast as aminmax
-        scale[block] = (largest / 127).clamp_min_(torch.finfo(torch.float32).tiny)
-        q[block] = wide.div_(scale[block, None]).round_().clamp_(-127, 127)  # slim.quantize, in place
-    return q.view(weight.shape), scale.view(weight.shape[:-1])
+        q[block], scale[block] = _round_int4(wide, kept) if weights == "int4" else _round_int8(wide, kept)
+    shape = (*weight.shape[:-1], weight.shape[-1] // group) if group else weight.shape[:-1]
+    return q.view(weight.shape), scale.view(shape)
+
+
+def _scale_type(weight: Tensor, weights: str) -> torch.dtype:
+    """float16 where the largest scale is a normal number of it: then all are off by 2^-11 of that at most."""
+    largest = float(max(-weight.min(), weight.max())) / _LIMITS[weights]
+    limits = torch.finfo(torch.float16)
+    return torch.float16 if limits.tiny <= largest <= limits.max or largest == 0 else torch.float32
+
+
+def _round_int8(wide: Tensor, kept: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each row by the scale that sends its largest magnitude to 127; overwrites ``wide``."""
+    largest = torch.maximum(wide.amax(-1), -wide.amin(-1))  # four times as fast as aminmax
+    scale = _stored_scale(largest / _LIMITS["int8"], kept)
+    return wide.div_(scale.float()[:, None]).round_().clamp_(-127, 127), scale  # slim.quantize, in place
+
+
+def _round_int4(wide: Tensor, kept: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Each row by the better of two scales: the largest magnitude at 7 or -7, or, whatever its sign, at -8."""
+    low, high = wide.amin(-1), wide.amax(-1)
+    extreme = torch.where(high > -low, high, low)
+    symmetric = _stored_scale(extreme.abs() / 7, kept)
+    full = _stored_scale(extreme / -8, kept)
+    options = [(_steps(wide, scale), scale) for scale in (symmetric, full)]
+    (first, second) = [(wide - steps * scale.float()[:, None]).square_().sum(-1) for steps, scale in options]
+    better = second < first
+    return torch.where(better[:, None], options[1][0], options[0][0]), torch.where(better, full, symmetric)
+
+
+def _steps(wide: Tensor, scale: Tensor) -> Tensor:
+    return (wide / scale.float()[:, None]).round_().clamp_(-8, 7)
+
+
+def _stored_scale(scale: Tensor, kept: torch.dtype) -> Tensor:
+    """``scale`` as it is stored, and never zero."""
+    smallest = _SMALLEST if kept == torch.float16 else torch.finfo(kept).tiny
+    return torch.where(scale.abs() < smallest, smallest, scale).to(kept)

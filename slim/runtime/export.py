@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from slim import errors
 from slim.compiler.program import Program
+from slim.compiler.uses import DEQUANTIZE, stored_in
 from slim.runtime.architecture import empty_model, rebuild_generation_config
 from slim.runtime.artifact import TOKENIZER_FILES, copy_tokenizer
 from slim.runtime.storage import written_directory
-
-slim = torch.ops.slim
 
 FORMATS = ("transformers",)
 # What an export writes: a directory that holds nothing else may be replaced by another export.
@@ -107,9 +106,9 @@ def _refuse(reason: str) -> NoReturn:
 
 
 def _plain_weights(program: Program, dequantize: bool) -> Iterator[tuple[str, Tensor]]:
-    quantised = {program.weight_of(node.args[0]): node for node in program.nodes(slim.dequantize.default)}
+    quantised = {str(q.target): node for node in program.nodes(DEQUANTIZE) for q in stored_in(node.args[0])}
     if quantised and not dequantize:
-        example = next(name for name in quantised if name)
+        example = next(iter(quantised))
         reason = (
             f"{len(quantised)} weights are quantised ({example}, ...), and plain transformers has no such format; "
             "dequantize=True writes the floating-point numbers that they stand for"
@@ -123,8 +122,15 @@ def _plain_weights(program: Program, dequantize: bool) -> Iterator[tuple[str, Te
         if node is None:
             yield name, program.weights[name]
         else:
-            values = [None if a is None else program.weights[str(a.target)] for a in node.args]  # type: ignore[union-attr]
-            yield name, slim.dequantize(*values, **node.kwargs)
+            yield name, _restored(program, node)
+
+
+def _restored(program: Program, value: fx.Node) -> Tensor:
+    """The numbers that a weight, or what restores one, stands for."""
+    if value.op == "get_attr":
+        return program.weights[str(value.target)]
+    args, kwargs = fx.map_arg((value.args, value.kwargs), lambda node: _restored(program, node))
+    return value.target(*args, **kwargs)  # type: ignore[operator]
 
 
 # -- filling the architecture ------------------------------------------------------------------------------------------
@@ -143,7 +149,7 @@ def _fitted(model: Any, program: Program, state: dict[str, Tensor]) -> dict[str,
         names = (name, program.facts.tied.get(name, name), *same[name])
         value = next((state[other] for other in names if other in state), None)
         if value is None and name in program.facts.retired:
-            value = torch.full(meta.shape, program.facts.retired[name], dtype=_dtype(program))
+            value = torch.full(meta.shape, program.facts.retired[name], dtype=_dtype(state))
         if value is None:
             _refuse(f"{name} {list(meta.shape)} is no longer part of the program")
         if value.shape != meta.shape:
@@ -164,11 +170,10 @@ def _tied_names(expected: dict[str, Tensor]) -> dict[str, list[str]]:
     return {name: groups[id(tensor)] for name, tensor in expected.items()}
 
 
-def _dtype(program: Program) -> torch.dtype:
+def _dtype(state: dict[str, Tensor]) -> torch.dtype:
     """The type of most numbers: what a folded weight had."""
     sizes: dict[torch.dtype, int] = {}
-    for name in program.weights:
-        dtype = program.weights.dtype(name)
-        if dtype.is_floating_point:
-            sizes[dtype] = sizes.get(dtype, 0) + program.weights.numel(name)
+    for tensor in state.values():
+        if tensor.is_floating_point():
+            sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.numel()
     return max(sizes, key=lambda dtype: sizes[dtype])

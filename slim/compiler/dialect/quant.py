@@ -1,4 +1,4 @@
-"""Quantise and dequantise with the meaning of ONNX QuantizeLinear and DequantizeLinear.
+"""Quantise and dequantise with the meaning of ONNX QuantizeLinear and DequantizeLinear; four-bit numbers, two a byte.
 
 The shape of ``scale`` says the granularity: [] per tensor, [n] along ``axis``, x's leading dimensions up to and with
 ``axis`` (one scale a row of each expert: [E, m] for x [E, m, n]), or x's shape with ``axis`` divided by ``group_size``
@@ -95,6 +95,22 @@ def _dequantize_fake(
     return torch.empty_like(q, dtype=dtype, memory_format=torch.contiguous_format)
 
 
+def pack_int4(q: Tensor) -> Tensor:
+    """What ``unpack_int4`` makes ``q``, int8 [..., n] of -8..7 with n even, of: uint8 [..., n / 2]."""
+    shifted = (q + 8).to(torch.uint8)
+    return shifted[..., 0::2] | shifted[..., 1::2] << 4
+
+
+def _unpack_int4(packed: Tensor) -> Tensor:
+    """uint8 [..., n / 2] as int8 [..., n]: column 2j is the low nibble of byte j, 2j + 1 the high one, each less 8."""
+    low, high = packed & 15, packed >> 4
+    return torch.stack([low, high], dim=-1).flatten(-2).to(torch.int8).sub_(8)
+
+
+def _unpack_int4_fake(packed: Tensor) -> Tensor:
+    return packed.new_empty(*packed.shape[:-1], 2 * packed.shape[-1], dtype=torch.int8)
+
+
 _GRAIN = "int? axis=None, int? group_size=None"
 define(
     f"quantize(Tensor x, Tensor scale, Tensor? zero_point=None, *, {_GRAIN}, int low=-128, int high=127) -> Tensor",
@@ -107,3 +123,4 @@ define(
     _dequantize,
     _dequantize_fake,
 )
+define("unpack_int4(Tensor packed) -> Tensor", _unpack_int4, _unpack_int4_fake, differentiable=False)

@@ -1,0 +1,204 @@
+// Attention over a cache or over given keys: who does which rows and which keys.
+#include "attention_few.h"
+#include "attention_many.h"
+
+namespace slim {
+namespace {
+
+// Scratch, in floats: for each thread what Packed points to, then slots for what units of few rows sum up by chunks of
+// keys.
+struct Layout {
+    i64 q, out, totals, keys, values, row, weights, thread, slot;
+
+    Layout(i64 key_width, i64 value_width) {
+        q = 0;
+        out = q + MANY_ROWS * padded(key_width);
+        totals = out + MANY_ROWS * padded(value_width);
+        keys = totals + padded(2 * MANY_ROWS);
+        values = keys + padded(key_width) * KEY_BLOCK;
+        row = values + KEY_BLOCK * padded(value_width);
+        weights = row + 4 * padded(key_width);
+        thread = weights + FEW_ROWS * KEY_BLOCK;
+        slot = padded(2 * FEW_ROWS) + FEW_ROWS * padded(value_width);
+    }
+};
+
+constexpr i64 PIECES = 4;  // of work for a thread, where there can be so many
+constexpr i64 SLOTS = 2 * PIECES;
+
+// Pieces of work: rows by heads and queries, and keys by chunks.
+struct Split {
+    i64 heads, head_groups;  // of the query heads that share a key/value head
+    i64 queries, query_blocks;
+    i64 chunks, chunk;
+    Range keys;
+
+    i64 rows() const { return head_groups * query_blocks; }
+};
+
+constexpr i64 ceil_div(i64 x, i64 y) { return (x + y - 1) / y; }
+
+Split split_heads(const Attention& a, i64 heads_at_once) {
+    i64 group = a.heads / a.kv_heads;
+    Split split{};
+    split.heads = ceil_div(group, ceil_div(group, heads_at_once));
+    split.head_groups = ceil_div(group, split.heads);
+    return split;
+}
+
+Split split_few(const Attention& a, i64 threads) {
+    Split split = split_heads(a, FEW_ROWS / a.queries);
+    split.queries = a.queries;
+    split.query_blocks = 1;
+    split.keys = seen_by(a, Rows{0, 0, 0, 1, 0, a.queries});
+    i64 count = most(split.keys.last - split.keys.first, 1), units = a.batch * a.kv_heads * split.head_groups;
+    i64 chunks = threads == 1 || units >= PIECES * threads ? 1 : ceil_div(PIECES * threads, units);
+    split.chunk = ceil_div(ceil_div(count, chunks), KEY_BLOCK) * KEY_BLOCK;
+    split.chunks = ceil_div(count, split.chunk);
+    return split;
+}
+
+Split split_many(const Attention& a, i64 threads) {
+    Split split = split_heads(a, FEW_ROWS);
+    i64 units = a.batch * a.kv_heads * split.head_groups;
+    split.queries = least(a.queries, MANY_ROWS / split.heads);
+    while (split.queries * split.heads > MANY_ROWS / 4 && ceil_div(a.queries, split.queries) * units < PIECES * threads)
+        split.queries = ceil_div(split.queries, 2);
+    split.query_blocks = ceil_div(a.queries, split.queries);
+    split.chunks = 1;
+    return split;
+}
+
+// Piece `unit` of batch * kv_heads * split.rows(); the last queries, which see most keys, come first.
+Rows rows_of(const Attention& a, const Split& split, i64 unit) {
+    i64 pairs = a.batch * a.kv_heads * split.head_groups;
+    i64 block = split.query_blocks - 1 - unit / pairs, pair = unit % pairs / split.head_groups;
+    i64 first = unit % split.head_groups * split.heads, group = a.heads / a.kv_heads;
+    Rows rows;
+    rows.batch = pair / a.kv_heads;
+    rows.kv_head = pair % a.kv_heads;
+    rows.head = rows.kv_head * group + first;
+    rows.heads = least(split.heads, group - first);
+    rows.query = block * split.queries;
+    rows.queries = least(split.queries, a.queries - rows.query);
+    return rows;
+}
+
+template <class T>
+void append_all(Thread& thread, const Attention& a, float* row) {
+    thread.share(a.batch * a.kv_heads * a.queries, 8, [&](i64 begin, i64 end) {
+        for (i64 i = begin; i < end; i++) {
+            i64 pair = i / a.queries;
+            append<T>(a, pair / a.kv_heads, pair % a.kv_heads, i % a.queries, row);
+        }
+    });
+    thread.barrier();
+}
+
+// Adds what one row summed over a later chunk of keys.
+void join(Total& total, float* summed, Total next, const float* other, i64 width) {
+    float max = next.max > total.max ? next.max : total.max, base = max == -INFINITY ? 0.0f : max;
+    float keep = exp_f(total.max - base), add = exp_f(next.max - base);
+    for (i64 p = 0; p < width; p++) summed[p] = summed[p] * keep + other[p] * add;
+    total = {max, total.sum * keep + next.sum * add};
+}
+
+void join_chunks(Thread& thread, const Attention& a, const Split& split, const Layout& layout, float* slots) {
+    i64 width = padded(a.value_width);
+    thread.share(a.batch * a.kv_heads * split.head_groups, 1, [&](i64 begin, i64 end) {
+        for (i64 unit = begin; unit < end; unit++) {
+            Rows rows = rows_of(a, split, unit);
+            float* slot = slots + unit * split.chunks * layout.slot;
+            for (i64 r = 0; r < rows.count(); r++) {
+                Total total = ((const Total*)slot)[r];
+                float* summed = slot + padded(2 * FEW_ROWS) + r * width;
+                for (i64 c = 1; c < split.chunks; c++) {
+                    const float* next = slot + c * layout.slot;
+                    join(total, summed, ((const Total*)next)[r], summed + c * layout.slot, width);
+                }
+                finish_few(a, rows, r, summed, total.sum);
+            }
+        }
+    });
+}
+
+template <class T>
+void run_few(Thread& thread, const Attention& a, const Source<T>& source, const Layout& layout, float* own) {
+    i64 threads = thread.team.size;
+    Split split = split_few(a, threads);
+    float* slots = (float*)a.scratch + threads * layout.thread;
+    // The rows of one unit are appended by who reads them, where nobody else does.
+    bool alone = split.head_groups == 1 && (split.chunks == 1 || a.queries == 1);
+    if (a.k_cache && !alone) append_all<T>(thread, a, own + layout.row);
+    i64 units = a.batch * a.kv_heads * split.head_groups;
+    thread.share(units * split.chunks, 1, [&](i64 begin, i64 end) {
+        for (i64 piece = begin; piece < end; piece++) {
+            i64 unit = piece / split.chunks, chunk = piece % split.chunks;
+            Rows rows = rows_of(a, split, unit);
+            float* slot = split.chunks == 1 ? own + layout.totals : slots + piece * layout.slot;
+            float* summed = split.chunks == 1 ? own + layout.out : slot + padded(2 * FEW_ROWS);
+            Few few{own + layout.q,       summed, (Total*)slot, own + layout.weights, padded(a.key_width),
+                    padded(a.value_width)};
+            begin_few(a, rows, few, chunk == 0, own + layout.row);
+            if (a.k_cache && alone && chunk == split.chunks - 1)
+                for (i64 i = 0; i < a.queries; i++) append<T>(a, rows.batch, rows.kv_head, i, own + layout.row);
+            i64 first = split.keys.first + chunk * split.chunk;
+            attend_few(a, source, rows, {first, least(first + split.chunk, split.keys.last)}, few);
+            if (split.chunks > 1) continue;
+            for (i64 r = 0; r < rows.count(); r++) finish_few(a, rows, r, summed + r * few.out_row, few.totals[r].sum);
+        }
+    });
+    if (split.chunks == 1) return;
+    thread.barrier();
+    join_chunks(thread, a, split, layout, slots);
+}
+
+template <class T>
+void run_many(Thread& thread, const Attention& a, const Source<T>& source, const Layout& layout, float* own) {
+    if (a.k_cache) append_all<T>(thread, a, own + layout.row);
+    Split split = split_many(a, thread.team.size);
+    Packed packed{own + layout.q,      own + layout.out, (Total*)(own + layout.totals), own + layout.keys,
+                  own + layout.values, own + layout.row, own + layout.weights,          padded(a.key_width),
+                  padded(a.value_width)};
+    thread.share(a.batch * a.kv_heads * split.rows(), 1, [&](i64 begin, i64 end) {
+        for (i64 unit = begin; unit < end; unit++) attend_many(a, source, rows_of(a, split, unit), packed);
+    });
+}
+
+template <class T>
+void run(Thread& thread, const Attention& a, const Source<T>& source) {
+    Layout layout(a.key_width, a.value_width);
+    float* own = (float*)a.scratch + thread.id * layout.thread;
+    bool few = a.queries <= FEW_QUERIES && a.key_width >= LANES && a.value_width >= LANES && !source.turn;
+    if (few) run_few(thread, a, source, layout, own);
+    else run_many(thread, a, source, layout, own);
+}
+
+template <class T>
+void run_cached(Thread& thread, const Attention& a) {
+    run(thread, a, Source<T>{(const T*)a.k_cache, (const T*)a.v_cache, a.kc_batch, a.kc_head, a.kc_token, a.vc_batch,
+                             a.vc_head, a.vc_token, false});
+}
+
+}  // namespace
+
+// Grows with the widths and the threads alone: what suits one number of queries and keys suits all.
+i64 attention_scratch(i64, i64, i64, i64, i64, i64 key_width, i64 value_width, int threads) {
+    Layout layout(key_width, value_width);
+    return (i64)sizeof(float) * threads * (layout.thread + SLOTS * layout.slot);
+}
+
+void attention(Thread& thread, const Attention& a) {
+    if (a.queries == 0 || a.batch == 0) return;
+    if (!a.k_cache) {
+        return run(thread, a, Source<float>{a.k, a.v, a.k_batch, a.k_head, a.k_token, a.v_batch, a.v_head, a.v_token,
+                                            a.cos != nullptr});
+    }
+    switch (a.cache_format) {
+        case Format::bf16: return run_cached<bf16>(thread, a);
+        case Format::f16: return run_cached<f16>(thread, a);
+        default: return run_cached<float>(thread, a);
+    }
+}
+
+}  // namespace slim

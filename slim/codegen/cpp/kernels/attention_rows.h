@@ -1,0 +1,201 @@
+// What both ways to attend share: where keys and values lie, which rows belong together, rotation, online softmax.
+#pragma once
+#include <type_traits>
+#include <utility>
+
+#include "kernels.h"
+
+namespace slim {
+namespace {
+
+typedef float v4 __attribute__((vector_size(16)));
+typedef i32 vi4 __attribute__((vector_size(16)));
+
+constexpr i64 KEY_BLOCK = 64;  // keys whose scores are held at a time
+
+// Floats that a row of n takes in scratch: whole vectors and cache lines on every machine.
+constexpr i64 padded(i64 n) { return (n + 15) / 16 * 16; }
+constexpr i64 vectors_of(i64 n) { return (n + LANES - 1) / LANES; }
+constexpr i64 least(i64 x, i64 y) { return x < y ? x : y; }
+constexpr i64 most(i64 x, i64 y) { return x > y ? x : y; }
+
+// The keys and values that are attended to: the cache, or what the caller gave.
+template <class T>
+struct Source {
+    const T *k, *v;
+    i64 k_batch, k_head, k_token, v_batch, v_head, v_token;
+    bool turn;  // the keys are still to be rotated, by their own index
+
+    const T* key(i64 batch, i64 head, i64 index) const { return k + batch * k_batch + head * k_head + index * k_token; }
+    const T* value(i64 batch, i64 head, i64 index) const {
+        return v + batch * v_batch + head * v_head + index * v_token;
+    }
+};
+
+struct Range {
+    i64 first, last;  // up to last - 1
+};
+
+// Rows (query, head) that read one key/value head: row r is head `head + r % heads` of query `query + r / heads`.
+struct Rows {
+    i64 batch, kv_head, head, heads, query, queries;
+
+    i64 count() const { return heads * queries; }
+    i64 head_of(i64 row) const { return head + row % heads; }
+    i64 query_of(i64 row) const { return query + row / heads; }
+};
+
+// The keys that causality and the window leave to a query.
+inline Range seen_by(const Attention& a, i64 query) {
+    i64 token = a.start + query;
+    Range seen{0, a.keys};
+    if (a.causal) seen.last = least(a.keys, token + 1);
+    if (a.window) {
+        seen.first = least(a.keys, most(0, token - a.window + 1));
+        seen.last = least(seen.last, token + a.window);
+    }
+    return seen;
+}
+
+inline Range seen_by(const Attention& a, const Rows& rows) {
+    return {seen_by(a, rows.query).first, seen_by(a, rows.query + rows.queries - 1).last};
+}
+
+// y = x times factor, rotated as token `index` of the new ones where there is a rotation.
+inline void rotate(const Attention& a, i64 batch, i64 index, const float* x, float factor, float* __restrict y) {
+    i64 half = a.cos ? a.rope_width / 2 : 0;
+    for (i64 p = 2 * half; p < a.key_width; p++) y[p] = x[p] * factor;
+    if (!half) return;
+    const float* cos = a.cos + batch * a.rope_batch + index * a.rope_token;
+    const float* sin = a.sin + batch * a.rope_batch + index * a.rope_token;
+    if (a.interleaved) {
+        for (i64 p = 0; p < half; p++) {
+            float even = x[2 * p] * factor, odd = x[2 * p + 1] * factor;
+            y[2 * p] = even * cos[p] - odd * sin[p];
+            y[2 * p + 1] = odd * cos[p] + even * sin[p];
+        }
+        return;
+    }
+    for (i64 p = 0; p < half; p++) {
+        float low = x[p] * factor, high = x[p + half] * factor;
+        y[p] = low * cos[p] - high * sin[p];
+        y[p + half] = high * cos[p] + low * sin[p];
+    }
+}
+
+inline void rotate_query(const Attention& a, const Rows& rows, i64 row, float* y) {
+    const float* x = a.q + rows.batch * a.q_batch + rows.head_of(row) * a.q_head + rows.query_of(row) * a.q_token;
+    rotate(a, rows.batch, rows.query_of(row), x, a.scale, y);
+}
+
+// Appends new key and value `index` of one head to the cache; `row` holds key_width floats.
+template <class T>
+void append(const Attention& a, i64 batch, i64 head, i64 index, float* row) {
+    rotate(a, batch, index, a.k + batch * a.k_batch + head * a.k_head + index * a.k_token, 1.0f, row);
+    i64 token = a.start + index;
+    T* __restrict key = (T*)a.k_cache + batch * a.kc_batch + head * a.kc_head + token * a.kc_token;
+    for (i64 p = 0; p < a.key_width; p++) key[p] = T(row[p]);
+    T* __restrict value = (T*)a.v_cache + batch * a.vc_batch + head * a.vc_head + token * a.vc_token;
+    const float* v = a.v + batch * a.v_batch + head * a.v_head + index * a.v_token;
+    for (i64 p = 0; p < a.value_width; p++) value[p] = T(v[p]);
+}
+
+// -- softmax over keys that come block by block -----------------------------------------------------------------------
+
+struct Total {
+    float max, sum;
+};
+
+// What a row starts from: a sink is a key without a value.
+inline Total total_before(const Attention& a, i64 head) {
+    if (!a.sinks || a.sinks[head] == -INFINITY) return {-INFINITY, 0.0f};
+    return {a.sinks[head], 1.0f};
+}
+
+// What to multiply a sum of values by; a row that saw nothing becomes zeros.
+inline float inverse(float sum) { return sum == 0.0f ? 0.0f : 1.0f / sum; }
+
+// e^x for x <= 0; 0 where that is no normal number.
+inline vf exp_below(vf x) {
+    const vf round = splat(12582912.0f + 127.0f);  // leaves the exponent's bits lowest
+    vf held = x < -87.0f ? splat(-87.0f) : x;
+    vf shifted = held * 1.44269504088896341f + round;
+    vf n = shifted - round;
+    vf r = held - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    vf p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    vf y = p * (vf)((vi)shifted << 23);
+    return x < -87.0f ? vf{} : y;
+}
+
+// Joins the vector's quarters or halves down to four lanes.
+template <class V, class Join>
+v4 fold(V v, Join join) {
+    v4 part[sizeof(V) / 16];
+    std::memcpy(part, &v, sizeof v);
+    for (unsigned i = 1; i < sizeof(V) / 16; i++) part[0] = join(part[0], part[i]);
+    return part[0];
+}
+
+inline float highest(vf v) {
+    v4 m = fold(v, [](v4 x, v4 y) { return x > y ? x : y; });
+    float low = m[0] > m[1] ? m[0] : m[1], high = m[2] > m[3] ? m[2] : m[3];
+    return low > high ? low : high;
+}
+
+// Softcap, slopes, bias and masks on the scores s of keys first..first + KEY_BLOCK - 1, of which only `seen` count.
+inline void adjust(const Attention& a, const Rows& rows, i64 row, i64 first, Range seen, float* s) {
+    i64 head = rows.head_of(row), query = rows.query_of(row);
+    i64 begin = least(most(seen.first - first, 0), KEY_BLOCK), end = least(seen.last - first, KEY_BLOCK);
+    if (a.softcap != 0.0f) {
+        float inverse_cap = 1.0f / a.softcap;
+        for (i64 j = 0; j < KEY_BLOCK; j++) s[j] = a.softcap * tanh_f(s[j] * inverse_cap);
+    }
+    if (a.slopes) {
+        i32 distance = (i32)(first - a.start - query);
+        for (i32 j = 0; j < (i32)KEY_BLOCK; j++) s[j] += a.slopes[head] * (float)(distance + j);
+    }
+    if (a.bias) {
+        const float* bias = a.bias + rows.batch * a.bias_batch + head * a.bias_head + query * a.bias_query;
+        for (i64 j = begin; j < end; j++) s[j] += bias[(first + j) * a.bias_key];
+    }
+    if (a.key_mask) {
+        const u8* mask = a.key_mask + rows.batch * a.mask_batch + first;
+        for (i64 j = begin; j < end; j++) s[j] = mask[j] ? s[j] : -INFINITY;
+    }
+    for (i64 j = 0; j < begin; j++) s[j] = -INFINITY;
+    for (i64 j = most(end, 0); j < KEY_BLOCK; j++) s[j] = -INFINITY;
+}
+
+// Makes weights of the scores, against the highest score so far. Returns what the row's earlier sums shrink by.
+inline float weigh(float* s, Total& total) {
+    vf top = load(s);
+    for (i64 j = LANES; j < KEY_BLOCK; j += LANES) {
+        vf x = load(s + j);
+        top = x > top ? x : top;
+    }
+    float max = highest(top);
+    max = max > total.max ? max : total.max;
+    float base = max == -INFINITY ? 0.0f : max;
+    vf sums = vf{};
+    for (i64 j = 0; j < KEY_BLOCK; j += LANES) {
+        vf weight = exp_below(load(s + j) - base);
+        store(s + j, weight);
+        sums += weight;
+    }
+    float shrink = exp_f(total.max - base);
+    total = {max, total.sum * shrink + sum(sums)};
+    return shrink;
+}
+
+inline void scale_row(float* x, i64 n, float factor) {
+    for (i64 i = 0; i < n; i++) x[i] *= factor;
+}
+
+}  // namespace
+}  // namespace slim

@@ -1,0 +1,105 @@
+// What generated code calls: compiled once a machine, linked into every model.
+//
+// All functions here are called by every thread of a team with equal arguments, and hold their own barriers inside;
+// none allocates. When one returns, the calling thread's part is done: a barrier before others read the result is the
+// caller's.
+#pragma once
+#include "simd.h"
+#include "team.h"
+
+namespace slim {
+
+// -- linear -----------------------------------------------------------------------------------------------------------
+
+enum class Format : i32 { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, int4 = 4 };
+
+// One weight [m, n].
+struct Matrix {
+    Format format;
+    const void* data;    // f32, bf16, f16: rows as PyTorch keeps them, n numbers each, read in place. int8, int4: as
+                         // pack() wrote it, 64-byte aligned
+    const float* scale;  // int8 with one scale a row: [m]; null where the scales are by group (inside data) or absent
+    i64 m, n;
+    i64 group;           // numbers of a row that share a scale (inside data); 0: one scale a row
+};
+
+// Fills x[0..n) with the input row `row`, whatever it is computed from.
+using LoadRow = void (*)(const void* env, i64 row, float* x);
+// Takes count results of row `row` from column `column` on: y[lane][0..count), one lane for each matrix of the part.
+using StoreRow = void (*)(const void* env, i64 row, i64 column, i64 count, const float* const* y);
+
+// Matrices of one m whose results are needed together (gate and up), and who takes them. `column` always is a multiple
+// of 16 and count at most 128; different threads store different columns or rows.
+struct Part {
+    const Matrix* lanes[2];
+    i32 lane_count;
+    StoreRow store;
+    const void* env;
+};
+
+struct Linear {
+    i64 rows, n;
+    LoadRow load;
+    const void* env;
+    const Part* parts;  // all over the same input: one sweep
+    i32 part_count;
+    i64 act_group;      // for int8 and int4: numbers of an input row that share a scale; 0: one scale a row
+    void* scratch;      // linear_scratch() bytes, 64-byte aligned, the same for all threads
+};
+
+constexpr i64 ACT_GROUP = 128;  // the default of act_group
+
+i64 linear_scratch(i64 rows, i64 n, int threads);
+void linear(Thread& thread, const Linear& args);
+
+// -- attention --------------------------------------------------------------------------------------------------------
+
+// softmax(scale * q k^T + ...) v, after rotating q and k and appending k and v to the cache. Strides are in elements,
+// the innermost dimension is contiguous everywhere. See slim/compiler/dialect/attention.py for the meaning.
+struct Attention {
+    i64 batch, heads, kv_heads, queries, key_width, value_width;
+    i64 keys;                          // all of them, the new ones included
+    const float* q;                    // [batch, heads, queries, key_width]
+    i64 q_batch, q_head, q_token;
+    const float *k, *v;                // with a cache: the new ones [batch, kv_heads, queries, width]; without: all keys
+    i64 k_batch, k_head, k_token, v_batch, v_head, v_token;
+    void *k_cache, *v_cache;           // null without a cache; new rows go to index start and on
+    Format cache_format;               // f32, bf16 or f16
+    i64 kc_batch, kc_head, kc_token, vc_batch, vc_head, vc_token;
+    i64 start;                         // row i of the queries is token start + i
+    const float *cos, *sin;            // [batch, queries, rope_width / 2], null: q and k are rotated already
+    i64 rope_batch, rope_token, rope_width;
+    bool interleaved;
+    const u8* key_mask;                // bool [batch, keys] or null
+    i64 mask_batch;
+    const float* bias;                 // added, or null: [batch, heads, queries, keys], strides may be 0
+    i64 bias_batch, bias_head, bias_query, bias_key;
+    const float* sinks;                // [heads] or null
+    const float* slopes;               // [heads] or null
+    float scale;
+    float softcap;                     // 0: none
+    bool causal;
+    i64 window;                        // 0: none
+    float* out;                        // [batch, heads, queries, value_width]
+    i64 out_batch, out_head, out_token;
+    void* scratch;                     // attention_scratch() bytes, 64-byte aligned, the same for all threads
+};
+
+i64 attention_scratch(i64 batch, i64 heads, i64 kv_heads, i64 queries, i64 keys, i64 key_width, i64 value_width,
+                      int threads);
+void attention(Thread& thread, const Attention& args);
+
+}  // namespace slim
+
+// -- packing: called once a weight, before anything runs --------------------------------------------------------------
+
+extern "C" {
+// Bytes that slim_pack writes for a weight of int8 or int4; 0 for a combination that has no kernel.
+// scale as slim_pack takes it.
+std::int64_t slim_packed_bytes(std::int32_t format, std::int64_t m, std::int64_t n, std::int64_t group,
+                               const float* scale);
+// q: int8: [m, n] signed. int4: [m, n / 2] bytes, column 2j in the low nibble and 2j + 1 in the high one, as value + 8.
+// scale: [m, n / group] float for groups, null for one scale a row (which Matrix::scale holds). n is a multiple of group.
+void slim_pack(std::int32_t format, std::int64_t m, std::int64_t n, std::int64_t group, const void* q,
+               const float* scale, void* packed);
+}

@@ -1,0 +1,151 @@
+// The input of a linear, loaded once and put into the order in which the kernels read it.
+#pragma once
+#include "dot.h"
+#include "packed.h"
+
+namespace slim {
+
+// Rows are cut into tiles of nearly equal height; a tile is multiplied at once.
+struct Tiles {
+    i64 rows, count;
+
+    Tiles(i64 rows, i64 height) : rows(rows), count(ceil_div(rows, height)) {}
+    i64 begin(i64 tile) const { return tile * rows / count; }
+    i64 height(i64 tile) const { return begin(tile + 1) - begin(tile); }
+    i64 of(i64 row) const { return ((row + 1) * count - 1) / rows; }
+};
+
+// A unit is a run of columns in which neither the scale of the input nor that of any weight changes: within it sums
+// are integers.
+struct Grouping {
+    static constexpr i64 MAX_UNIT = 256;
+    i64 unit, units, units_per_scale;  // unit divides MAX_UNIT
+
+    Grouping(const Linear& args) {
+        bool whole = args.act_group <= 0 || args.act_group >= args.n;
+        i64 act = whole ? round_up(args.n, MAX_UNIT) : round_up(args.act_group, GROUP_STEP);
+        unit = divisor(MAX_UNIT, act);
+        for (i64 p = 0; p < args.part_count; p++)
+            for (i64 l = 0; l < args.parts[p].lane_count; l++)
+                if (i64 group = args.parts[p].lanes[l]->group) unit = divisor(unit, group);
+        units = ceil_div(args.n, unit);
+        units_per_scale = act / unit;
+    }
+
+private:
+    static i64 divisor(i64 a, i64 b) { return b ? divisor(b, a % b) : a; }
+};
+
+struct Input {
+    Tiles tiles;
+    Grouping grouping;
+    i64 n, padded;  // padded: to whole vectors, with zeros
+    bool by_row;    // floats are [row][padded]; else all are [tile][step][row of the tile], 4 bytes each
+    float* floats;  // null where no weight wants them; so with bytes and words
+    u32* bytes;
+    u32* words;
+    float* scales;  // [tile][unit][row of the tile], of the input
+    i32* sums;      // likewise: of the quantised numbers
+
+    Input(Tiles tiles, Grouping grouping) : tiles(tiles), grouping(grouping) {}
+    template <class T>
+    static T* tile(T* all, const Tiles& tiles, i64 index, i64 row_length) {
+        return all + tiles.begin(index) * row_length;
+    }
+};
+
+// Bytes of an Input's arrays, and where each starts.
+struct InputLayout {
+    i64 floats, bytes, words, scales, sums, total;
+
+    InputLayout(i64 rows, i64 n) {
+        i64 numbers = rows * round_up(n, GROUP_STEP), units = rows * ceil_div(n, GROUP_STEP);
+        floats = 0;
+        bytes = floats + round_up(numbers * 4, LINE);
+        words = bytes + round_up(numbers, LINE);
+        scales = words + (WIDENS ? round_up(numbers * 2, LINE) : 0);
+        sums = scales + round_up(units * 4, LINE);
+        total = sums + round_up(units * 4, LINE);
+    }
+};
+
+static inline i64 row_buffer_bytes(i64 n) { return round_up(round_up(n, GROUP_STEP) * 5, LINE); }
+
+// Integer maximum of the bits: unlike a float one it keeps NaN and infinity, which then reach the result.
+static inline float largest_magnitude(const float* x, i64 count) {
+    vi largest{};
+    for (i64 i = 0; i < count; i += LANES) {
+        vi bits = absolute_bits(load(x + i));
+        largest = bits > largest ? bits : largest;
+    }
+    return bits_to_float((u32)max_lanes(largest));
+}
+
+static inline i32 quantize_unit(const float* x, i64 count, float inverse, i8* q) {
+    vi sum{};
+    for (i64 i = 0; i < count; i += LANES) {
+        vi v = round_to_int(load(x + i) * inverse);
+        sum += v;
+        narrow(v, q + i);
+    }
+    return sum_lanes(sum);
+}
+
+// Quantises x[0..padded) into q; scales and sums of the units, `stride` apart.
+static inline void quantize_row(const Input& in, const float* x, i8* q, float* scales, i32* sums, i64 stride) {
+    const Grouping& by = in.grouping;
+    for (i64 u = 0; u < by.units; u += by.units_per_scale) {
+        i64 last = u + by.units_per_scale < by.units ? u + by.units_per_scale : by.units;
+        i64 begin = u * by.unit, end = last * by.unit < in.padded ? last * by.unit : in.padded;
+        float largest = largest_magnitude(x + begin, end - begin);
+        float inverse = largest < 1e-30f ? 0.0f : 127.0f / largest;
+        for (i64 v = u; v < last; v++) {
+            i64 from = v * by.unit, to = from + by.unit < end ? from + by.unit : end;
+            scales[v * stride] = largest / 127.0f;
+            sums[v * stride] = quantize_unit(x + from, to - from, inverse, q + from);
+        }
+    }
+}
+
+template <class T>
+static inline void interleave(const T* steps, i64 count, u32* to, i64 stride) {
+    if (stride == 1) {
+        std::memcpy(to, steps, count * 4);
+        return;
+    }
+    for (i64 s = 0; s < count; s++) std::memcpy(to + s * stride, reinterpret_cast<const u8*>(steps) + s * 4, 4);
+}
+
+static inline void interleave_words(const i8* q, i64 count, u32* to, i64 stride) {
+    for (i64 s = 0; s < count; s++) to[s * stride] = (u16)(i16)q[2 * s] | (u32)(u16)(i16)q[2 * s + 1] << 16;
+}
+
+// Loads row `row` (of the linear: first + row) and prepares it. buffer: row_buffer_bytes().
+static inline void prepare_row(const Input& in, const Linear& args, i64 first, i64 row, void* buffer) {
+    i64 tile = in.tiles.of(row), height = in.tiles.height(tile), place = row - in.tiles.begin(tile);
+    bool direct = in.floats && in.by_row;
+    float* x = direct ? in.floats + row * in.padded : static_cast<float*>(buffer);
+    args.load(args.env, first + row, x);
+    for (i64 i = in.n; i < in.padded; i++) x[i] = 0;
+    if (in.floats && !direct)
+        interleave(x, in.padded, reinterpret_cast<u32*>(Input::tile(in.floats, in.tiles, tile, in.padded)) + place,
+                   height);
+    if (!in.bytes && !in.words) return;
+    i8* q = reinterpret_cast<i8*>(static_cast<float*>(buffer) + in.padded);
+    i64 units = in.grouping.units;
+    quantize_row(in, x, q, Input::tile(in.scales, in.tiles, tile, units) + place,
+                 Input::tile(in.sums, in.tiles, tile, units) + place, height);
+    if (in.bytes) interleave(q, in.padded / 4, Input::tile(in.bytes, in.tiles, tile, in.padded / 4) + place, height);
+    if (in.words)
+        interleave_words(q, in.padded / 2, Input::tile(in.words, in.tiles, tile, in.padded / 2) + place, height);
+}
+
+// y[row][column] *= scale[column]
+static inline void scale_columns(float* y, i64 stride, i64 rows, const float* scale, i64 columns) {
+    for (i64 c = 0; c < columns; c += LANES) {
+        vf factor = columns - c < LANES ? load_some(scale + c, columns - c) : load(scale + c);
+        for (i64 r = 0; r < rows; r++) store(y + r * stride + c, load(y + r * stride + c) * factor);
+    }
+}
+
+}  // namespace slim

@@ -1,0 +1,103 @@
+// The one layer that knows how wide a vector is: float vectors by the compiler's own vector types, for every ISA.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#include "math.h"
+
+namespace slim {
+
+using i64 = std::int64_t;
+using i32 = std::int32_t;
+using i16 = std::int16_t;
+using i8 = std::int8_t;
+using u8 = std::uint8_t;
+using u16 = std::uint16_t;
+using u32 = std::uint32_t;
+
+#if defined(SLIM_SCALAR)
+constexpr int LANES = 4;  // plain arithmetic: the compiler splits what the machine does not have
+#elif defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX2__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+typedef float vf __attribute__((vector_size(4 * LANES)));
+typedef i32 vi __attribute__((vector_size(4 * LANES)));
+
+static inline vf load(const float* p) {
+    vf v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+static inline void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+static inline vf splat(float x) { return x - vf{}; }  // x + 0 would have to turn -0 into 0
+static inline float sum(vf v) {
+#if defined(__AVX512F__) && !defined(SLIM_SCALAR)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float s = 0;
+    for (int i = 0; i < LANES; i++) s += v[i];
+    return s;
+#endif
+}
+
+// -- numbers in storage -----------------------------------------------------------------------------------------------
+
+struct bf16 {
+    u16 bits;
+    operator float() const {
+        u32 wide = (u32)bits << 16;
+        float x;
+        std::memcpy(&x, &wide, 4);
+        return x;
+    }
+    bf16() = default;
+    bf16(float x) {  // to nearest, ties to even; NaN stays NaN
+        u32 wide;
+        std::memcpy(&wide, &x, 4);
+        u32 rounded = (wide + 0x7fff + ((wide >> 16) & 1)) >> 16;
+        bits = (u16)((wide & 0x7fffffff) > 0x7f800000 ? (wide >> 16) | 0x40 : rounded);
+    }
+};
+#if defined(__aarch64__)
+typedef __fp16 f16;  // g++ 12 has no _Float16 there
+#else
+typedef _Float16 f16;
+#endif
+
+// -- vectors from storage, a vector of floats from LANES numbers ------------------------------------------------------
+
+static inline vf load(const bf16* p) {
+    typedef u16 half __attribute__((vector_size(2 * LANES)));
+    typedef u32 word __attribute__((vector_size(4 * LANES)));
+    half v;
+    std::memcpy(&v, p, sizeof v);
+    return (vf)(__builtin_convertvector(v, word) << 16);
+}
+
+static inline vf load(const f16* p) {
+#if defined(__AVX512F__) && !defined(SLIM_SCALAR)
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__) && !defined(SLIM_SCALAR)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__aarch64__) && !defined(SLIM_SCALAR)
+    return (vf)vcvt_f32_f16(vld1_f16((const float16_t*)p));
+#else
+    vf v;
+    for (int i = 0; i < LANES; i++) v[i] = (float)p[i];
+    return v;
+#endif
+}
+
+}  // namespace slim

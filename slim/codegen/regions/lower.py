@@ -1,0 +1,334 @@
+"""From a Program to regions.
+
+Nodes are visited in order. What one computes stays a ``Value``, a scalar for each index, and grows with what reads it
+until somebody needs it in memory: then one region is made, around the anchor that the scalar holds.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from slim.codegen.regions import linears
+from slim.codegen.regions.pointwise import builder, const
+from slim.codegen.regions.scalars import (
+    F32,
+    I64,
+    Const,
+    Iota,
+    Lane,
+    Load,
+    Scalar,
+    SizeOf,
+    Value,
+    computed,
+    expand,
+    lanes,
+    rebuild,
+    remap,
+    walk,
+)
+from slim.codegen.regions.schedule import Foreign, Norm, Pointwise, Product, Reduce, Region, Schedule
+from slim.codegen.regions.views import Buffer, Size, View, contiguous_strides, same
+from slim.compiler.program import Program
+from slim.compiler.types import expression
+
+log = logging.getLogger(__name__)
+
+Handler = Callable[["Lowering", fx.Node], Any]
+HANDLERS: dict[Any, Handler] = {}
+
+
+def handles(*targets: Any) -> Callable[[Handler], Handler]:
+    """Registers the function that lowers nodes of ``targets``."""
+
+    def register(function: Handler) -> Handler:
+        HANDLERS.update(dict.fromkeys(targets, function))
+        return function
+
+    return register
+
+
+class Unsupported(Exception):
+    """A node has no kernel; the text is the reason that the report gives."""
+
+
+def lower(program: Program) -> Schedule:
+    """Cuts ``program`` into regions; what has no kernel becomes a ``Foreign`` region with the reason."""
+    from slim.codegen.regions import attention, indexing, reductions, shapes  # noqa: F401  they register handlers
+
+    return Lowering(program).run()
+
+
+class Lowering:
+    """The state of one lowering.
+
+    Attributes:
+        values: node -> what it is: a Value, a size, or a tuple of them.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.schedule = Schedule()
+        self.values: dict[fx.Node, Any] = {}
+        self.node: fx.Node = next(iter(program.graph.nodes))
+        self.writer: dict[Buffer, int] = {}  # buffer -> the region that wrote it last
+        self._weights: dict[str, Buffer] = {}
+        self._consts: dict[int, Any] = {}
+
+    def run(self) -> Schedule:
+        self._declare_inputs()
+        for node in self.program.graph.nodes:
+            self.node = node
+            if node.op == "call_function":
+                self.values[node] = self._lowered(node)
+            elif node.op == "output":
+                self._outputs(node)
+        return self.schedule
+
+    # -- what a node is ------------------------------------------------------------------------------------------------
+
+    def value(self, node: Any) -> Value:
+        """What the tensor ``node`` computes."""
+        if isinstance(node, fx.Node) and node.op == "get_attr":
+            return Value(Load(self.weight(str(node.target)).view()), *self.type(node))
+        value = self.values[node]
+        assert isinstance(value, Value), node
+        return value
+
+    def type(self, node: fx.Node) -> tuple[tuple[Size, ...], torch.dtype]:
+        """(shape, dtype) that the Program says."""
+        return self.shape(node), node.meta["val"].dtype
+
+    def shape(self, node: fx.Node) -> tuple[Size, ...]:
+        return tuple(self.size(size) for size in node.meta["val"].shape)
+
+    def size(self, value: Any) -> Size:
+        """A size, given as a node, a symbolic integer or a number."""
+        if isinstance(value, fx.Node):
+            value = value.meta["val"]
+        if isinstance(value, int) and not isinstance(value, torch.SymInt):
+            return value
+        size = expression(value, self.program.dims)
+        return int(size) if size.is_Integer else size
+
+    def weight(self, name: str, packing: Any = None) -> Buffer:
+        """The buffer of a weight; a packed one is another buffer than the plain one."""
+        key = name if packing is None else f"{name}|{packing}"
+        if key not in self._weights:
+            weights = self.program.weights
+            buffer = Buffer("weight", name, weights.dtype(name), tuple(weights.shape(name)), packing)
+            self._weights[key] = buffer
+            self.schedule.weights.append(buffer)
+        return self._weights[key]
+
+    def _declare_inputs(self) -> None:
+        for node in self.program.graph.find_nodes(op="placeholder"):
+            shape, dtype = self.type(node)
+            buffer = Buffer("input", str(node.target), dtype, shape)
+            for dim, size in enumerate(shape):
+                if not isinstance(size, int):
+                    self.schedule.dims.setdefault(str(size), (len(self.schedule.inputs), dim))
+            self.schedule.inputs.append(buffer)
+            self.values[node] = Value(Load(buffer.view()), shape, dtype)
+
+    # -- lowering a node -----------------------------------------------------------------------------------------------
+
+    def _lowered(self, node: fx.Node) -> Any:
+        if isinstance(node.meta["val"], (int, torch.SymInt)):
+            return self.size(node)
+        try:
+            handler = HANDLERS.get(node.target) or _pointwise
+            value = handler(self, node)
+        except Unsupported as reason:
+            return self.foreign(node, str(reason))
+        return self._settled(node, value)
+
+    def _settled(self, node: fx.Node, value: Any) -> Any:
+        """``value``, in memory if more than one node reads it and computing it twice would cost."""
+        if not isinstance(value, Value) or _is_free(value.body) or len(self._readers(node)) < 2:
+            return value
+        if isinstance(value.body, Lane) and isinstance(value.body.anchor, Norm) and self._only_linears(node):
+            return value
+        return Value(Load(self.store(value)), value.shape, value.dtype)
+
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that read numbers of ``node``, not just its size."""
+        return [user for user in node.users if isinstance(user.meta["val"], (torch.Tensor, tuple, list))]
+
+    def _only_linears(self, node: fx.Node) -> bool:
+        linear = torch.ops.aten.linear.default
+        return all(user.target is linear and user.args[0] is node for user in self._readers(node))
+
+    # -- putting values into memory ------------------------------------------------------------------------------------
+
+    def temp(self, shape: Sequence[Size], dtype: torch.dtype, name: str | None = None) -> Buffer:
+        """New memory of the run's own; floats are held as float32."""
+        held = F32 if dtype.is_floating_point else dtype
+        return Buffer("temp", name or self.node.name, held, tuple(shape))
+
+    def view(self, node: Any) -> View:
+        """``node`` in memory, strided as it comes."""
+        return self.store(self.value(node))
+
+    def rows(self, node: Any) -> View:
+        """``node`` in memory, its last dimension contiguous."""
+        value = self.value(node)
+        view = self.store(value)
+        if same(view.strides[-1], 1) or same(view.shape[-1], 1):
+            return view
+        return self.store(value, fresh=True)
+
+    def store(self, value: Value, out: View | None = None, fresh: bool = False) -> View:
+        """Makes the region that computes ``value``, into ``out`` or new memory; nothing where it lies in memory."""
+        if out is None and not fresh and isinstance(value.body, Load):
+            return value.body.view
+        if out is None:
+            out = self.temp(value.shape, value.dtype).view()
+        body = self._one_anchor(value.body)
+        anchors = lanes(body)
+        if not anchors:
+            self.emit(Pointwise(self.node, out, body))
+        elif isinstance(anchors[0], Product):
+            linears.emit(self, tuple(anchors), body, out)
+        else:
+            anchors[0].body, anchors[0].out = body, out
+            self.emit(anchors[0])
+        return out
+
+    def _one_anchor(self, body: Scalar) -> Scalar:
+        """``body`` over lanes that one region can compute; the other anchors are stored first."""
+        anchors = lanes(body)
+        kept = linears.together(anchors)
+        for anchor in anchors:
+            if anchor not in kept:
+                view = self.store(Value(Lane(anchor), anchor.shape, F32))
+                load = Load(view)
+                body = rebuild(body, lambda s, a=anchor, l=load: l if isinstance(s, Lane) and s.anchor is a else None)
+        return body
+
+    def emit(self, region: Region) -> None:
+        """Adds a region at the end."""
+        for buffer in region.writes():
+            self.writer[buffer] = len(self.schedule.regions)
+        self.schedule.regions.append(region)
+
+    def plain(self, value: Value) -> Value:
+        """``value`` without lanes: stored if it has any, so that it can be read at any index."""
+        return Value(Load(self.store(value)), value.shape, value.dtype) if lanes(value.body) else value
+
+    def remapped(self, value: Value, shape: Sequence[Size], move: Callable[[Any], Any | None]) -> Value:
+        """``value`` over another index space; stored first where that needs it."""
+        value = self.plain(value)
+        body = remap(value.body, move)
+        if body is None:
+            body = remap(Load(self.store(value, fresh=True)), move)
+        assert body is not None
+        return Value(body, tuple(shape), value.dtype)
+
+    # -- what has no kernel, and the outputs ---------------------------------------------------------------------------
+
+    def foreign(self, node: fx.Node, reason: str) -> Any:
+        """Leaves ``node`` to PyTorch."""
+        log.debug("%s runs through PyTorch: %s", node, reason)
+        dtypes: dict[View, torch.dtype] = {}
+
+        def place(argument: fx.Node) -> Any:
+            if not isinstance(argument.meta["val"], torch.Tensor):
+                return self.values[argument]
+            view = self.view(argument)
+            dtypes[view] = argument.meta["val"].dtype
+            return view
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), place)
+        results = node.meta["val"] if isinstance(node.meta["val"], (tuple, list)) else (node.meta["val"],)
+        outs, values = [], []
+        for index, result in enumerate(results):
+            if not isinstance(result, torch.Tensor):
+                raise TypeError(f"{node} returns {type(result).__name__}, which no region can hold")
+            shape = tuple(self.size(size) for size in result.shape)
+            held = F32 if result.dtype.is_floating_point else result.dtype
+            buffer = Buffer("foreign", f"{node.name}_{index}" if index else node.name, held, shape)
+            outs.append(buffer)
+            values.append(Value(Load(buffer.view()), shape, result.dtype))
+        self.emit(Foreign(node, args, kwargs, dtypes, tuple(outs), reason))
+        return tuple(values) if isinstance(node.meta["val"], (tuple, list)) else values[0]
+
+    def _outputs(self, node: fx.Node) -> None:
+        for index, result in enumerate(node.args[0]):  # type: ignore[union-attr, arg-type]
+            value = self.value(result)
+            buffer = Buffer("output", f"output_{index}", value.dtype, value.shape)
+            self.schedule.outputs.append(buffer)
+            self.store(value, buffer.view())
+
+
+def _is_free(body: Scalar) -> bool:
+    """Whether reading ``body`` again costs no more than reading memory."""
+    return all(isinstance(scalar, (Load, Const, SizeOf, Iota)) or _is_cast(scalar) for scalar in walk(body))
+
+
+def _is_cast(scalar: Scalar) -> bool:
+    return getattr(scalar, "name", None) == "cast"
+
+
+def _pointwise(lowering: Lowering, node: fx.Node) -> Value:
+    build = builder(node.target)
+    if build is None:
+        raise Unsupported(f"{node.target} has no kernel")
+    shape, dtype = lowering.type(node)
+    if dtype.is_complex:
+        raise Unsupported(f"{node.target} of complex numbers has no kernel")
+    operands, options = split_arguments(lowering, node, shape)
+    return Value(build(operands, options, computed(dtype)), shape, dtype)
+
+
+def split_arguments(
+    lowering: Lowering, node: fx.Node, shape: Sequence[Size]
+) -> tuple[list[Scalar], dict[str, Any]]:
+    """(tensors and numbers of a pointwise node as scalars over ``shape``, its options by name)."""
+    schema = node.target._schema  # type: ignore[union-attr]
+    operands: list[Scalar] = []
+    options: dict[str, Any] = {}
+    bound = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
+    for argument in schema.arguments:
+        value = bound.get(argument.name)
+        if argument.name not in bound or value is None:
+            continue
+        kind = str(argument.type)
+        if isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.Tensor):
+            scalar: Scalar = expand(_broadcastable(lowering, value, shape), shape)
+        elif isinstance(value, fx.Node):
+            scalar = SizeOf(lowering.size(value))
+        elif isinstance(value, (int, float)) and kind in ("number", "Scalar", "Tensor", "Optional[number]"):
+            scalar = const(value, I64 if type(value) is int else F32) if type(value) is not bool else Const(
+                value, torch.bool
+            )
+        else:
+            options[argument.name] = value
+            continue
+        if argument.name in ("alpha", "min", "max", "value", "beta", "threshold", "negative_slope") and not (
+            argument.name == "value" and "masked_fill" in schema.name
+        ):
+            options[argument.name] = scalar.value if isinstance(scalar, Const) else scalar
+        else:
+            operands.append(scalar)
+    return operands, options
+
+
+def _broadcastable(lowering: Lowering, node: fx.Node, shape: Sequence[Size]) -> Value:
+    """The value of ``node``; one that still is an anchor's must be as large as ``shape``."""
+    value = lowering.value(node)
+    whole = len(value.shape) == len(shape) and all(same(a, b) for a, b in zip(value.shape, shape, strict=True))
+    return value if whole else lowering.plain(value)
+
+
+def numel(shape: Sequence[Size]) -> Size:
+    return math.prod(shape)
+
+
+__all__ = ["Lowering", "Unsupported", "contiguous_strides", "handles", "lower"]

@@ -1,0 +1,319 @@
+"""Regions: what a Program becomes before any language is chosen. An emitter turns each into one kernel.
+
+A region is an anchor (a matrix product, attention, a norm, a reduction, or nothing but pointwise work) with what was
+fused into it: what its input rows are computed from, and what is done to its results before they are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from slim.codegen.regions.scalars import Scalar, views, walk
+from slim.codegen.regions.views import Buffer, Size, View
+
+
+class Region:
+    """One kernel call.
+
+    Attributes:
+        node: the node of the Program that it was made for, for messages.
+    """
+
+    node: fx.Node
+
+    def reads(self) -> Iterator[Buffer]:
+        raise NotImplementedError
+
+    def writes(self) -> Iterator[Buffer]:
+        raise NotImplementedError
+
+
+def _buffers(*bodies: Scalar | None) -> Iterator[Buffer]:
+    for body in bodies:
+        if body is not None:
+            yield from (view.buffer for view in views(body))
+
+
+@dataclass(eq=False)
+class Pointwise(Region):
+    """out[i] = body(i) for every index of ``out``."""
+
+    node: fx.Node
+    out: View
+    body: Scalar
+
+    def reads(self) -> Iterator[Buffer]:
+        return _buffers(self.body)
+
+    def writes(self) -> Iterator[Buffer]:
+        yield self.out.buffer
+
+
+@dataclass(eq=False)
+class Norm(Region):
+    """Rows of ``x`` normalised over the last dimension; ``body`` is what is stored, over ``Lane(self)``.
+
+    Attributes:
+        kind: "rms", "layer" or "softmax".
+        x: what is normalised, over the shape of ``out``.
+        gain, bias: [n], or None. The gain that applies is ``gain + offset``.
+    """
+
+    node: fx.Node
+    kind: Literal["rms", "layer", "softmax"]
+    x: Scalar
+    shape: tuple[Size, ...]
+    gain: View | None = None
+    bias: View | None = None
+    eps: float = 0.0
+    offset: float = 0.0
+    body: Scalar | None = None
+    out: View | None = None
+
+    def reads(self) -> Iterator[Buffer]:
+        yield from _buffers(self.x, self.body)
+        yield from (view.buffer for view in (self.gain, self.bias) if view is not None)
+
+    def writes(self) -> Iterator[Buffer]:
+        if self.out is not None:
+            yield self.out.buffer
+
+
+@dataclass(eq=False)
+class Reduce(Region):
+    """``kind`` of ``x`` over its last ``depth`` dimensions; ``body`` over ``Lane(self)`` goes to ``out``."""
+
+    node: fx.Node
+    kind: Literal["sum", "prod", "max", "min", "any", "all", "argmax", "argmin"]
+    x: Scalar
+    shape: tuple[Size, ...]  # of x
+    depth: int
+    body: Scalar | None = None
+    out: View | None = None
+
+    def reads(self) -> Iterator[Buffer]:
+        return _buffers(self.x, self.body)
+
+    def writes(self) -> Iterator[Buffer]:
+        if self.out is not None:
+            yield self.out.buffer
+
+
+@dataclass(eq=False)
+class Scan(Region):
+    """Running sums of ``x`` along its last dimension."""
+
+    node: fx.Node
+    x: Scalar
+    out: View
+
+    def reads(self) -> Iterator[Buffer]:
+        return _buffers(self.x)
+
+    def writes(self) -> Iterator[Buffer]:
+        yield self.out.buffer
+
+
+@dataclass(eq=False)
+class TopK(Region):
+    """The k largest of each row of ``x`` (its last dimension), in falling order, and where they were."""
+
+    node: fx.Node
+    x: View
+    values: View
+    indices: View
+
+    def reads(self) -> Iterator[Buffer]:
+        yield self.x.buffer
+
+    def writes(self) -> Iterator[Buffer]:
+        yield self.values.buffer
+        yield self.indices.buffer
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight [m, n], or a stack of them [E, m, n].
+
+    Attributes:
+        format: "f32", "bf16", "f16", "int8" or "int4".
+        data: of a quantised format the packed buffer.
+        scale: one scale a row [.., m], where the packed data does not hold them.
+        group: numbers of a row that share a scale inside the packed data; 0 for one scale a row.
+    """
+
+    format: str
+    data: Buffer
+    scale: Buffer | None
+    m: int
+    n: int
+    group: int = 0
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.format.startswith("int")
+
+
+@dataclass(eq=False)
+class Product:
+    """One matrix product, as an anchor: its results are ``Lane(self)`` in the body of its part."""
+
+    matrix: Matrix
+    source: Source
+    shape: tuple[Size, ...]
+    node: fx.Node
+
+
+@dataclass(frozen=True)
+class Source:
+    """The input rows of a linear: the rows of ``view``, normalised first where ``norm`` says so.
+
+    With ``expert`` [rows], row r is multiplied by matrix ``expert[r]`` of a stack.
+    """
+
+    view: View
+    norm: Norm | None = None
+    expert: View | None = None
+
+    def buffers(self) -> Iterator[Buffer]:
+        yield self.view.buffer
+        if self.expert is not None:
+            yield self.expert.buffer
+        if self.norm is not None:
+            yield from self.norm.reads()
+
+
+@dataclass(eq=False)
+class Part:
+    """Products whose results are needed together, what is made of them, and where that goes."""
+
+    products: tuple[Product, ...]
+    body: Scalar
+    out: View
+
+
+@dataclass(eq=False)
+class Linear(Region):
+    """One sweep over weights that share their input rows."""
+
+    node: fx.Node
+    source: Source
+    parts: list[Part]
+
+    def reads(self) -> Iterator[Buffer]:
+        yield from self.source.buffers()
+        for part in self.parts:
+            yield from _buffers(part.body)
+            for product in part.products:
+                yield product.matrix.data
+                if product.matrix.scale is not None:
+                    yield product.matrix.scale
+
+    def writes(self) -> Iterator[Buffer]:
+        yield from (part.out.buffer for part in self.parts)
+
+
+@dataclass(eq=False)
+class Attention(Region):
+    """softmax(scale q k^T) v with rotation of q and k before, and the cache's update; see the dialect.
+
+    Attributes:
+        rope: (cos, sin, interleaved) by which q and new k are still to be rotated; None where they are.
+        start: how many tokens the cache holds; None without a cache.
+    """
+
+    node: fx.Node
+    q: View
+    k: View
+    v: View
+    out: View
+    scale: float
+    causal: bool
+    window: int | None
+    softcap: float | None
+    rope: tuple[View, View, bool] | None = None
+    k_cache: View | None = None
+    v_cache: View | None = None
+    start: Size | None = None
+    key_mask: View | None = None
+    bias: View | None = None
+    sinks: View | None = None
+    slopes: View | None = None
+
+    def reads(self) -> Iterator[Buffer]:
+        rope = self.rope[:2] if self.rope else ()
+        optional = (self.k_cache, self.v_cache, self.key_mask, self.bias, self.sinks, self.slopes)
+        for view in (self.q, self.k, self.v, *rope, *optional):
+            if view is not None:
+                yield view.buffer
+
+    def writes(self) -> Iterator[Buffer]:
+        yield self.out.buffer
+        if self.k_cache is not None and self.v_cache is not None:
+            yield self.k_cache.buffer
+            yield self.v_cache.buffer
+
+
+@dataclass(eq=False)
+class Foreign(Region):
+    """A node without a kernel: PyTorch runs it between two segments.
+
+    Attributes:
+        args, kwargs: of the node, with views and sizes in place of nodes.
+        dtypes: what PyTorch is to see where floats are held wider than the Program says.
+        outs: its results; None for what is no tensor.
+        reason: why it has no kernel.
+    """
+
+    node: fx.Node
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    dtypes: dict[View, torch.dtype]
+    outs: tuple[Buffer | None, ...]
+    reason: str
+
+    def reads(self) -> Iterator[Buffer]:
+        return iter([view.buffer for view in self.dtypes])
+
+    def writes(self) -> Iterator[Buffer]:
+        return (out for out in self.outs if out is not None)
+
+
+@dataclass
+class Schedule:
+    """The regions of a Program in the order they run, and the buffers between them.
+
+    Attributes:
+        dims: name of each symbolic dimension -> (input, dimension) where a call finds it.
+        inputs, outputs: in the Program's order.
+    """
+
+    regions: list[Region] = field(default_factory=list)
+    inputs: list[Buffer] = field(default_factory=list)
+    outputs: list[Buffer] = field(default_factory=list)
+    weights: list[Buffer] = field(default_factory=list)
+    dims: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def foreign(self) -> list[Foreign]:
+        return [region for region in self.regions if isinstance(region, Foreign)]
+
+    @property
+    def segments(self) -> int:
+        """How many stretches of generated code there are, with PyTorch between them."""
+        kinds = [isinstance(region, Foreign) for region in self.regions]
+        return sum(not kind and (i == 0 or kinds[i - 1]) for i, kind in enumerate(kinds))
+
+
+def scalars_of(region: Region) -> Iterator[Scalar]:
+    """Every scalar that a region computes."""
+    bodies: list[Scalar | None] = [getattr(region, "body", None), getattr(region, "x", None)]
+    bodies += [part.body for part in getattr(region, "parts", ())]
+    for body in bodies:
+        if isinstance(body, Scalar):
+            yield from walk(body)

@@ -1,0 +1,52 @@
+"""The error catalogue: one class an error, and a text that says what, where, and what to do about it.
+
+An error is raised with its facts as keywords, `raise PromptTooLong(length=600, capacity=512)`, and words them
+itself; the facts stay on it as attributes. Where users expect a builtin, such as ValueError, it is one.
+"""
+
+from slim.errors.base import SlimError
+from slim.errors.models import (
+    ArtifactCorrupt,
+    ArtifactVersion,
+    BadIR,
+    CheckpointCorrupt,
+    ExportUnsupported,
+    LiftFailed,
+    ModelNotFound,
+    NonFiniteWeight,
+    NoTokenizer,
+    SaveFailed,
+    UnsupportedModel,
+    VerificationFailed,
+)
+from slim.errors.passes import (
+    BadPassOption,
+    BadPipelineText,
+    ContradictoryOptions,
+    NotLossless,
+    PassFailed,
+    PassMatchedNothing,
+    PassOrder,
+    UnknownPass,
+)
+from slim.errors.running import (
+    BadInput,
+    CacheMismatch,
+    CacheUnsupported,
+    EmptyPrompt,
+    NotGenerative,
+    PromptTooLong,
+    TokenOutOfRange,
+    UnreadableFile,
+    UnsupportedGenerateOption,
+)
+from slim.errors.targets import BadEnvironment, BuildFailed, TargetUnavailable, UnknownTarget
+
+__all__ = [
+    "ArtifactCorrupt", "ArtifactVersion", "BadEnvironment", "BadIR", "BadInput", "BadPassOption", "BadPipelineText",
+    "BuildFailed", "CacheMismatch", "CacheUnsupported", "CheckpointCorrupt", "ContradictoryOptions", "EmptyPrompt",
+    "ExportUnsupported", "LiftFailed", "ModelNotFound", "NoTokenizer", "NonFiniteWeight", "NotGenerative",
+    "NotLossless", "PassFailed", "PassMatchedNothing", "PassOrder", "PromptTooLong", "SaveFailed", "SlimError",
+    "TargetUnavailable", "TokenOutOfRange", "UnknownPass", "UnknownTarget", "UnreadableFile",
+    "UnsupportedGenerateOption", "UnsupportedModel", "VerificationFailed",
+]  # fmt: skip

@@ -1,0 +1,91 @@
+"""Running a compiled model."""
+
+from slim.errors.base import SlimError, StrPath
+
+
+class BadInput(SlimError, ValueError):
+    """An argument has the wrong type, shape or value."""
+
+    message = "bad {argument}: {reason}"
+    hint = "help() of what was called (slim.compile, CompiledModel, generate) says what each argument takes."
+
+    argument: str
+    reason: str
+
+
+class UnreadableFile(SlimError, OSError):
+    """A file that was named on the command line cannot be used."""
+
+    message = "cannot use '{path}' for {option}: {reason}"
+    hint = "give the path of a UTF-8 text file; `slim COMMAND --help` says what it should hold."
+
+    option: str
+    path: StrPath
+    reason: str
+
+
+class EmptyPrompt(SlimError, ValueError):
+    """There is no token to continue from."""
+
+    message = "the prompt is empty"
+    hint = "give at least one token, the beginning-of-sequence token for instance."
+
+
+class PromptTooLong(SlimError, ValueError):
+    """Prompt and new tokens together do not fit the KV cache."""
+
+    message = "{length} tokens do not fit a cache of {capacity}"
+    hint = "shorten the prompt, lower max_new_tokens, or compile with a larger KVCacheConfig(max_tokens=...)."
+
+    length: int
+    capacity: int
+
+
+class TokenOutOfRange(SlimError, IndexError):
+    """A token id lies outside the embedding table."""
+
+    message = "token {token} at position {position} is outside the vocabulary of {vocab}"
+    hint = "use the tokenizer that belongs to this model; padding such as -100 is for labels, not for inputs."
+
+    token: int
+    vocab: int
+    position: int | tuple[int, ...]
+
+
+class UnsupportedGenerateOption(SlimError, ValueError):
+    """generate() was given an option it does not honour, and will not ignore."""
+
+    message = "generate() does not take {option}: {reason}"
+    hint = "leave the option out; for this one call the original model's generate() still takes it."
+
+    option: str
+    reason: str
+
+
+class NotGenerative(SlimError, TypeError):
+    """generate() was called on a model that does not predict a next token."""
+
+    message = "{model} cannot generate: {reason}"
+    hint = "call it as compiled(input_ids); generate() needs a causal language model with logits as its output."
+
+    model: str
+    reason: str
+
+
+class CacheUnsupported(SlimError, ValueError):
+    """The KV cache that was asked for cannot serve this model."""
+
+    message = "this KV cache cannot be used: {reason}"
+    hint = "change the KVCacheConfig, or leave kv_cache out for the default one."
+
+    reason: str
+
+
+class CacheMismatch(SlimError, ValueError):
+    """A cache was handed to a model it was not made for."""
+
+    message = "the KV cache does not belong to this model: expected {expected}, got {got}"
+    hint = "take the cache from the same CompiledModel, and do not share it between models."
+
+    expected: object
+    got: object
