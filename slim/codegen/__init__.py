@@ -5,6 +5,8 @@ A target is a value; one that is to come is in the table already, and says so wh
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,10 +15,14 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from slim import errors
-from slim.codegen import eager
+from slim.codegen import build, eager
+from slim.codegen.cpp.executable import CppExecutable
 from slim.compiler.program import Program
+from slim.compiler.report import Form
 
 __all__ = ["TARGETS", "Executable", "Target", "select"]
+
+log = logging.getLogger(__name__)
 
 
 class Executable(Protocol):
@@ -24,10 +30,13 @@ class Executable(Protocol):
 
     Attributes:
         code: name -> source of everything that was generated for it.
+        form: what it is made of, for the report.
     """
 
     @property
     def code(self) -> Mapping[str, str]: ...
+    @property
+    def form(self) -> Form: ...
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
         """The flat outputs for one tensor an input, in the order of the Program's inputs."""
         ...
@@ -53,13 +62,13 @@ def _later() -> str:
 
 
 def _refuse(program: Program) -> Executable:
-    raise errors.TargetUnavailable(target="cpu or cuda", reason=_later())
+    raise errors.TargetUnavailable(target="cuda", reason=_later())
 
 
 # In the order that "auto" prefers them.
 TARGETS: dict[str, Target] = {
     "cuda": Target("cuda", _later, _refuse),
-    "cpu": Target("cpu", _later, _refuse),
+    "cpu": Target("cpu", build.missing, CppExecutable),
     "eager": Target("eager", lambda: None, eager.EagerExecutable),
 }
 _CROSS = re.compile(r"(cuda):sm_\d+")  # another machine's device, compiled for ahead of time
@@ -72,11 +81,14 @@ def select(name: str) -> Target:
         UnknownTarget, TargetUnavailable: naming what is missing.
 
     Example:
-        >>> select("auto").name
+        >>> select("eager").name
         'eager'
     """
     if name == "auto":
-        return next(target for target in TARGETS.values() if target.missing() is None)
+        chosen = next(target for target in TARGETS.values() if target.missing() is None)
+        if chosen.name == "eager":
+            _warn_of_eager()
+        return chosen
     cross = _CROSS.fullmatch(name)
     target = TARGETS.get(cross[1] if cross else name)
     if target is None:
@@ -85,3 +97,13 @@ def select(name: str) -> Target:
     if missing:
         raise errors.TargetUnavailable(target=name, reason=missing)
     return target
+
+
+@functools.cache
+def _warn_of_eager() -> None:
+    """Once a process: what runs is right, and slow."""
+    log.warning(
+        "no code can be generated here (%s): running eagerly, at a fraction of the speed. Install a C++ compiler, or "
+        'say target="eager" to do without this warning.',
+        TARGETS["cpu"].missing(),
+    )

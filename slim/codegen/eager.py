@@ -17,6 +17,7 @@ from torch import Tensor, fx
 
 from slim.codegen import eager_ops
 from slim.compiler.program import Program
+from slim.compiler.report import Form
 from slim.compiler.rules import argument
 from slim.compiler.uses import DEQUANTIZE, EMBEDDING, EXPERTS, LINEAR, RESTORING, UNPACK
 
@@ -28,7 +29,10 @@ class EagerExecutable:
 
     Attributes:
         code: ``forward.py``, the function as it runs.
+        form: nothing is generated: its operations are PyTorch's.
     """
+
+    form = Form()
 
     def __init__(self, program: Program) -> None:
         program.weights.materialise()

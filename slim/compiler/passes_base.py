@@ -124,6 +124,7 @@ class Context:
         progress: told of every step of anything that may take long.
         calibration: what the user gave, for passes that need activations.
         collected: what passes collected, by name; the pipeline drops what a pass does not preserve.
+        probed: the probe and what the Program makes of it after the last pass, where the pipeline measured that.
     """
 
     strict: bool = True
@@ -133,6 +134,7 @@ class Context:
     progress: Progress = _silent
     calibration: Any = None
     collected: dict[str, Any] = field(default_factory=dict)
+    probed: tuple[Probe, Any] | None = None
 
     def track(self, what: str, items: Iterable[T]) -> Iterator[T]:
         """Yields ``items``, telling ``progress`` of each as it is done."""

@@ -46,6 +46,8 @@ def run_pipeline(program: Program, passes: Sequence[Pass], ctx: Context) -> tupl
         program = run.step(program, pass_)
     ctx.progress("passes", len(passes), len(passes))
     run.dump.file("report.json", run.report.to_json())
+    if run.probe is not None:
+        ctx.probed = (run.probe, run.latest)
     return program, run.report
 
 

@@ -72,6 +72,25 @@ class Report:
 
 
 @dataclass
+class Form:
+    """One executable that was made of the Program: the whole of it, or a step over a cache.
+
+    Attributes:
+        regions: kernels that a call runs; 0 where nothing was generated.
+        kernels: different ones among them.
+        segments: stretches of generated code, with PyTorch between them.
+        foreign: nodes that PyTorch runs, each with the reason.
+        seconds: what making it took, compilation included.
+    """
+
+    regions: int = 0
+    kernels: int = 0
+    segments: int = 0
+    foreign: list[Skip] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass
 class PipelineReport:
     """What became of a model on its way: one Report a pass, and the seconds of the stages around them.
 
@@ -80,6 +99,10 @@ class PipelineReport:
         seconds: stage ("lift", "probe", "lower") -> time.
         notes: what the lift wants the user to know.
         rules: how often each rule of the lift was tried and matched, and where it just missed.
+        target: what the Program was lowered to.
+        forms: the executables made so far, by name; those over a cache come when they are first used.
+        error: how far the target's output is from the Program's own on the probe, relative to its largest; of
+            quantised weights this is the rounding of activations that their kernels do. None where nothing was probed.
 
     Example:
         >>> print(compiled.report)
@@ -89,6 +112,9 @@ class PipelineReport:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     rules: Counts = field(default_factory=dict)
+    target: str = ""
+    forms: dict[str, Form] = field(default_factory=dict)
+    error: float | None = None
 
     def to_json(self) -> str:
         """One JSON document that ``from_json`` reads back as an equal report."""
@@ -101,7 +127,9 @@ class PipelineReport:
         found = data.pop("version", None)
         if found != VERSION:
             raise errors.ArtifactVersion(path="report.json", found=found, expected=VERSION)
-        return cls(passes=[_report(item) for item in data.pop("passes")], rules=_counts(data.pop("rules")), **data)
+        forms = {name: _form(item) for name, item in data.pop("forms", {}).items()}
+        passes = [_report(item) for item in data.pop("passes")]
+        return cls(passes=passes, rules=_counts(data.pop("rules")), forms=forms, **data)
 
     def __str__(self) -> str:
         return "\n".join([*_table(self), *_remarks(self)])
@@ -109,6 +137,10 @@ class PipelineReport:
 
 def _counts(data: dict[str, Any]) -> Counts:
     return {name: Count(**count) for name, count in data.items()}
+
+
+def _form(data: dict[str, Any]) -> Form:
+    return Form(**{**data, "foreign": [Skip(*pair) for pair in data["foreign"]]})
 
 
 def _report(data: dict[str, Any]) -> Report:
@@ -171,14 +203,33 @@ def _spent(seconds: dict[str, float]) -> str:
 
 def _remarks(report: PipelineReport) -> Iterator[str]:
     yield from (f"note: {note}" for note in report.notes)
+    yield from _lowered(report)
     for item in report.passes:
         yield from (f"{item.text}: {note}" for note in item.notes)
-        by_reason: dict[str, list[str]] = defaultdict(list)
-        for site, reason in item.skipped:
-            by_reason[reason].append(site)
-        for reason, sites in by_reason.items():
-            more = f" and {len(sites) - 3} more" if len(sites) > 3 else ""
-            yield f"{item.text} left {', '.join(sites[:3])}{more}: {reason}"
+        yield from (f"{item.text} left {sites}: {reason}" for sites, reason in _by_reason(item.skipped))
+
+
+def _by_reason(skips: list[Skip]) -> Iterator[tuple[str, str]]:
+    """(the first sites, their common reason)."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for site, reason in skips:
+        found[reason].append(site)
+    for reason, sites in found.items():
+        yield ", ".join(sites[:3]) + (f" and {len(sites) - 3} more" if len(sites) > 3 else ""), reason
+
+
+def _lowered(report: PipelineReport) -> Iterator[str]:
+    """What was generated, and what PyTorch runs in between."""
+    for name, form in report.forms.items():
+        if form.regions == 0:
+            continue
+        parts = "in one piece" if form.segments == 1 else f"in {form.segments} segments"
+        made = f"{form.regions} regions by {form.kernels} kernels"
+        yield f"{report.target}: {name} runs {made}, {parts} ({form.seconds:.1f} s)"
+        for sites, reason in _by_reason(form.foreign):
+            yield f"{report.target}: {name} leaves {sites} to PyTorch: {reason}"
+    if report.error is not None:
+        yield f"{report.target}: the probe's output is off by {report.error:.1e} of its largest"
 
 
 def short_count(number: int) -> str:

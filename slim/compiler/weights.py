@@ -185,6 +185,13 @@ class Weights(MutableMapping[str, Tensor]):
         other.masks = set(self.masks)
         return other
 
+    def share(self, other: Weights) -> None:
+        """Holds what ``other``, a copy of this mapping, holds under the same names: read from disk, or packed."""
+        for name, value in other._values.items():
+            if name in self._values and value is not self._values[name]:
+                self._values[name] = value
+        self._checked |= other._checked & self._values.keys()
+
     def materialise(self) -> None:
         """Reads what is still on disk, once, and keeps it; checks all of it for NaN and infinity."""
         for name in self._values:

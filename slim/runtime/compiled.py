@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,17 +58,43 @@ class CompiledModel:
         Raises:
             UnknownTarget, TargetUnavailable. CacheUnsupported: where a ``kv_cache`` was asked for that cannot be.
         """
-        program.weights.materialise()  # once, so that every form of the Program shares the same tensors
         self.program = program
         self.report = report
         self.pipeline = pipeline
         self.target = select(target) if isinstance(target, str) else target
         self.kv_cache = kv_cache or KVCacheConfig()
-        self._executable = self.target.lower(program)
         self._steps: dict[tuple[bool, bool], Step] = {}
-        self._sources: dict[str, str] = dict(self._executable.code)
+        self._sources: dict[str, str] = {}
+        if report is not None:
+            report.target = self.target.name
         if kv_cache is not None:
             self.slots  # noqa: B018  asked for: then it must be possible
+        self._make_first_form()
+
+    def _make_first_form(self) -> None:
+        """Lowers what this model is most often asked for; other forms come when they are first used."""
+        if self.can_generate():
+            try:
+                self.step(masked=False, last_only=True)
+                return
+            except errors.CacheUnsupported as reason:
+                log.debug("no form over a cache: %s", reason)
+        self._executable  # noqa: B018  made when it is first read
+
+    @functools.cached_property
+    def _executable(self) -> Executable:
+        """The whole Program, without a cache."""
+        return self._lower("whole", self.program)
+
+    def _lower(self, name: str, program: Program) -> Executable:
+        """``program``, this one or a form of it, as an executable; its source and its report are kept."""
+        start = time.perf_counter()
+        executable: Executable = self.target.lower(program)
+        self.program.weights.share(program.weights)  # all forms read one copy, in the layout that their kernels want
+        self._sources |= {f"{name}/{file}": source for file, source in executable.code.items()}
+        if self.report is not None:
+            self.report.forms[name] = replace(executable.form, seconds=time.perf_counter() - start)
+        return executable
 
     def __repr__(self) -> str:
         name = self.program.facts.architecture or "model"
@@ -214,7 +242,11 @@ class CompiledModel:
 
     def run(self, inputs: dict[str, Tensor]) -> tuple[Any, ...]:
         """The flat outputs for inputs by name; those that the Program does not take are left out."""
-        return self._executable(*(inputs[value.name] for value in self.program.inputs))
+        return self.run_flat([inputs[value.name] for value in self.program.inputs])
+
+    def run_flat(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+        """The flat outputs for one tensor an input, in the order of the Program's inputs."""
+        return self._executable(*inputs)
 
     def step(self, *, masked: bool = True, last_only: bool = False) -> Step:
         """The Program over a KV cache, lowered when it is first asked for; see ``bind_cache``.
@@ -226,10 +258,8 @@ class CompiledModel:
         if key not in self._steps:
             checked = bool(self.slots)  # or it raises
             bound = bind_cache(self.program, masked=masked, last_only=last_only, checked=checked)
-            executable: Executable = self.target.lower(bound)
             name = "step" + "_masked" * masked + "_last" * last_only
-            self._sources |= {f"{name}/{file}": source for file, source in executable.code.items()}
-            self._steps[key] = Step(bound, executable)
+            self._steps[key] = Step(bound, self._lower(name, bound))
         return self._steps[key]
 
     def new_cache(self, batch: int, tokens: int = 0) -> KVCache:

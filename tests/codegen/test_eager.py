@@ -8,6 +8,7 @@ from torch import Tensor
 
 from slim.codegen import eager_ops
 from slim.codegen.eager import EagerExecutable, lower
+from slim.compiler.dialect.quant import pack_int4
 from slim.compiler.text import parse
 from slim.compiler.weights import Weights
 
@@ -17,6 +18,15 @@ SIZES = st.integers(1, 70)
 
 def quantised(*shape: int) -> tuple[Tensor, Tensor]:
     return torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(shape[:-1]) * 0.01 + 1e-3
+
+
+def grouped(*shape: int, group: int, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """A weight with scales by group: (as it is stored, what it stands for, scale)."""
+    limit = 8 if packed else 128
+    q = torch.randint(-limit, limit, shape).to(torch.int8)
+    scale = (torch.rand(*shape[:-1], shape[-1] // group) * 0.01 + 1e-3).half()
+    w = q.float() * scale.float().repeat_interleave(group, -1)
+    return pack_int4(q) if packed else q, w, scale
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -93,10 +103,65 @@ def test_lowering_leaves_the_program_as_it_was():
     assert str(program) == text
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    tokens=st.sampled_from([1, 3, 40]), rows=SIZES, groups=st.integers(1, 5), group=st.sampled_from([2, 8, 32]),
+    bias=st.booleans(), packed=st.booleans(),
+)  # fmt: skip
+def test_a_grouped_linear_is_the_linear_of_its_dequantised_weight(tokens, rows, groups, group, bias, packed):
+    stored, w, scale = grouped(rows, groups * group, group=group, packed=packed)
+    x, b = torch.randn(2, tokens, groups * group), torch.randn(rows) if bias else None
+    expected = torch.nn.functional.linear(x, w, b)
+    assert close(eager_ops.grouped_linear(x, stored, scale, torch.float32, b), expected, 1e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_wide_grouped_linear_goes_block_by_block(packed, dtype):
+    stored, w, scale = grouped(900, 1728, group=32, packed=packed)
+    x = torch.randn(3, 1728).to(dtype)
+    y = eager_ops.grouped_linear(x, stored, scale, dtype)
+    assert y.dtype == dtype
+    assert close(y, torch.nn.functional.linear(x.float(), w), max(1e-5, 4 * torch.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_a_grouped_embedding_widens_only_its_rows(packed):
+    stored, w, scale = grouped(50, 16, group=4, packed=packed)
+    tokens = torch.randint(0, 50, (3, 7))
+    expected = torch.nn.functional.embedding(tokens, w)
+    assert torch.equal(eager_ops.grouped_embedding(stored, scale, torch.float32, tokens), expected)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_grouped_experts_are_the_experts_of_their_dequantised_weights(packed):
+    stored, w, scale = grouped(4, 24, 16, group=8, packed=packed)
+    x, bias, expert = torch.randn(9, 16), torch.randn(4, 24), torch.randint(0, 4, (9,))
+    expected = slim.expert_linear(x, w, bias, expert)
+    found = eager_ops.grouped_expert_linear(x, stored, scale, torch.float32, bias, expert)
+    assert close(found, expected, 1e-5)
+
+
+UNPACKED = """    q: i8[20, 8] = slim.unpack_int4.default(weights["e"])
+    table: f32[20, 8] = slim.dequantize.default(q, weights["e_scale"], axis=1, group_size=4, dtype=torch.float32)
+"""
+
+
+def test_a_packed_tied_table_is_read_packed_by_both_its_readers():
+    lines = IR.splitlines(keepends=True)
+    stored, _, scale = grouped(20, 8, group=4, packed=True)
+    program = parse("".join([*lines[:2], UNPACKED, *lines[3:]]), Weights({"e": stored, "e_scale": scale}))
+    executable = EagerExecutable(program)
+    assert "dequantize" not in executable.code["forward.py"]
+    assert "unpack" not in executable.code["forward.py"]
+    tokens = torch.randint(0, 20, (2, 5))
+    assert close(executable(tokens)[0], program.run(tokens)[0], 1e-5)
+
+
 def test_a_dequantize_without_a_kernel_of_its_own_is_run_as_it_stands():
-    text = IR.replace("axis=0", "axis=1, group_size=4")
+    text = IR.replace("axis=0", "axis=0, group_size=4")
     q = torch.randint(-127, 128, (20, 8), dtype=torch.int8)
-    program = parse(text, Weights({"e": q, "e_scale": torch.rand(20, 2)}))
+    program = parse(text, Weights({"e": q, "e_scale": torch.rand(5, 8)}))
     executable = EagerExecutable(program)
     assert "dequantize" in executable.code["forward.py"]
     tokens = torch.randint(0, 20, (2, 5))

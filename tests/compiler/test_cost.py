@@ -54,14 +54,33 @@ def test_decoding_reads_each_expert_that_was_chosen_and_no_other():
     assert experts == WIDTH * FFN * 4
 
 
-def test_int8_weights_quarter_what_decoding_moves():
+@pytest.mark.parametrize(
+    ("quantize", "part"), [(Quantize(), 0.45), (Quantize(group_size=16), 0.45), (Quantize("int4", group_size=16), 0.35)]
+)
+def test_integers_cut_what_decoding_moves_and_not_what_is_computed(quantize, part):
     before = lifted("llama")
     after = before.copy()
-    Quantize().run(after, Context())
+    quantize.run(after, Context())
     one = dict(B=1, S=1, T=1)
     assert cost(after).flops == cost(before).flops
     assert cost(after).parameters == cost(before).parameters
-    assert cost(after).bind(**one).bytes_moved < 0.45 * cost(before).bind(**one).bytes_moved
+    assert cost(after).bind(**one).bytes_moved < part * cost(before).bind(**one).bytes_moved
+
+
+def test_a_packed_weight_is_paid_for_as_it_is_held():
+    before = program("y = aten.linear.default(x, weights['w'])\nreturn (y,)", {"w": torch.randn(6, 8)})
+    Quantize("int4", group_size=4).run(before, Context())
+    made = cost(before)
+    assert made.weight_bytes == 6 * 8 // 2 + 6 * 2 * 2
+    assert sympy.expand(made.bytes_moved) == made.weight_bytes + (8 + 6) * 4 * B * S
+    assert made.parameters == 6 * 8
+
+
+def test_a_packed_table_is_read_a_row_a_token():
+    lines = "y = aten.embedding.default(weights['w'], x)\nreturn (y,)"
+    before = program(lines, {"w": torch.randn(100, 8)}, "x: i64[B, S]")
+    Quantize("int4", group_size=4, embeddings=True).run(before, Context())
+    assert cost(before).bind(B=2, S=3).bytes_moved == 6 * (8 // 2 + 2 * 2)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-import slim.compiler.dialect  # noqa: F401  registers the ops
+from slim.compiler.dialect.quant import pack_int4
 from tests.compiler import formulas
 
 slim_ops = torch.ops.slim
@@ -436,6 +436,23 @@ def test_quantisation_passes_torchs_own_checks():
     checked_by_torch(slim_ops.quantize.default, (x, scale), dict(axis=0))
     q = slim_ops.quantize(x, scale, axis=0)
     checked_by_torch(slim_ops.dequantize.default, (q, scale.requires_grad_()), dict(axis=0))
+
+
+@FAST
+@given(st.lists(st.integers(1, 4), max_size=2), st.integers(0, 9), st.integers(0, 1 << 16))
+def test_int4_numbers_come_out_of_their_bytes_as_they_went_in(lead, pairs, seed):
+    q = torch.randint(-8, 8, (*lead, 2 * pairs), generator=torch.Generator().manual_seed(seed)).to(torch.int8)
+    packed = pack_int4(q)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (*lead, pairs))
+    assert torch.equal(fake_agrees(slim_ops.unpack_int4, packed), q)
+
+
+def test_the_even_column_is_the_low_nibble():
+    assert slim_ops.unpack_int4(torch.tensor([[0x3A, 0x08], [0x0F, 0xF0]], dtype=torch.uint8)).tolist() == [
+        [2, -5, 0, -8],
+        [7, -8, -8, 7],
+    ]
+    checked_by_torch(slim_ops.unpack_int4.default, (torch.arange(6, dtype=torch.uint8).reshape(2, 3),))
 
 
 # -- experts -----------------------------------------------------------------------------------------------------------

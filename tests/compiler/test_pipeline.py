@@ -204,11 +204,15 @@ def test_an_order_that_cannot_be_right_is_refused_before_anything_runs(start):
     check_order(start, [needs, rounds])
 
 
-def test_a_quantised_model_refuses_passes_that_need_float_weights():
-    lines = (
-        "w = slim.dequantize.default(weights['q'], weights['s'], axis=0)\ny = aten.linear.default(x, w)\nreturn (y,)"
-    )
-    start = program(lines, {"q": torch.ones(6, 8, dtype=torch.int8), "s": torch.ones(6)})
+INT8 = "w = slim.dequantize.default(weights['q'], weights['s'], axis=0)"
+INT4 = "q = slim.unpack_int4.default(weights['q'])\nw = slim.dequantize.default(q, weights['s'], axis=0)"
+
+
+@pytest.mark.parametrize(("restored", "q"), [(INT8, torch.int8), (INT4, torch.uint8)])
+def test_a_quantised_model_refuses_passes_that_need_float_weights(restored, q):
+    lines = f"{restored}\ny = aten.linear.default(x, w)\nreturn (y,)"
+    numbers = torch.ones(6, 8 if q == torch.int8 else 4, dtype=q)
+    start = program(lines, {"q": numbers, "s": torch.ones(6)})
     with pytest.raises(errors.PassOrder, match="quantised already"):
         run_pipeline(start, [planted(requires=frozenset({FLOAT_WEIGHTS}))], Context())
 

@@ -82,6 +82,113 @@ def test_a_linear_reads_what_its_int8_weight_stands_for():
     assert torch.equal(before.weights["w"], weight)
 
 
+# -- groups and four bits ----------------------------------------------------------------------------------------------
+
+
+def error(weight, q, scale, group):
+    """Squared error of each group, in float64."""
+    steps = q.double() * scale.double().repeat_interleave(group, -1)
+    return (weight.double() - steps).square().unflatten(-1, (-1, group)).sum(-1)
+
+
+@settings(deadline=None)
+@given(
+    rows=st.integers(1, 5),
+    groups=st.integers(1, 4),
+    group=st.sampled_from([2, 8, 32]),
+    seed=st.integers(0, 2**31),
+    log_size=st.floats(-30, 30),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    weights=st.sampled_from(["int8", "int4"]),
+)
+def test_every_group_has_a_scale_that_is_as_good_as_max_over_the_limit(
+    rows, groups, group, seed, log_size, dtype, weights
+):
+    spread = torch.randn(rows, groups * group, generator=torch.Generator().manual_seed(seed)).double() * 10.0**log_size
+    weight = spread.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max).to(dtype)
+    q, scale = round_to_nearest(weight, weights, group)
+    limit = 7 if weights == "int4" else 127
+    assert -limit - (weights == "int4") <= q.min() <= q.max() <= limit
+    assert scale.shape == (rows, groups)
+    assert scale.isfinite().all()
+    assert (scale != 0).all()
+    plain = weight.double().abs().unflatten(-1, (groups, group)).amax(-1) / limit
+    rounded = plain.half() if scale.dtype == torch.float16 else plain.float()
+    rounded = rounded.double().clamp_min(2.0**-24 if scale.dtype == torch.float16 else torch.finfo(torch.float32).tiny)
+    steps = (weight.double() / rounded.repeat_interleave(group, -1)).round().clamp(-limit, limit)
+    baseline = error(weight, steps, rounded, group)
+    assert (error(weight, q, scale, group) <= baseline * (1 + 1e-3) + 1e-70).all()
+
+
+def test_int4_uses_all_sixteen_steps_where_that_is_better():
+    weight = torch.tensor([[8.0, -7.0, -6.0, 3.0], [-8.0, 7.0, 1.0, 2.0], [7.0, -7.0, 1.0, 3.0]])
+    q, scale = round_to_nearest(weight, "int4", 4)
+    assert scale.flatten().tolist() == [-1, 1, 1]
+    assert q.tolist() == [[-8, 7, 6, -3], [-8, 7, 1, 2], [7, -7, 1, 3]]
+    assert scale.dtype == torch.float16
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(1.0, torch.float16), (1e-7, torch.float32), (1e7, torch.float32)])
+def test_scales_are_half_precision_unless_that_cannot_hold_them(size, dtype):
+    weight = torch.randn(4, 64) * size
+    q, scale = round_to_nearest(weight, "int4", 32)
+    assert scale.dtype == dtype
+    assert (weight - q * scale.float().repeat_interleave(32, -1)).norm() < 0.15 * weight.norm()
+
+
+def test_groups_of_zeros_come_back_as_zeros():
+    weight = torch.zeros(2, 8)
+    weight[0, :4] = torch.tensor([1.0, -2.0, 0.0, 1e-20])
+    for q, scale in (round_to_nearest(weight, "int4", 4), round_to_nearest(torch.zeros(2, 8), "int8", 4)):
+        assert q[1].tolist() == [0] * 8
+        assert (scale != 0).all()
+
+
+def test_a_linear_reads_what_its_int4_weight_stands_for():
+    weight = torch.randn(6, 8)
+    before = program("y = aten.linear.default(x, weights['w'])\nreturn (y,)", {"w": weight})
+    after, report = quantized(before, weights="int4", group_size=4)
+    assert report.matched == ["w"]
+    assert after.weights.dtype("w") == torch.uint8
+    assert after.weights.shape("w") == (6, 4)
+    assert after.weights.shape("w_scale") == (6, 2)
+    assert after.nbytes == 6 * 4 + 6 * 2 * 2
+    assert after.parameters == before.parameters
+    q, scale = round_to_nearest(weight, "int4", 4)
+    x = torch.randn(2, 3, 8)
+    wanted = torch.nn.functional.linear(x, q * scale.float().repeat_interleave(4, -1))
+    assert torch.equal(after.run(x)[0], wanted)
+    assert 'slim.unpack_int4.default(weights["w"])' in str(after)
+
+
+@pytest.mark.parametrize("options", [dict(weights="int4"), dict(group_size=32)])
+def test_rows_that_do_not_divide_into_groups_are_left_with_the_reason(options):
+    body = "y = aten.linear.default(x, weights['v'])\nz = aten.linear.default(y, weights['w'])\nreturn (z,)"
+    before = program(body, {"v": torch.randn(64, 8), "w": torch.randn(8, 64)})
+    _, report = quantized(before, **options)
+    assert report.matched == ["w"]
+    assert report.skipped == [("v", "its rows of 8 do not divide into groups of 32")]
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral", "gpt2"])
+@pytest.mark.parametrize("options", [dict(weights="int4", group_size=16), dict(group_size=16)], ids=["int4", "int8"])
+def test_grouped_models_stay_close_and_their_text_reads_back(name, options):
+    before = lifted(name)
+    after, report = run_pipeline(before, [Quantize(**options, embeddings=True)], Context())
+    (done,) = report.passes
+    assert 0 < done.error < 1
+    assert not [reason for _, reason in done.skipped if "groups" in reason]
+    assert after.parameters == before.parameters
+    assert str(parse(str(after), after.weights, after.facts)) == str(after)
+
+
+def test_grouped_experts_have_a_scale_for_each_group_of_each_row():
+    after, report = quantized(lifted("mixtral"), weights="int4", group_size=16)
+    (name,) = [name for name in report.matched if "layers.0" in name and "down_proj" in name]
+    experts, rows, half = after.weights.shape(name)
+    assert after.weights.shape(f"{name}_scale") == (experts, rows, 2 * half // 16)
+
+
 def test_two_readers_of_one_weight_read_one_restored_value():
     body = "y = aten.linear.default(x, weights['w'])\nz = aten.linear.default(x, weights['w'])\nreturn (y, z)"
     after, _ = quantized(program(body, {"w": torch.randn(6, 8)}))

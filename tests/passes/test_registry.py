@@ -82,6 +82,7 @@ def test_names_in_text_are_snake_case(name, text):
 
 def test_a_repr_holds_the_first_option_and_those_not_at_their_default():
     assert repr(Quantize()) == 'quantize("int8")'
+    assert repr(Quantize("int4", group_size=64)) == 'quantize("int4", group_size=64)'
     assert repr(Quantize(head=False, exclude=["a*"])) == 'quantize("int8", head=False, exclude=["a*"])'
     assert repr(FoldNorms()) == "fold_norms()"
 
@@ -90,6 +91,7 @@ def test_pipelines_are_written_in_many_ways():
     both = (FoldNorms(), Quantize())
     assert parse_pipeline('fold_norms, quantize("int8")') == both
     assert parse_pipeline('fold_norms(),\nquantize("int8"),  # the end\n') == both
+    assert parse_pipeline('quantize("int4", group_size=64)') == (Quantize("int4", group_size=64),)
     assert as_passes(["fold_norms", Quantize()]) == both
     assert as_passes(Quantize()) == (Quantize(),)
     assert as_passes("") == as_passes(()) == ()
@@ -101,8 +103,10 @@ def test_pipelines_are_written_in_many_ways():
         ("quantise", errors.UnknownPass, "Did you mean 'quantize'?"),
         ("Quantize()", errors.UnknownPass, "Did you mean 'quantize'?"),
         ('quantize("int9")', errors.BadPassOption, "Did you mean 'int8'?"),
-        ('quantize("int4")', errors.BadPassOption, "comes with a later version"),
-        ("quantize(group_size=64)", errors.BadPassOption, "64 comes with a later version"),
+        ('quantize("int3")', errors.BadPassOption, "comes with a later version"),
+        ('quantize("int4", group_size=5)', errors.BadPassOption, "two numbers in a byte, and 5 is odd"),
+        ("quantize(group_size=0)", errors.BadPassOption, "a group of 0 holds no number"),
+        ('quantize("int4", group_size=2.5)', errors.BadPassOption, "group_size"),
         ('quantize(method="gptq")', errors.BadPassOption, '"gptq" comes with a later version'),
         ("quantize(haed=False)", errors.BadPassOption, "Did you mean 'head'?"),
         ("quantize(head=1)", errors.BadPassOption, "1 is not True or False"),

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import slim
 from slim.runtime.perplexity import pieces, score
@@ -22,12 +23,12 @@ print(json.dumps(score(slim.load(artifact), passages).perplexity))
 """
 
 
-def perplexity(model: slim.CompiledModel, text: Path) -> float:
+def perplexity(model: slim.CompiledModel, text: Path, count: int = 200, source: Path | None = None) -> float:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model.name_or_path)
+    tokenizer = AutoTokenizer.from_pretrained(source or model.name_or_path)
     context = model.config.max_position_embeddings
-    return score(model, pieces(text.read_text(), tokenizer, context, "Once upon a time", 200)).perplexity
+    return score(model, pieces(text.read_text(), tokenizer, context, "Once upon a time", count)).perplexity
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -52,3 +53,26 @@ def test_int8_weights_cost_less_than_half_a_percent_of_perplexity_and_more_than_
     model, text = shared / "models" / "stories260K", shared / "text" / "tinystories_val.txt"
     quantised = perplexity(slim.compile(model, passes='quantize("int8")'), text)
     assert PUBLISHED["stories260K"] < quantised < PUBLISHED["stories260K"] * 1.005
+
+
+def naive_int4(model: torch.nn.Module, names: list[str]) -> None:
+    """Rounds weights in place: four bits, one scale a row, max|w| / 7."""
+    for name in names:
+        weight = model.get_parameter(name).data
+        scale = weight.abs().amax(-1, keepdim=True) / 7
+        weight.copy_((weight / scale).round() * scale)
+
+
+def test_int4_in_groups_costs_some_percent_of_perplexity_and_less_than_one_scale_a_row(shared: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    path, text = shared / "models" / "babyllama361", shared / "text" / "tinystories_val.txt"
+    original = perplexity(slim.compile(path, target="eager"), text, 40)
+    grouped = slim.compile(path, passes='quantize("int4", group_size=32)', target="eager")
+    in_groups = perplexity(grouped, text, 40)
+    assert grouped.report.passes[0].skipped == []
+    model = AutoModelForCausalLM.from_pretrained(path)
+    naive_int4(model, grouped.report.passes[0].matched)
+    by_row = perplexity(slim.compile(model, target="eager"), text, 40, path)
+    assert original < in_groups < original * 1.06
+    assert in_groups < by_row

@@ -53,6 +53,19 @@ def test_it_comes_back_as_it_was(compiled, saved):
     assert again.config.to_dict() == compiled.config.to_dict()
 
 
+def test_packed_weights_are_held_and_come_back_packed(tmp_path):
+    compiled = slim.compile(pair("llama")[0], 'quantize("int4", group_size=16)', target="eager")
+    compiled.save(tmp_path / "model")
+    again = slim.load(tmp_path / "model", target="eager")
+    tokens, mask = prompt()
+    assert torch.equal(again(tokens, attention_mask=mask).logits, compiled(tokens, attention_mask=mask).logits)
+    assert str(again.program) == str(compiled.program)
+    assert again.program.weights.dtype("lm_head.weight") == torch.uint8
+    assert again.program.weights.dtype("lm_head.weight_scale") == torch.float16
+    held = sum(file.stat().st_size for file in (tmp_path / "model").glob("*.safetensors"))
+    assert again.program.nbytes == compiled.program.nbytes < held < compiled.program.nbytes + 8192  # the header
+
+
 def test_a_fresh_process_gives_the_same_bits(compiled, saved, tmp_path):
     tokens, _ = prompt()
     torch.save((tokens, compiled(tokens).logits), tmp_path / "expected.pt")

@@ -38,6 +38,12 @@ def test_transformers_reads_back_the_same_model(name, tmp_path):
     assert torch.equal(logits(again), logits(model))
 
 
+def test_a_folded_norm_has_the_type_of_the_model_whatever_that_of_the_scales_is(tmp_path):
+    compiled = slim.compile(pair("llama")[0], 'fold_norms, quantize("int4", group_size=2)', target="eager")
+    compiled.export(tmp_path / "out", dequantize=True)
+    assert {p.dtype for p in reloaded(tmp_path / "out").parameters()} == {torch.float32}
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_folded_norms_are_written_as_neutral_ones(name, tmp_path):
     compiled = slim.compile(pair(name)[0], "fold_norms", target="eager")
@@ -45,8 +51,9 @@ def test_folded_norms_are_written_as_neutral_ones(name, tmp_path):
     assert difference(logits(reloaded(tmp_path / "out")), logits(compiled)) < 1e-5
 
 
-def test_integers_are_refused_and_written_as_numbers_on_request(tmp_path):
-    compiled = slim.compile(pair("gpt2")[0], 'quantize("int8")', target="eager")
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_integers_are_refused_and_written_as_numbers_on_request(weights, tmp_path):
+    compiled = slim.compile(pair("gpt2")[0], f'quantize("{weights}")', target="eager")
     with pytest.raises(errors.ExportUnsupported, match="dequantize=True"):
         compiled.export(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from slim.codegen.cpp.kernels_text import NAME, Kernel, Writer
+from slim.codegen.cpp import attention, loops, products  # noqa: F401  they register what writes each region
 from slim.codegen.cpp.text import STORED, Sizes
+from slim.codegen.cpp.writer import NAME, Kernel, Writer
 from slim.codegen.regions.schedule import Foreign, Linear, Region, Schedule
 from slim.codegen.regions.views import Buffer
 
@@ -33,6 +34,7 @@ class Unit:
     """A translation unit, and what its caller must know.
 
     Attributes:
+        kernels: different ones in it.
         brought: buffers that a call brings, in the order of ``io``: inputs, outputs, results of foreign regions.
         dims: names of the symbolic dimensions in the order of ``dims``.
         segments: what to do in order: (first, last) stages to run, or a foreign region.
@@ -40,6 +42,7 @@ class Unit:
     """
 
     source: str
+    kernels: int
     brought: list[Buffer]
     dims: list[str]
     segments: list[tuple[int, int] | Foreign]
@@ -76,7 +79,7 @@ class _Emitter:
             *self._tables(stages),
             '#include "entry.h"\n',
         ]
-        return Unit("\n\n".join(parts), self.brought, self.dims, segments, self.index)
+        return Unit("\n\n".join(parts), len(self.kernels), self.brought, self.dims, segments, self.index)
 
     # -- memory --------------------------------------------------------------------------------------------------------
 
@@ -143,7 +146,7 @@ class _Emitter:
 
     def _places(self, buffers: Iterator[Buffer | None]) -> set[str]:
         """Memory by what can overlap: temps by their slot."""
-        return {f"slot {self.slot_of[b]}" if b in self.slot_of else str(id(b)) for b in buffers}  # type: ignore[index]
+        return {f"slot {self.slot_of[b]}" if b in self.slot_of else str(id(b)) for b in buffers}
 
     def _kernel_name(self, kernel: Kernel) -> str:
         return self.kernels.setdefault(kernel.text, f"k{len(self.kernels)}")

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from slim import errors
 from slim.codegen.build import host_isa, load, shared_object
@@ -18,7 +19,8 @@ from slim.codegen.cpp.packing import held
 from slim.codegen.regions.lower import lower
 from slim.codegen.regions.schedule import Foreign, Schedule
 from slim.codegen.regions.views import Buffer, Size, View
-from slim.compiler.program import Program
+from slim.compiler.program import Program, where
+from slim.compiler.report import Form, Skip
 
 
 class CppExecutable:
@@ -29,6 +31,7 @@ class CppExecutable:
     Attributes:
         code: ``program.cpp``, the translation unit.
         schedule: the regions that it was made of.
+        form: the same in numbers, with what PyTorch runs in between.
     """
 
     def __init__(self, program: Program) -> None:
@@ -36,6 +39,7 @@ class CppExecutable:
         self.schedule: Schedule = lower(program)
         unit = emit(self.schedule)
         self.code = {"program.cpp": unit.source}
+        self.form = _form(self.schedule, unit)
         self._library = _open(shared_object(unit.source, isa))
         self._weights = [held(program.weights, buffer, isa) for buffer in self.schedule.weights]
         pointers = (ctypes.c_void_p * max(1, len(self._weights)))(*(w.data_ptr() for w in self._weights))
@@ -57,8 +61,12 @@ class CppExecutable:
         self._where = [self.schedule.dims[name] for name in unit.dims]
         self._used = [buffer in self._read for buffer in inputs]
         self._mutated = [_is_cache(buffer, self.schedule) for buffer in inputs]
-        self._dtypes = [buffer.dtype for buffer in inputs]
-        self._seen: list[Tensor | None] = [None] * len(inputs)
+        place = {name: position for position, name in enumerate(unit.dims)}
+        self._shapes = [[(size, place.get(str(size), 0)) for size in buffer.shape] for buffer in inputs]
+        caches = [shape for shape, mutated in zip(self._shapes, self._mutated, strict=True) if mutated]
+        self._lasting = sorted({at for shape in caches for size, at in shape if not isinstance(size, int)})
+        self._last: list[int] = []
+        self._seen: list[weakref.ref[Tensor]] = [weakref.ref(_NOTHING)] * len(inputs)
         self._outputs = [(_sizes(buffer, unit.dims), buffer.dtype) for buffer in self.schedule.outputs]
         self._whole = len(unit.segments) == 1
 
@@ -76,34 +84,48 @@ class CppExecutable:
             return outputs
 
     def _take(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """Notes where the inputs lie, and how large they are; most are those of the call before."""
-        seen, kept = self._seen, list(inputs)
-        for index, tensor in enumerate(inputs):
-            if tensor is seen[index]:
-                continue
-            if self._used[index]:
-                kept[index] = tensor = self._usable(index, tensor)
-            self._io[index] = tensor.data_ptr()
-            seen[index] = tensor if tensor is inputs[index] and self._mutated[index] else None
-        self._held = kept  # alive until the next call
+        """Notes where the inputs lie, and how large they are; most are the tensors of the call before."""
+        dims, seen, kept = self._dims, self._seen, list(inputs)
         for position, (index, dim) in enumerate(self._where):
-            self._dims[position] = inputs[index].shape[dim]
+            dims[position] = inputs[index].shape[dim]
+        lasting = [dims[position] for position in self._lasting]
+        if lasting != self._last:
+            seen[:] = [weakref.ref(_NOTHING)] * len(seen)  # of other sizes: all are looked at anew
+        for index, tensor in enumerate(inputs):
+            if seen[index]() is not tensor:
+                kept[index] = usable = self._usable(index, tensor)
+                self._io[index] = usable.data_ptr()
+                if usable is tensor and self._mutated[index]:
+                    seen[index] = weakref.ref(tensor)
+        self._last = lasting
         return kept
 
     def _usable(self, index: int, tensor: Tensor) -> Tensor:
-        name = self.schedule.inputs[index].name
-        if tensor.dtype != self._dtypes[index]:
-            reason = f"it is {tensor.dtype}, and the program was compiled for {self._dtypes[index]}"
-            raise errors.BadInput(argument=name, reason=reason)
+        """The input as generated code can read it, which trusts what it is given."""
+        buffer = self.schedule.inputs[index]
+        wanted = tuple(
+            size if isinstance(size, int) else self._dims[position] for size, position in self._shapes[index]
+        )
+        if tuple(tensor.shape) != wanted:
+            reason = f"its shape is {list(tensor.shape)}, and beside the other inputs it must be {list(wanted)}"
+            raise errors.BadInput(argument=buffer.name, reason=reason)
+        if not self._used[index]:
+            return tensor
+        if tensor.dtype != buffer.dtype:
+            reason = f"it is {tensor.dtype}, and the program was compiled for {buffer.dtype}"
+            raise errors.BadInput(argument=buffer.name, reason=reason)
         if tensor.is_contiguous():
             return tensor
         if self._mutated[index]:
-            raise errors.BadInput(argument=name, reason="a cache that is written to must be contiguous")
+            raise errors.BadInput(argument=buffer.name, reason="a cache that is written to must be contiguous")
         return tensor.contiguous()
 
     def _run(self, first: int, last: int) -> None:
-        if self._library.slim_run(self._state, self._io, self._dims, first, last, torch.get_num_threads()):
+        status = self._library.slim_run(self._state, self._io, self._dims, first, last, torch.get_num_threads())
+        if status == 1:
             raise MemoryError(f"no memory for activations of {dict(zip(self._unit.dims, self._dims, strict=False))}")
+        if status == 2:
+            raise errors.BadInput(argument="indices", reason="one is outside of the table that it picks from")
 
     # -- with PyTorch between segments ---------------------------------------------------------------------------------
 
@@ -135,9 +157,7 @@ class CppExecutable:
                 results[buffer] = value.to(buffer.dtype).contiguous()
                 self._io[self._unit.index[buffer] - base] = results[buffer].data_ptr()
 
-    def _tensor(
-        self, view: View, inputs: list[Tensor], bound: dict[str, int], results: dict[Buffer, Tensor]
-    ) -> Tensor:
+    def _tensor(self, view: View, inputs: list[Tensor], bound: dict[str, int], results: dict[Buffer, Tensor]) -> Tensor:
         """A view of the program's memory as a tensor."""
         buffer = view.buffer
         shape, strides = ([_number(n, bound) for n in sizes] for sizes in (view.shape, view.strides))
@@ -161,6 +181,9 @@ class CppExecutable:
         return torch.frombuffer(memory, dtype=buffer.dtype)
 
 
+_NOTHING = torch.empty(0)
+
+
 def _open(path: Any) -> ctypes.CDLL:
     library = load(path)
     library.slim_create.restype = ctypes.c_void_p
@@ -173,6 +196,11 @@ def _open(path: Any) -> ctypes.CDLL:
     return library
 
 
+def _form(schedule: Schedule, unit: Unit) -> Form:
+    foreign = [Skip(where(region.node), region.reason) for region in schedule.foreign]
+    return Form(len(schedule.regions) - len(foreign), unit.kernels, schedule.segments, foreign)
+
+
 def _is_cache(buffer: Buffer, schedule: Schedule) -> bool:
     return any(buffer in region.writes() for region in schedule.regions)
 
@@ -182,7 +210,7 @@ def _sizes(buffer: Buffer, dims: list[str]) -> Callable[..., tuple[int, ...]]:
     symbols = [sympy.Symbol(name, integer=True, positive=True) for name in dims]
     if all(isinstance(size, int) for size in buffer.shape):
         return lambda *_: buffer.shape
-    return sympy.lambdify(symbols, tuple(buffer.shape), modules="math")  # type: ignore[no-any-return]
+    return sympy.lambdify(symbols, tuple(buffer.shape), modules="math")
 
 
 def _number(size: Size, bound: dict[str, int]) -> int:
@@ -197,6 +225,3 @@ def _map(value: Any, change: Callable[[Any], Any]) -> Any:
     if isinstance(value, dict):
         return {key: _map(item, change) for key, item in value.items()}
     return change(value)
-
-
-__all__ = ["CppExecutable", "fx"]

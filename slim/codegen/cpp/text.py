@@ -153,8 +153,11 @@ class ScalarText:
         inner: statements in it.
     """
 
-    def __init__(self, sizes: Sizes, arguments: Arguments, loop: Loop, lanes: Mapping[int, str] | None = None) -> None:
+    def __init__(
+        self, sizes: Sizes, arguments: Arguments, loop: Loop, lanes: Mapping[int, str] | None = None, tag: str = ""
+    ) -> None:
         self.sizes, self.arguments, self.loop = sizes, arguments, loop
+        self.tag = tag  # tells the variables of two texts in one scope apart
         self.lanes = dict(lanes or {})
         self.outer: list[str] = []
         self.inner: list[str] = []
@@ -197,7 +200,10 @@ class ScalarText:
         assert isinstance(scalar, (Load, Gather))
         terms = self.loop.address(scalar.view.strides, self.sizes, True)
         if isinstance(scalar, Gather):
-            terms += [f"{self._texts[id(index)]} * {self.sizes.text(stride)}" for index, stride in scalar.terms]
+            for index, stride, count in scalar.terms:
+                at = self._texts[id(index)]
+                at = at if count is None else f"t.inside({at}, {self.sizes.text(count)})"
+                terms.append(f"{at} * {self.sizes.text(stride)}")
         place = f"{self.base(scalar.view)}[{' + '.join(terms) or '0'}]"
         return self._statement(scalar, f"({COMPUTED[scalar.dtype]}){place}")
 
@@ -206,7 +212,7 @@ class ScalarText:
 
     def _name(self, text: str, prefix: str, lines: list[str]) -> str:
         if text not in self._named:
-            self._named[text] = f"{prefix}{len(self._named)}"
+            self._named[text] = f"{prefix}{len(self._named)}{self.tag}"
             lines.append(text.replace("@", self._named[text]))
         return self._named[text]
 

@@ -50,9 +50,11 @@ def pick(body: Scalar, shape: Sequence[Size], indexed: dict[int, Scalar], passed
             strides = [0] * len(shape)
             for source, target in passed.items():
                 strides[target] = view.strides[source]
-            terms = [(index, view.strides[d]) for d, index in indexed.items() if not same(view.strides[d], 0)]
+            terms = [
+                (index, view.strides[d], view.shape[d]) for d, index in indexed.items() if not same(view.strides[d], 0)
+            ]
             if isinstance(scalar, Gather):
-                terms += [(rebuild(index, change), stride) for index, stride in scalar.terms]
+                terms += [(rebuild(index, change), *rest) for index, *rest in scalar.terms]
             return Gather(View(view.buffer, shape, strides, view.offset), tuple(terms))
         if isinstance(scalar, Iota):
             strides = [0] * len(shape)
@@ -171,8 +173,10 @@ def full(lowering: Lowering, node: fx.Node) -> Value:
         fill = argument(node, "fill_value")
     elif "scalar_tensor" in name:
         fill = node.args[0]
-    body = cast(SizeOf(lowering.size(fill)), computed(dtype)) if isinstance(fill, fx.Node) else const(
-        fill, computed(dtype)
+    body = (
+        cast(SizeOf(lowering.size(fill)), computed(dtype))
+        if isinstance(fill, fx.Node)
+        else const(fill, computed(dtype))
     )
     return Value(body, shape, dtype)
 

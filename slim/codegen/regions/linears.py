@@ -25,7 +25,7 @@ _FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 def linear(lowering: Lowering, node: fx.Node) -> Value:
     """aten.linear: x [..., n] by W [m, n]."""
     source = _source(lowering, node.args[0])
-    return _product(lowering, node, source, (node.args + (None,))[2])
+    return _product(lowering, node, source, (*node.args, None)[2])
 
 
 def expert_linear(lowering: Lowering, node: fx.Node) -> Value:
@@ -49,9 +49,9 @@ def _bias(lowering: Lowering, bias: Any, source: Source, shape: tuple[Size, ...]
     if source.expert is None:
         return cast(expand(lowering.plain(lowering.value(bias)), shape), F32)
     held = lowering.view(bias)
-    chosen = Load(source.expert.reshape((*shape[:-1], 1)).expand(shape))
+    chosen = Load(source.expert.unsqueeze(1).expand(shape))
     row = View(held.buffer, shape, (0,) * (len(shape) - 1) + (held.strides[1],), held.offset)
-    return cast(Gather(row, ((chosen, held.strides[0]),)), F32)
+    return cast(Gather(row, ((chosen, held.strides[0], None),)), F32)
 
 
 def _source(lowering: Lowering, x: Any) -> Source:

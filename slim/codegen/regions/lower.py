@@ -33,7 +33,7 @@ from slim.codegen.regions.scalars import (
     remap,
     walk,
 )
-from slim.codegen.regions.schedule import Foreign, Norm, Pointwise, Product, Reduce, Region, Schedule
+from slim.codegen.regions.schedule import Foreign, Norm, Pointwise, Product, Region, Schedule
 from slim.codegen.regions.views import Buffer, Size, View, contiguous_strides, same
 from slim.compiler.program import Program
 from slim.compiler.types import expression
@@ -79,7 +79,7 @@ class Lowering:
         self.node: fx.Node = next(iter(program.graph.nodes))
         self.writer: dict[Buffer, int] = {}  # buffer -> the region that wrote it last
         self._weights: dict[str, Buffer] = {}
-        self._consts: dict[int, Any] = {}
+        self._stored: dict[int, tuple[Scalar, View]] = {}  # id of a body -> that body, and where its numbers lie
 
     def run(self) -> Schedule:
         self._declare_inputs()
@@ -176,21 +176,26 @@ class Lowering:
         """``node`` in memory, strided as it comes."""
         return self.store(self.value(node))
 
-    def rows(self, node: Any) -> View:
-        """``node`` in memory, its last dimension contiguous."""
+    def rows(self, node: Any, dtype: torch.dtype | None = None) -> View:
+        """``node`` in memory, its last dimension contiguous; as ``dtype`` where a kernel reads nothing else."""
         value = self.value(node)
         view = self.store(value)
-        if same(view.strides[-1], 1) or same(view.shape[-1], 1):
+        dense = same(view.strides[-1], 1) or same(view.shape[-1], 1)
+        if dense and dtype in (None, view.buffer.dtype):
             return view
         return self.store(value, fresh=True)
 
     def store(self, value: Value, out: View | None = None, fresh: bool = False) -> View:
         """Makes the region that computes ``value``, into ``out`` or new memory; nothing where it lies in memory."""
-        if out is None and not fresh and isinstance(value.body, Load):
-            return value.body.view
+        if out is None and not fresh:
+            if isinstance(value.body, Load):
+                return value.body.view
+            if id(value.body) in self._stored:  # a mask that every layer reads
+                return self._stored[id(value.body)][1]
         if out is None:
             out = self.temp(value.shape, value.dtype).view()
-        body = self._one_anchor(value.body)
+        self._stored.setdefault(id(value.body), (value.body, out))
+        body = self._one_anchor(value.body, value.shape)
         anchors = lanes(body)
         if not anchors:
             self.emit(Pointwise(self.node, out, body))
@@ -201,15 +206,16 @@ class Lowering:
             self.emit(anchors[0])
         return out
 
-    def _one_anchor(self, body: Scalar) -> Scalar:
+    def _one_anchor(self, body: Scalar, shape: Sequence[Size]) -> Scalar:
         """``body`` over lanes that one region can compute; the other anchors are stored first."""
         anchors = lanes(body)
         kept = linears.together(anchors)
         for anchor in anchors:
             if anchor not in kept:
                 view = self.store(Value(Lane(anchor), anchor.shape, F32))
-                load = Load(view)
-                body = rebuild(body, lambda s, a=anchor, l=load: l if isinstance(s, Lane) and s.anchor is a else None)
+                held = view.reshape(shape)
+                assert held is not None, "a new buffer is contiguous"
+                body = _without(body, anchor, Load(held))
         return body
 
     def emit(self, region: Region) -> None:
@@ -260,11 +266,16 @@ class Lowering:
         return tuple(values) if isinstance(node.meta["val"], (tuple, list)) else values[0]
 
     def _outputs(self, node: fx.Node) -> None:
-        for index, result in enumerate(node.args[0]):  # type: ignore[union-attr, arg-type]
+        for index, result in enumerate(node.args[0]):  # type: ignore[arg-type]
             value = self.value(result)
             buffer = Buffer("output", f"output_{index}", value.dtype, value.shape)
             self.schedule.outputs.append(buffer)
             self.store(value, buffer.view())
+
+
+def _without(body: Scalar, anchor: Any, load: Load) -> Scalar:
+    """``body`` with the stored results of ``anchor`` in place of its lane."""
+    return rebuild(body, lambda scalar: load if isinstance(scalar, Lane) and scalar.anchor is anchor else None)
 
 
 def _is_free(body: Scalar) -> bool:
@@ -287,9 +298,7 @@ def _pointwise(lowering: Lowering, node: fx.Node) -> Value:
     return Value(build(operands, options, computed(dtype)), shape, dtype)
 
 
-def split_arguments(
-    lowering: Lowering, node: fx.Node, shape: Sequence[Size]
-) -> tuple[list[Scalar], dict[str, Any]]:
+def split_arguments(lowering: Lowering, node: fx.Node, shape: Sequence[Size]) -> tuple[list[Scalar], dict[str, Any]]:
     """(tensors and numbers of a pointwise node as scalars over ``shape``, its options by name)."""
     schema = node.target._schema  # type: ignore[union-attr]
     operands: list[Scalar] = []
@@ -305,8 +314,10 @@ def split_arguments(
         elif isinstance(value, fx.Node):
             scalar = SizeOf(lowering.size(value))
         elif isinstance(value, (int, float)) and kind in ("number", "Scalar", "Tensor", "Optional[number]"):
-            scalar = const(value, I64 if type(value) is int else F32) if type(value) is not bool else Const(
-                value, torch.bool
+            scalar = (
+                const(value, I64 if type(value) is int else F32)
+                if type(value) is not bool
+                else Const(value, torch.bool)
             )
         else:
             options[argument.name] = value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import fx
 
 from slim.codegen.regions import linears
 from slim.codegen.regions.lower import Lowering, Unsupported, handles
-from slim.codegen.regions.pointwise import const, op
+from slim.codegen.regions.pointwise import op
 from slim.codegen.regions.scalars import BOOL, F32, Lane, Load, Op, Scalar, SizeOf, Value, cast, computed, expand
 from slim.codegen.regions.schedule import Norm, Reduce, Scan, TopK
 from slim.codegen.regions.views import Size, View
@@ -63,7 +64,7 @@ def _inverse(order: Sequence[int]) -> list[int]:
 
 # -- reductions --------------------------------------------------------------------------------------------------------
 
-_KINDS = {
+_KINDS: dict[Any, str] = {
     aten.sum.dim_IntList: "sum", aten.sum.default: "sum", aten.mean.dim: "mean", aten.mean.default: "mean",
     aten.amax.default: "max", aten.amin.default: "min", aten.any.default: "any", aten.any.dim: "any",
     aten.any.dims: "any", aten.all.default: "all", aten.all.dim: "all", aten.prod.dim_int: "prod",
@@ -101,14 +102,12 @@ def reduced(lowering: Lowering, node: fx.Node, kind: str, x: Value, dims: Any, k
     if kind == "mean":
         count = math.prod(x.shape[d] for d in away)
         result = op("div", result, cast(SizeOf(count), F32))
-    value = Value(result, shape, dtype)
-    region_shape = shape
-    value = Value(Load(lowering.store(Value(result, region_shape, dtype))), shape, dtype)
+    value = Value(Load(lowering.store(Value(result, shape, dtype))), shape, dtype)
     if not keep:
         return value
     for dim in away:
         shape = (*shape[:dim], 1, *shape[dim:])
-        value = lowering.remapped(value, shape, lambda leaf, d=dim: leaf.unsqueeze(d))
+        value = lowering.remapped(value, shape, methodcaller("unsqueeze", dim))
     return value
 
 
@@ -170,7 +169,6 @@ def matmul(lowering: Lowering, node: fx.Node) -> Value:
         raise Unsupported(f"{node.target} of a vector has no kernel")
     depth = a.shape[-1]
     space = (*shape, depth)
-    rank = len(shape)
     left = lowering.remapped(a, (*a.shape[:-1], 1, depth), lambda leaf: leaf.unsqueeze(len(leaf.shape) - 1))
     order = [*range(len(b.shape) - 2), len(b.shape) - 1, len(b.shape) - 2]
     right = _permuted(lowering, b, order)
@@ -179,5 +177,4 @@ def matmul(lowering: Lowering, node: fx.Node) -> Value:
     )
     body = Op("mul", (cast(expand(left, space), F32), cast(expand(right, space), F32)), F32)
     region = Reduce(node, "sum", body, space, 1)
-    assert rank == len(shape)
     return Value(Load(lowering.store(Value(Lane(region), shape, dtype))), shape, dtype)

@@ -63,10 +63,13 @@ class Load(Scalar):
 
 @dataclass(eq=False)
 class Gather(Scalar):
-    """A load whose address also depends on computed indices: (index, stride) in elements."""
+    """A load whose address also depends on computed indices: (index, stride in elements, how many there are).
+
+    An index that is not below its number is a fault of the caller's; where that is None it cannot be.
+    """
 
     view: View
-    terms: tuple[tuple[Scalar, Size], ...]
+    terms: tuple[tuple[Scalar, Size, Size | None], ...]
 
     @property
     def dtype(self) -> torch.dtype:  # type: ignore[override]
@@ -74,7 +77,7 @@ class Gather(Scalar):
 
     @property
     def children(self) -> tuple[Scalar, ...]:
-        return tuple(index for index, _ in self.terms)
+        return tuple(index for index, _, _ in self.terms)
 
 
 @dataclass(eq=False)
@@ -153,18 +156,21 @@ def _with_children(scalar: Scalar, children: tuple[Scalar, ...]) -> Scalar:
     if isinstance(scalar, Op):
         return Op(scalar.name, children, scalar.dtype)
     assert isinstance(scalar, Gather)
-    terms = tuple((index, stride) for index, (_, stride) in zip(children, scalar.terms, strict=True))
+    terms = tuple((index, *rest) for index, (_, *rest) in zip(children, scalar.terms, strict=True))
     return Gather(scalar.view, terms)
 
 
-def remap(body: Scalar, move: Callable[[Any], Any | None]) -> Scalar | None:
-    """The tree over another index space: ``move`` maps the affine map of each leaf; None where one cannot be."""
+def remap(body: Scalar, move: Callable[[Any], Any | None], *, rows: bool = False) -> Scalar | None:
+    """The tree over another index space: ``move`` maps the affine map of each leaf; None where one cannot be.
+
+    ``rows`` says that ``move`` keeps rows of the last dimension whole and in order, so that anchors may stay.
+    """
     failed = False
 
     def change(scalar: Scalar) -> Scalar | None:
         nonlocal failed
         if isinstance(scalar, Lane):
-            failed = True
+            failed = failed or not rows
             return None
         moved = None
         if isinstance(scalar, (Load, Gather)):
@@ -179,7 +185,7 @@ def remap(body: Scalar, move: Callable[[Any], Any | None]) -> Scalar | None:
         if isinstance(scalar, Load):
             return Load(moved)
         if isinstance(scalar, Gather):
-            terms = tuple((rebuild(index, change), stride) for index, stride in scalar.terms)
+            terms = tuple((rebuild(index, change), *rest) for index, *rest in scalar.terms)
             return Gather(moved, terms)
         return Iota(moved)
 

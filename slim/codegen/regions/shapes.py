@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from operator import methodcaller
 from typing import Any
 
 import torch
 from torch import fx
 
 from slim.codegen.regions.lower import Lowering, Unsupported, handles
-from slim.codegen.regions.scalars import Load, Value, cast, computed, expand, remap
-from slim.codegen.regions.views import Size
+from slim.codegen.regions.scalars import Load, Value, cast, computed, expand, lanes, remap
+from slim.codegen.regions.schedule import Product
+from slim.codegen.regions.views import Size, same
 from slim.compiler.rules import argument
 
 aten = torch.ops.aten
@@ -21,23 +24,19 @@ aten = torch.ops.aten
 def reshape(lowering: Lowering, node: fx.Node) -> Value:
     """The same numbers in the same order."""
     shape, dtype = lowering.type(node)
-    value = lowering.plain(lowering.value(node.args[0]))
-    body = remap(value.body, lambda leaf: leaf.reshape(shape))
-    if body is None:
-        moved = lowering.store(value, fresh=not isinstance(value.body, Load) or _scattered(value, shape))
-        body = Load(moved.reshape(shape))
-    return Value(body, shape, dtype)
-
-
-def _scattered(value: Value, shape: Sequence[Size]) -> bool:
-    assert isinstance(value.body, Load)
-    return value.body.view.reshape(shape) is None
+    value = lowering.value(node.args[0])
+    anchors = lanes(value.body)
+    if anchors and all(isinstance(a, Product) for a in anchors) and shape and same(value.shape[-1], shape[-1]):
+        body = remap(value.body, lambda leaf: leaf.reshape(shape), rows=True)  # rows stay rows, whatever their number
+        if body is not None:
+            return Value(body, shape, dtype)
+    return flattened(lowering, lowering.plain(value), shape)
 
 
 @handles(aten.transpose.int, aten.permute.default, aten.t.default, aten.numpy_T.default, aten.mT.default)
 def permute(lowering: Lowering, node: fx.Node) -> Value:
     """Dimensions in another order."""
-    shape, dtype = lowering.type(node)
+    shape, _ = lowering.type(node)
     rank = len(shape)
     order = list(range(rank))
     if node.target is aten.transpose.int:
@@ -88,8 +87,34 @@ def repeat(lowering: Lowering, node: fx.Node) -> Value:
         mixed += [1, size]
         spread += [count, size]
     parted = lowering.remapped(value, mixed, lambda leaf: leaf.reshape(mixed))
-    copied = Value(expand(parted, spread), tuple(spread), dtype)
-    return lowering.remapped(copied, shape, lambda leaf: leaf.reshape(shape))
+    return flattened(lowering, Value(expand(parted, spread), tuple(spread), dtype), shape)
+
+
+@handles(aten.repeat_interleave.self_int)
+def repeat_interleave(lowering: Lowering, node: fx.Node) -> Value:
+    """Each index of one dimension several times in a row."""
+    shape, dtype = lowering.type(node)
+    value = lowering.plain(lowering.value(node.args[0]))
+    dim, count = argument(node, "dim"), lowering.size(node.args[1])
+    if dim is None:
+        value = lowering.remapped(value, (math.prod(value.shape),), lambda leaf: leaf.reshape((math.prod(leaf.shape),)))
+        dim = 0
+    dim = int(dim) % len(value.shape)
+    parted = lowering.remapped(
+        value, (*value.shape[: dim + 1], 1, *value.shape[dim + 1 :]), lambda leaf: leaf.unsqueeze(dim + 1)
+    )
+    spread = (*value.shape[: dim + 1], count, *value.shape[dim + 1 :])
+    return flattened(lowering, Value(expand(parted, spread), spread, dtype), shape)
+
+
+def flattened(lowering: Lowering, value: Value, shape: Sequence[Size]) -> Value:
+    """``value`` under another shape: computed into memory where its maps cannot express it."""
+    body = remap(value.body, lambda leaf: leaf.reshape(shape))
+    if body is None:
+        held = lowering.store(value, fresh=True).reshape(shape)
+        assert held is not None, "a new buffer is contiguous"
+        body = Load(held)
+    return Value(body, tuple(shape), value.dtype)
 
 
 @handles(aten.slice.Tensor)
@@ -132,11 +157,11 @@ def split(lowering: Lowering, node: fx.Node) -> tuple[Value, ...]:
     for part in node.meta["val"]:
         shape = tuple(lowering.size(size) for size in part.shape)
         if node.target is aten.unbind.int:
-            parts.append(lowering.remapped(held, shape, lambda leaf, s=start: leaf.select(dim, s)))
+            parts.append(lowering.remapped(held, shape, methodcaller("select", dim, start)))
             start += 1
         else:
             length = shape[dim]
-            parts.append(lowering.remapped(held, shape, lambda leaf, s=start, n=length: leaf.slice(dim, s, n)))
+            parts.append(lowering.remapped(held, shape, methodcaller("slice", dim, start, length)))
             start = start + length
     return tuple(parts)
 

@@ -194,7 +194,6 @@ def divided(a: Size, b: Size) -> Size | None:
 @functools.lru_cache(maxsize=65536)
 def _divided(a: sympy.Expr, b: sympy.Expr) -> sympy.Expr | None:
     quotient = sympy.cancel(sympy.expand(a) / b)
-    numerator, denominator = quotient.as_numer_denom()
-    if denominator != 1:
+    if quotient.as_numer_denom()[1] != 1:
         return None
     return int(quotient) if quotient.is_Integer else quotient

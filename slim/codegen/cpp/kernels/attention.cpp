@@ -8,16 +8,16 @@ namespace {
 // Scratch, in floats: for each thread what Packed points to, then slots for what units of few rows sum up by chunks of
 // keys.
 struct Layout {
-    i64 q, out, totals, keys, values, row, weights, thread, slot;
+    i64 q, out, rows, keys, values, turned, weights, thread, slot;
 
     Layout(i64 key_width, i64 value_width) {
         q = 0;
         out = q + MANY_ROWS * padded(key_width);
-        totals = out + MANY_ROWS * padded(value_width);
-        keys = totals + padded(2 * MANY_ROWS);
+        rows = out + MANY_ROWS * padded(value_width);
+        keys = rows + padded(MANY_ROWS * (i64)(sizeof(Row) / sizeof(float)));
         values = keys + padded(key_width) * KEY_BLOCK;
-        row = values + KEY_BLOCK * padded(value_width);
-        weights = row + 4 * padded(key_width);
+        turned = values + KEY_BLOCK * padded(value_width);
+        weights = turned + 4 * padded(key_width);
         thread = weights + FEW_ROWS * KEY_BLOCK;
         slot = padded(2 * FEW_ROWS) + FEW_ROWS * padded(value_width);
     }
@@ -69,7 +69,7 @@ Split split_many(const Attention& a, i64 threads) {
     return split;
 }
 
-// Piece `unit` of batch * kv_heads * split.rows(); the last queries, which see most keys, come first.
+// The rows of one unit of batch * kv_heads * split.rows(); the last queries, which see most keys, come first.
 Rows rows_of(const Attention& a, const Split& split, i64 unit) {
     i64 pairs = a.batch * a.kv_heads * split.head_groups;
     i64 block = split.query_blocks - 1 - unit / pairs, pair = unit % pairs / split.head_groups;
@@ -95,7 +95,7 @@ void append_all(Thread& thread, const Attention& a, float* row) {
     thread.barrier();
 }
 
-// Adds what one row summed over a later chunk of keys.
+// Adds what one row summed over another chunk of keys.
 void join(Total& total, float* summed, Total next, const float* other, i64 width) {
     float max = next.max > total.max ? next.max : total.max, base = max == -INFINITY ? 0.0f : max;
     float keep = exp_f(total.max - base), add = exp_f(next.max - base);
@@ -103,20 +103,22 @@ void join(Total& total, float* summed, Total next, const float* other, i64 width
     total = {max, total.sum * keep + next.sum * add};
 }
 
-void join_chunks(Thread& thread, const Attention& a, const Split& split, const Layout& layout, float* slots) {
+void join_chunks(Thread& thread, const Attention& a, const Split& split, const Layout& layout, float* slots,
+                 Row* list) {
     i64 width = padded(a.value_width);
     thread.share(a.batch * a.kv_heads * split.head_groups, 1, [&](i64 begin, i64 end) {
         for (i64 unit = begin; unit < end; unit++) {
             Rows rows = rows_of(a, split, unit);
-            float* slot = slots + unit * split.chunks * layout.slot;
+            list_rows(a, rows, list);
             for (i64 r = 0; r < rows.count(); r++) {
-                Total total = ((const Total*)slot)[r];
+                float* slot = slots + unit * split.chunks * layout.slot;
                 float* summed = slot + padded(2 * FEW_ROWS) + r * width;
+                list[r].total = ((const Total*)slot)[r];
                 for (i64 c = 1; c < split.chunks; c++) {
-                    const float* next = slot + c * layout.slot;
-                    join(total, summed, ((const Total*)next)[r], summed + c * layout.slot, width);
+                    Total next = ((const Total*)(slot + c * layout.slot))[r];
+                    join(list[r].total, summed, next, summed + c * layout.slot, width);
                 }
-                finish_few(a, rows, r, summed, total.sum);
+                finish_few(a, rows.batch, list[r], summed);
             }
         }
     });
@@ -127,38 +129,41 @@ void run_few(Thread& thread, const Attention& a, const Source<T>& source, const 
     i64 threads = thread.team.size;
     Split split = split_few(a, threads);
     float* slots = (float*)a.scratch + threads * layout.thread;
-    // The rows of one unit are appended by who reads them, where nobody else does.
+    Few few{own + layout.q,       own + layout.out,    (Row*)(own + layout.rows),
+            own + layout.weights, padded(a.key_width), padded(a.value_width)};
+    // New keys and values are appended by who reads them, where nobody else does.
     bool alone = split.head_groups == 1 && (split.chunks == 1 || a.queries == 1);
-    if (a.k_cache && !alone) append_all<T>(thread, a, own + layout.row);
+    if (a.k_cache && !alone) append_all<T>(thread, a, own + layout.turned);
     i64 units = a.batch * a.kv_heads * split.head_groups;
     thread.share(units * split.chunks, 1, [&](i64 begin, i64 end) {
         for (i64 piece = begin; piece < end; piece++) {
             i64 unit = piece / split.chunks, chunk = piece % split.chunks;
             Rows rows = rows_of(a, split, unit);
-            float* slot = split.chunks == 1 ? own + layout.totals : slots + piece * layout.slot;
-            float* summed = split.chunks == 1 ? own + layout.out : slot + padded(2 * FEW_ROWS);
-            Few few{own + layout.q,       summed, (Total*)slot, own + layout.weights, padded(a.key_width),
-                    padded(a.value_width)};
-            begin_few(a, rows, few, chunk == 0, own + layout.row);
+            float* slot = slots + piece * layout.slot;
+            if (split.chunks > 1) few.out = slot + padded(2 * FEW_ROWS);
+            begin_few(a, rows, few, own + layout.turned);
+            for (i64 r = 0; chunk == 0 && r < rows.count(); r++) add_sink(a, few.rows[r]);
             if (a.k_cache && alone && chunk == split.chunks - 1)
-                for (i64 i = 0; i < a.queries; i++) append<T>(a, rows.batch, rows.kv_head, i, own + layout.row);
+                for (i64 i = 0; i < a.queries; i++) append<T>(a, rows.batch, rows.kv_head, i, own + layout.turned);
             i64 first = split.keys.first + chunk * split.chunk;
             attend_few(a, source, rows, {first, least(first + split.chunk, split.keys.last)}, few);
-            if (split.chunks > 1) continue;
-            for (i64 r = 0; r < rows.count(); r++) finish_few(a, rows, r, summed + r * few.out_row, few.totals[r].sum);
+            for (i64 r = 0; r < rows.count(); r++) {
+                if (split.chunks > 1) ((Total*)slot)[r] = few.rows[r].total;
+                else finish_few(a, rows.batch, few.rows[r], few.out + r * few.out_row);
+            }
         }
     });
     if (split.chunks == 1) return;
     thread.barrier();
-    join_chunks(thread, a, split, layout, slots);
+    join_chunks(thread, a, split, layout, slots, few.rows);
 }
 
 template <class T>
 void run_many(Thread& thread, const Attention& a, const Source<T>& source, const Layout& layout, float* own) {
-    if (a.k_cache) append_all<T>(thread, a, own + layout.row);
+    if (a.k_cache) append_all<T>(thread, a, own + layout.turned);
     Split split = split_many(a, thread.team.size);
-    Packed packed{own + layout.q,      own + layout.out, (Total*)(own + layout.totals), own + layout.keys,
-                  own + layout.values, own + layout.row, own + layout.weights,          padded(a.key_width),
+    Packed packed{own + layout.q,      own + layout.out,    (Row*)(own + layout.rows), own + layout.keys,
+                  own + layout.values, own + layout.turned, own + layout.weights,          padded(a.key_width),
                   padded(a.value_width)};
     thread.share(a.batch * a.kv_heads * split.rows(), 1, [&](i64 begin, i64 end) {
         for (i64 unit = begin; unit < end; unit++) attend_many(a, source, rows_of(a, split, unit), packed);

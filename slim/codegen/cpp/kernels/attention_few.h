@@ -98,35 +98,40 @@ template <class Tile>
 void tile_rows(i64 rows, Tile&& tile) {
     i64 row = 0;
     for (; row + ROW_TILE <= rows; row += ROW_TILE) tile(row, std::integral_constant<int, ROW_TILE>{});
-    switch (rows - row) {
+    switch (rows - row) {  // what cannot be left over gets the code of 1
         case 3: return tile(row, std::integral_constant<int, ROW_TILE < 3 ? 1 : 3>{});
         case 2: return tile(row, std::integral_constant<int, ROW_TILE < 2 ? 1 : 2>{});
         case 1: return tile(row, std::integral_constant<int, 1>{});
     }
 }
 
-// One unit's rows: queries as `dots` wants them, totals, and values summed so far, in vectors as they were read.
+// One unit's rows: queries as `dots` wants them, and values summed so far, in vectors as they were read.
 struct Few {
     float* q;
     float* out;
-    Total* totals;
+    Row* rows;
     float* weights;  // [FEW_ROWS][KEY_BLOCK]
     i64 q_row, out_row;
 };
 
-// Loads and rotates the queries. `row` holds key_width floats.
-inline void begin_few(const Attention& a, const Rows& rows, const Few& few, bool first_chunk, float* row) {
+// Loads and rotates the queries. `turned` holds key_width floats.
+inline void begin_few(const Attention& a, const Rows& rows, const Few& few, float* turned) {
+    list_rows(a, rows, few.rows);
     for (i64 r = 0; r < rows.count(); r++) {
-        rotate_query(a, rows, r, row);
+        rotate_query(a, rows.batch, few.rows[r], turned);
         float* q = few.q + r * few.q_row;
-        i64 vectors = vectors_of(a.key_width);
-        for (i64 n = 0; n < vectors; n++) {
+        for (i64 n = 0; n < vectors_of(a.key_width); n++) {
             i64 at = vector_start(n, a.key_width);
-            for (i64 p = 0; p < LANES; p++) q[n * LANES + p] = at + p < n * LANES ? 0.0f : row[at + p];
+            for (i64 p = 0; p < LANES; p++) q[n * LANES + p] = at + p < n * LANES ? 0.0f : turned[at + p];
         }
-        few.totals[r] = first_chunk ? total_before(a, rows.head_of(r)) : Total{-INFINITY, 0.0f};
         std::memset(few.out + r * few.out_row, 0, sizeof(float) * (size_t)few.out_row);
     }
+}
+
+// Asks for a row ahead of its use: blocks of keys and of values alternate, which the processor does not foresee.
+template <class T>
+inline void fetch(const T* row, i64 width) {
+    for (i64 p = 0; p < width; p += 64 / (i64)sizeof(T)) __builtin_prefetch(row + p);
 }
 
 // Sums weighted values of keys.first..keys.last - 1.
@@ -137,33 +142,39 @@ void attend_few(const Attention& a, const Source<T>& source, const Rows& rows, R
         i64 count = least(KEY_BLOCK, keys.last - first);
         for (i64 j = 0; j < count; j += 4) {
             const T* four[4];
-            for (i64 i = 0; i < 4; i++) four[i] = source.key(rows.batch, rows.kv_head, first + least(j + i, count - 1));
+            for (i64 i = 0; i < 4; i++) {
+                i64 index = first + least(j + i, count - 1);
+                four[i] = source.key(rows.batch, rows.kv_head, index);
+                fetch(source.value(rows.batch, rows.kv_head, index), a.value_width);
+            }
             tile_rows(rows.count(), [&](i64 r, auto size) {
                 dots<T, size>(four, a.key_width, few.q + r * few.q_row, few.q_row, weights + r * KEY_BLOCK + j);
             });
         }
         for (i64 r = 0; r < rows.count(); r++) {
-            Range seen = seen_by(a, rows.query_of(r));
-            seen = {most(seen.first, keys.first), least(seen.last, keys.last)};
-            adjust(a, rows, r, first, seen, weights + r * KEY_BLOCK);
-            float shrink = weigh(weights + r * KEY_BLOCK, few.totals[r]);
+            Row& row = few.rows[r];
+            float* s = weights + r * KEY_BLOCK;
+            adjust(a, rows.batch, row, first, {row.seen.first, least(row.seen.last, keys.last)}, s);
+            float shrink = weigh(s, row.total);
             if (shrink != 1.0f) scale_row(few.out + r * few.out_row, few.out_row, shrink);
         }
         for (i64 j = 0; j < count; j += VALUE_STEP) {
             const T* value = source.value(rows.batch, rows.kv_head, first + j);
             i64 step = least(VALUE_STEP, count - j);
+            for (i64 i = j; i < j + step && first + KEY_BLOCK + i < keys.last; i++)
+                fetch(source.key(rows.batch, rows.kv_head, first + KEY_BLOCK + i), a.key_width);
             tile_rows(rows.count(), [&](i64 r, auto size) {
-                const float* w = weights + r * KEY_BLOCK + j;
-                mix_tile<T, size>(value, source.v_token, step, a.value_width, w, few.out + r * few.out_row, few.out_row);
+                mix_tile<T, size>(value, source.v_token, step, a.value_width, weights + r * KEY_BLOCK + j,
+                                  few.out + r * few.out_row, few.out_row);
             });
         }
     }
 }
 
 // Stores what `attend_few` summed.
-inline void finish_few(const Attention& a, const Rows& rows, i64 row, const float* summed, float sum) {
-    float* out = a.out + rows.batch * a.out_batch + rows.head_of(row) * a.out_head + rows.query_of(row) * a.out_token;
-    float factor = inverse(sum);
+inline void finish_few(const Attention& a, i64 batch, const Row& row, const float* summed) {
+    float* out = out_of(a, batch, row);
+    float factor = inverse(row.total.sum);
     for (i64 n = 0; n < vectors_of(a.value_width); n++)
         store(out + vector_start(n, a.value_width), load(summed + n * LANES) * factor);
 }

@@ -5,7 +5,7 @@
 namespace slim {
 namespace {
 
-constexpr i64 MANY_ROWS = 96;  // of one unit: what packing a block of keys is spread over
+constexpr i64 MANY_ROWS = 192;  // of one unit: what packing a block of keys is spread over
 constexpr int TILE_ROWS = 6;
 constexpr int TILE_VECTORS = LANES == 8 ? 2 : 4;  // 6 x 4 sums need 32 registers, 6 x 2 need 16
 
@@ -13,11 +13,11 @@ constexpr int TILE_VECTORS = LANES == 8 ? 2 : 4;  // 6 x 4 sums need 32 register
 struct Packed {
     float* q;       // [MANY_ROWS][padded key_width], rotated and scaled
     float* out;     // [MANY_ROWS][padded value_width]
-    Total* totals;  // [MANY_ROWS]
+    Row* rows;      // [MANY_ROWS]
     float* keys;    // [key_width][KEY_BLOCK]
     float* values;  // [KEY_BLOCK][padded value_width]
-    float* row;     // [4][padded key_width]
-    float* weights; // [TILE_ROWS][KEY_BLOCK]
+    float* turned;  // [4][padded key_width]
+    float* weights;  // [TILE_ROWS][KEY_BLOCK]
     i64 q_row, value_row;
 };
 
@@ -37,6 +37,21 @@ void multiply(const float* x, i64 x_row, const float* y, i64 y_row, i64 depth, f
     }
     for (int r = 0; r < TILE_ROWS; r++)
         for (int n = 0; n < N; n++) store(z + r * z_row + n * LANES, acc[r][n]);
+}
+
+// The same for any number of vectors.
+template <bool ADD>
+void multiply(const float* x, i64 x_row, const float* y, i64 y_row, i64 depth, float* z, i64 z_row, i64 vectors) {
+    for (; vectors >= TILE_VECTORS; vectors -= TILE_VECTORS) {
+        multiply<TILE_VECTORS, ADD>(x, x_row, y, y_row, depth, z, z_row);
+        y += TILE_VECTORS * LANES;
+        z += TILE_VECTORS * LANES;
+    }
+    switch (vectors) {  // what cannot be left over gets the code of 1
+        case 3: return multiply<TILE_VECTORS < 3 ? 1 : 3, ADD>(x, x_row, y, y_row, depth, z, z_row);
+        case 2: return multiply<TILE_VECTORS < 2 ? 1 : 2, ADD>(x, x_row, y, y_row, depth, z, z_row);
+        case 1: return multiply<1, ADD>(x, x_row, y, y_row, depth, z, z_row);
+    }
 }
 
 // Four rows of `width` floats become columns `column`..column + 3 of `packed`.
@@ -70,7 +85,7 @@ void pack_keys(const Attention& a, const Source<T>& source, const Rows& rows, i6
         for (i64 i = 0; i < 4; i++) {
             i64 index = first + least(j + i, count - 1);
             const T* key = source.key(rows.batch, rows.kv_head, index);
-            float* row = own.row + i * own.q_row;
+            float* row = own.turned + i * own.q_row;
             four[i] = row;
             if constexpr (sizeof(T) == sizeof(float)) {
                 if (source.turn) rotate(a, rows.batch, index, key, 1.0f, row);
@@ -90,43 +105,24 @@ void pack_values(const Attention& a, const Source<T>& source, const Rows& rows, 
         widen(source.value(rows.batch, rows.kv_head, first + j), a.value_width, own.values + j * own.value_row);
 }
 
-// out[TILE_ROWS] += weights x values, for keys begin..end - 1 of the block.
-inline void add_values(const Attention& a, const float* weights, i64 begin, i64 end, float* out, const Packed& own) {
-    const float* x = weights + begin;
-    const float* y = own.values + begin * own.value_row;
-    i64 depth = end - begin, vectors = vectors_of(a.value_width), n = 0, row = own.value_row;
-    for (; n + TILE_VECTORS <= vectors; n += TILE_VECTORS)
-        multiply<TILE_VECTORS, true>(x, KEY_BLOCK, y + n * LANES, row, depth, out + n * LANES, row);
-    switch (vectors - n) {
-        case 3: return multiply<3, true>(x, KEY_BLOCK, y + n * LANES, row, depth, out + n * LANES, row);
-        case 2: return multiply<2, true>(x, KEY_BLOCK, y + n * LANES, row, depth, out + n * LANES, row);
-        case 1: return multiply<1, true>(x, KEY_BLOCK, y + n * LANES, row, depth, out + n * LANES, row);
-    }
-}
-
 // TILE_ROWS rows from `row` on against the packed block of keys first..last - 1.
 inline void attend_tile(const Attention& a, const Rows& rows, i64 row, i64 first, i64 last, const Packed& own) {
     i64 end_row = least(row + TILE_ROWS, rows.count());
-    Range tile{seen_by(a, rows.query_of(row)).first, seen_by(a, rows.query_of(end_row - 1)).last};
-    i64 begin = most(tile.first - first, 0), end = least(tile.last, last) - first;
+    i64 begin = most(own.rows[row].seen.first - first, 0);
+    i64 end = least(own.rows[end_row - 1].seen.last, last) - first;
     if (begin >= end) return;
-    float* weights = own.weights;
-    constexpr i64 step = TILE_VECTORS * LANES;
-    for (i64 j = begin / step * step; j < end; j += step)
-        multiply<TILE_VECTORS, false>(own.q + row * own.q_row, own.q_row, own.keys + j, KEY_BLOCK, a.key_width,
-                                      weights + j, KEY_BLOCK);
-    for (i64 r = row; r < row + TILE_ROWS; r++) {
-        float* s = weights + (r - row) * KEY_BLOCK;
-        if (r >= end_row) {
-            std::memset(s, 0, KEY_BLOCK * sizeof(float));
-            continue;
-        }
-        Range seen = seen_by(a, rows.query_of(r));
-        adjust(a, rows, r, first, {seen.first, least(seen.last, last)}, s);
-        float shrink = weigh(s, own.totals[r]);
+    i64 column = begin / LANES * LANES;
+    multiply<false>(own.q + row * own.q_row, own.q_row, own.keys + column, KEY_BLOCK, a.key_width, own.weights + column,
+                    KEY_BLOCK, vectors_of(end - column));
+    for (i64 r = row; r < end_row; r++) {
+        float* s = own.weights + (r - row) * KEY_BLOCK;
+        Range seen = own.rows[r].seen;
+        adjust(a, rows.batch, own.rows[r], first, {seen.first, least(seen.last, last)}, s);
+        float shrink = weigh(s, own.rows[r].total);
         if (shrink != 1.0f) scale_row(own.out + r * own.value_row, own.value_row, shrink);
     }
-    add_values(a, weights, begin, end, own.out + row * own.value_row, own);
+    multiply<true>(own.weights + begin, KEY_BLOCK, own.values + begin * own.value_row, own.value_row, end - begin,
+                   own.out + row * own.value_row, own.value_row, vectors_of(a.value_width));
 }
 
 template <class T>
@@ -134,9 +130,10 @@ void attend_many(const Attention& a, const Source<T>& source, const Rows& rows, 
     i64 count = rows.count(), tiled = (count + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
     std::memset(own.out, 0, sizeof(float) * (size_t)(tiled * own.value_row));
     std::memset(own.q + count * own.q_row, 0, sizeof(float) * (size_t)((tiled - count) * own.q_row));
+    list_rows(a, rows, own.rows);
     for (i64 r = 0; r < count; r++) {
-        rotate_query(a, rows, r, own.q + r * own.q_row);
-        own.totals[r] = total_before(a, rows.head_of(r));
+        add_sink(a, own.rows[r]);
+        rotate_query(a, rows.batch, own.rows[r], own.q + r * own.q_row);
     }
     Range seen = seen_by(a, rows);
     for (i64 first = seen.first; first < seen.last; first += KEY_BLOCK) {
@@ -146,9 +143,9 @@ void attend_many(const Attention& a, const Source<T>& source, const Rows& rows, 
         for (i64 row = 0; row < count; row += TILE_ROWS) attend_tile(a, rows, row, first, last, own);
     }
     for (i64 r = 0; r < count; r++) {
-        float* out = a.out + rows.batch * a.out_batch + rows.head_of(r) * a.out_head + rows.query_of(r) * a.out_token;
+        float* out = out_of(a, rows.batch, own.rows[r]);
         const float* summed = own.out + r * own.value_row;
-        float factor = inverse(own.totals[r].sum);
+        float factor = inverse(own.rows[r].total.sum);
         for (i64 p = 0; p < a.value_width; p++) out[p] = summed[p] * factor;
     }
 }

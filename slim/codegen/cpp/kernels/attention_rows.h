@@ -36,13 +36,11 @@ struct Range {
     i64 first, last;  // up to last - 1
 };
 
-// Rows (query, head) that read one key/value head: row r is head `head + r % heads` of query `query + r / heads`.
+// Rows (query, head) that read one key/value head, query by query.
 struct Rows {
     i64 batch, kv_head, head, heads, query, queries;
 
     i64 count() const { return heads * queries; }
-    i64 head_of(i64 row) const { return head + row % heads; }
-    i64 query_of(i64 row) const { return query + row / heads; }
 };
 
 // The keys that causality and the window leave to a query.
@@ -83,11 +81,6 @@ inline void rotate(const Attention& a, i64 batch, i64 index, const float* x, flo
     }
 }
 
-inline void rotate_query(const Attention& a, const Rows& rows, i64 row, float* y) {
-    const float* x = a.q + rows.batch * a.q_batch + rows.head_of(row) * a.q_head + rows.query_of(row) * a.q_token;
-    rotate(a, rows.batch, rows.query_of(row), x, a.scale, y);
-}
-
 // Appends new key and value `index` of one head to the cache; `row` holds key_width floats.
 template <class T>
 void append(const Attention& a, i64 batch, i64 head, i64 index, float* row) {
@@ -106,10 +99,32 @@ struct Total {
     float max, sum;
 };
 
-// What a row starts from: a sink is a key without a value.
-inline Total total_before(const Attention& a, i64 head) {
-    if (!a.sinks || a.sinks[head] == -INFINITY) return {-INFINITY, 0.0f};
-    return {a.sinks[head], 1.0f};
+struct Row {
+    i64 head, query;
+    Range seen;
+    Total total;
+};
+
+inline void list_rows(const Attention& a, const Rows& rows, Row* list) {
+    for (i64 query = rows.query; query < rows.query + rows.queries; query++) {
+        Range seen = seen_by(a, query);
+        for (i64 head = rows.head; head < rows.head + rows.heads; head++)
+            *list++ = {head, query, seen, {-INFINITY, 0.0f}};
+    }
+}
+
+// A sink is a key without a value.
+inline void add_sink(const Attention& a, Row& row) {
+    if (a.sinks && a.sinks[row.head] > -INFINITY) row.total = {a.sinks[row.head], 1.0f};
+}
+
+inline void rotate_query(const Attention& a, i64 batch, const Row& row, float* y) {
+    const float* x = a.q + batch * a.q_batch + row.head * a.q_head + row.query * a.q_token;
+    rotate(a, batch, row.query, x, a.scale, y);
+}
+
+inline float* out_of(const Attention& a, i64 batch, const Row& row) {
+    return a.out + batch * a.out_batch + row.head * a.out_head + row.query * a.out_token;
 }
 
 // What to multiply a sum of values by; a row that saw nothing becomes zeros.
@@ -149,27 +164,26 @@ inline float highest(vf v) {
 }
 
 // Softcap, slopes, bias and masks on the scores s of keys first..first + KEY_BLOCK - 1, of which only `seen` count.
-inline void adjust(const Attention& a, const Rows& rows, i64 row, i64 first, Range seen, float* s) {
-    i64 head = rows.head_of(row), query = rows.query_of(row);
-    i64 begin = least(most(seen.first - first, 0), KEY_BLOCK), end = least(seen.last - first, KEY_BLOCK);
+inline void adjust(const Attention& a, i64 batch, const Row& row, i64 first, Range seen, float* s) {
+    i64 begin = least(most(seen.first - first, 0), KEY_BLOCK), end = most(least(seen.last - first, KEY_BLOCK), 0);
     if (a.softcap != 0.0f) {
         float inverse_cap = 1.0f / a.softcap;
         for (i64 j = 0; j < KEY_BLOCK; j++) s[j] = a.softcap * tanh_f(s[j] * inverse_cap);
     }
     if (a.slopes) {
-        i32 distance = (i32)(first - a.start - query);
-        for (i32 j = 0; j < (i32)KEY_BLOCK; j++) s[j] += a.slopes[head] * (float)(distance + j);
+        i32 distance = (i32)(first - a.start - row.query);
+        for (i32 j = 0; j < (i32)KEY_BLOCK; j++) s[j] += a.slopes[row.head] * (float)(distance + j);
     }
     if (a.bias) {
-        const float* bias = a.bias + rows.batch * a.bias_batch + head * a.bias_head + query * a.bias_query;
+        const float* bias = a.bias + batch * a.bias_batch + row.head * a.bias_head + row.query * a.bias_query;
         for (i64 j = begin; j < end; j++) s[j] += bias[(first + j) * a.bias_key];
     }
     if (a.key_mask) {
-        const u8* mask = a.key_mask + rows.batch * a.mask_batch + first;
+        const u8* mask = a.key_mask + batch * a.mask_batch + first;
         for (i64 j = begin; j < end; j++) s[j] = mask[j] ? s[j] : -INFINITY;
     }
     for (i64 j = 0; j < begin; j++) s[j] = -INFINITY;
-    for (i64 j = most(end, 0); j < KEY_BLOCK; j++) s[j] = -INFINITY;
+    for (i64 j = end; j < KEY_BLOCK; j++) s[j] = -INFINITY;
 }
 
 // Makes weights of the scores, against the highest score so far. Returns what the row's earlier sums shrink by.
@@ -188,7 +202,7 @@ inline float weigh(float* s, Total& total) {
         store(s + j, weight);
         sums += weight;
     }
-    float shrink = exp_f(total.max - base);
+    float shrink = max == total.max ? 1.0f : exp_f(total.max - base);
     total = {max, total.sum * shrink + sum(sums)};
     return shrink;
 }

@@ -23,8 +23,10 @@ static inline vi high_nibbles(vi v) { return (v >> 4) & 0x0f0f0f0f; }
 #if defined(__AVX512VNNI__) && !defined(SLIM_SCALAR)
 #define SLIM_VNNI 1
 #endif
-#if !defined(SLIM_SCALAR) && !defined(SLIM_VNNI) && (defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__)))
+#if !defined(SLIM_SCALAR) && !defined(SLIM_VNNI)
+#if defined(__AVX512BW__) || (defined(__AVX2__) && !defined(__AVX512F__))
 #define SLIM_MADDUBS 1
+#endif
 #endif
 
 constexpr int INT4_BIAS = 8;  // stored as 0..15
@@ -34,8 +36,8 @@ constexpr int INT8_BIAS = 128;  // vpdpbusd wants one side unsigned
 constexpr int INT8_BIAS = 0;
 #endif
 
-// Every kind has: Sum, what sums are kept in; RUN, the steps after which a Sum must be folded into 32 bits (0: it is
-// 32 bits wide); add(sum, w, x).
+// Every kind has: RUN, the steps after which a sum must be folded into 32 bits (0: it is 32 bits wide);
+// add(sum, w, x).
 
 #if defined(SLIM_VNNI)
 
@@ -127,10 +129,10 @@ constexpr bool WIDENS = false;
 using PrefillInt8 = Bytes;
 #endif
 
-// Float vectors go through the same tiles as bits.
+// Floats go through the same tiles; as bits, except for the sums, which would be spilt.
 struct Floats {
     static constexpr int RUN = 0;
-    static vi add(vi sum, vi w, vi x) { return (vi)((vf)w * (vf)x + (vf)sum); }
+    static vf add(vf sum, vi w, vi x) { return (vf)w * (vf)x + sum; }
 };
 
 // -- conversions ------------------------------------------------------------------------------------------------------

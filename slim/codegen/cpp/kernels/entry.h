@@ -68,7 +68,8 @@ __attribute__((visibility("default"))) void* slim_create(void* const* weights) {
 
 __attribute__((visibility("default"))) void slim_destroy(void* state) { delete static_cast<State*>(state); }
 
-// Runs the stages first..last of a call; `io` are the buffers that the caller brings. 0, or 1 when memory ran out.
+// Runs the stages first..last of a call; `io` are the buffers that the caller brings. 0; 1: memory ran out; 2: an
+// index was out of range.
 __attribute__((visibility("default"))) int slim_run(void* held, void* const* io, const slim::i64* dims, int first,
                                                     int last, int threads) {
     State& state = *static_cast<State*>(held);
@@ -76,7 +77,7 @@ __attribute__((visibility("default"))) int slim_run(void* held, void* const* io,
     if (first == 0 && !state.lay_out(z, threads)) return 1;
     for (int i = 0; i < BUFFERS - TEMPS - WEIGHTS; i++) state.buffers[WEIGHTS + i] = static_cast<char*>(io[i]);
     state.run(z, first, last, threads);
-    return 0;
+    return state.team.fault.load() ? 2 : 0;
 }
 
 // Where a buffer lies in the call that runs.

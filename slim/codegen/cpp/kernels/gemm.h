@@ -11,7 +11,8 @@ constexpr int BLOCK_PANELS = 4;
 constexpr i64 BLOCK_COLUMNS = BLOCK_PANELS * PANEL;
 constexpr i64 BLOCK_ROWS = 192;
 constexpr i64 BLOCK_DEPTH = Grouping::MAX_UNIT;  // input columns of a block, quantised
-constexpr i64 BLOCK_DEPTH_FLOAT = 128;
+constexpr i64 BLOCK_DEPTH_FLOAT = 64;
+constexpr i64 BLOCK_STEPS = BLOCK_DEPTH / 2;  // at most: int8 widened to 16 bits
 
 // Panels multiplied at once: 6 rows x 4 vectors of sums (or 2, next to as many of partial results) fill 32 registers.
 constexpr int TILE_PANELS = VECTORS == 1 ? 4 : 1;
@@ -19,7 +20,7 @@ constexpr int TILE_PANELS_GROUPED = VECTORS == 1 ? 2 : 1;
 
 // One thread's memory.
 struct GemmBuffers {
-    alignas(LINE) u8 weights[BLOCK_PANELS * BLOCK_DEPTH_FLOAT * LINE];
+    alignas(LINE) u8 weights[BLOCK_PANELS * BLOCK_STEPS * LINE];
     alignas(LINE) float scales[BLOCK_PANELS * PANEL * (BLOCK_DEPTH / GROUP_STEP)];
     alignas(LINE) float results[2 * BLOCK_ROWS * BLOCK_COLUMNS];  // [lane][row][column]
 };
@@ -30,8 +31,9 @@ struct Block {
     i64 stride, panels, steps;
     i64 unit_begin, unit_end, unit_steps;
     i64 depth_begin;      // its first column
+    i64 first_units;      // units up to where the input's scale changes first
     const float* scales;  // of groups: [unit][BLOCK_PANELS][16], or null
-    i32 bias;
+    i32 start_factor;     // see Input::starts
 };
 
 // -- bringing weights into blocks -------------------------------------------------------------------------------------
@@ -97,15 +99,12 @@ static void gather_columns(const T* w, i64 n, i64 rows, i64 begin, i64 columns, 
 }
 
 static inline void block_scales(const Packed& w, const Matrix& matrix, i64 panel, const Block& b, i64 unit, float* to) {
+    i64 units_per_group = matrix.group / unit;
     for (i64 u = b.unit_begin; u < b.unit_end; u++) {
+        i64 group = units_per_group == 1 ? u : u / units_per_group;
         for (i64 p = 0; p < b.panels; p++) {
-            i64 index = u * unit / matrix.group * PANEL;
             float* place = to + ((u - b.unit_begin) * BLOCK_PANELS + p) * PANEL;
-            const u8* scales = w.group_scales(panel + p);
-            for (int i = 0; i < PANEL; i += LANES) {
-                if (w.scales == ScaleFormat::f16) store(place + i, load(reinterpret_cast<const f16*>(scales) + index + i));
-                else store(place + i, load(reinterpret_cast<const float*>(scales) + index + i));
-            }
+            for (int v = 0; v < VECTORS; v++) store(place + v * LANES, w.group_scale(panel + p, group, v));
         }
     }
 }
@@ -124,7 +123,8 @@ static inline Block quantized_block(const Matrix& w, i64 panel, i64 panels, i64 
     b.unit_steps = by.unit / columns * (expand ? 2 : 1);
     b.unit_begin = depth / by.unit;
     b.unit_end = b.unit_begin + ceil_div(b.steps, b.unit_steps);
-    b.bias = w.format == Format::int4 ? INT4_BIAS : INT8_BIAS;
+    b.first_units = by.units_per_scale - b.unit_begin % by.units_per_scale;
+    b.start_factor = w.format == Format::int4 ? 1 : INT8_BIAS / INT4_BIAS;
     b.weights = expand ? buffers.weights : packed.numbers(panel) + first * LINE;
     b.stride = expand ? b.steps * LINE : packed.panel_bytes;
     for (i64 p = 0; expand && p < panels; p++) {
@@ -158,8 +158,8 @@ static Block float_block(const Matrix& w, i64 panel, i64 panels, i64 depth, Gemm
 // -- tiles ------------------------------------------------------------------------------------------------------------
 
 // sums[r] += steps of `panels` panels times row r of a tile.
-template <class Kind, int HEIGHT, int COUNT>
-static inline void tile_steps(vi (&sums)[HEIGHT][COUNT], const u8* w, i64 stride, const u32* x, i64 steps) {
+template <class Kind, class Sum, int HEIGHT, int COUNT>
+static inline void tile_steps(Sum (&sums)[HEIGHT][COUNT], const u8* w, i64 stride, const u32* x, i64 steps) {
     for (i64 s = 0; s < steps; s++) {
         vi numbers[COUNT];
 #pragma GCC unroll 8
@@ -195,64 +195,87 @@ static inline void tile_runs(vi (&totals)[HEIGHT][COUNT], const u8* w, i64 strid
 struct TileInput {
     const u32* x;         // from the block's first step on
     const float* scales;  // [unit][row of the tile]
-    const i32* sums;
+    const i32* starts;
     i64 units_per_scale;
 };
 
+// totals = the integer products of unit u.
+template <class Kind, int HEIGHT, int COUNT>
+static inline void tile_unit(vi (&totals)[HEIGHT][COUNT], const Block& b, const u8* w, const TileInput& in, i64 u) {
+    i64 begin = (u - b.unit_begin) * b.unit_steps;
+#pragma GCC unroll 8
+    for (int r = 0; r < HEIGHT; r++) {
+        vi start = vi{} + b.start_factor * in.starts[u * HEIGHT + r];
+#pragma GCC unroll 8
+        for (int c = 0; c < COUNT; c++) totals[r][c] = start;
+    }
+    tile_runs<Kind>(totals, w + begin * LINE, b.stride, in.x + begin * HEIGHT,
+                    b.steps - begin < b.unit_steps ? b.steps - begin : b.unit_steps);
+}
+
+template <int HEIGHT, int COUNT>
+static inline void add_scaled(const vf (&part)[HEIGHT][COUNT], const float* scales, float* results) {
+#pragma GCC unroll 8
+    for (int r = 0; r < HEIGHT; r++) {
+        vf scale = splat(scales[r]);
+#pragma GCC unroll 8
+        for (int c = 0; c < COUNT; c++) {
+            float* to = results + r * BLOCK_COLUMNS + c * LANES;
+            store(to, load(to) + part[r][c] * scale);
+        }
+    }
+}
+
 // results += a block's panels panel.. times a tile, both quantised.
-template <class Kind, bool GROUPED, int HEIGHT, int PANELS>
+template <class Kind, int HEIGHT, int PANELS>
 static void quantized_tile(const Block& b, i64 panel, const TileInput& in, float* results) {
     constexpr int COUNT = PANELS * VECTORS;
     const u8* w = b.weights + panel * b.stride;
-    for (i64 u = b.unit_begin; u < b.unit_end;) {
+    for (i64 u = b.unit_begin; u < b.unit_end; u++) {
+        vi totals[HEIGHT][COUNT];
+        tile_unit<Kind>(totals, b, w, in, u);
+        vf part[HEIGHT][COUNT];
+#pragma GCC unroll 8
+        for (int r = 0; r < HEIGHT; r++)
+#pragma GCC unroll 8
+            for (int c = 0; c < COUNT; c++) part[r][c] = to_float(totals[r][c]);
+        add_scaled(part, in.scales + u * HEIGHT, results);
+    }
+}
+
+// The same for weights with scales by group: partial results between two changes of the input's scale.
+template <class Kind, int HEIGHT, int PANELS>
+static void grouped_tile(const Block& b, i64 panel, const TileInput& in, float* results) {
+    constexpr int COUNT = PANELS * VECTORS;
+    const u8* w = b.weights + panel * b.stride;
+    const float* scale = b.scales + panel * PANEL;
+    i64 last = b.unit_begin + b.first_units;
+    for (i64 u = b.unit_begin; u < b.unit_end; last += in.units_per_scale) {
         const float* scales = in.scales + u * HEIGHT;
-        i64 last = GROUPED ? (u / in.units_per_scale + 1) * in.units_per_scale : u + 1;
-        last = last < b.unit_end ? last : b.unit_end;
         vf part[HEIGHT][COUNT] = {};
-        for (; u < last; u++) {
-            i64 begin = (u - b.unit_begin) * b.unit_steps;
+        for (; u < last && u < b.unit_end; u++, scale += BLOCK_PANELS * PANEL) {
             vi totals[HEIGHT][COUNT];
+            tile_unit<Kind>(totals, b, w, in, u);
 #pragma GCC unroll 8
-            for (int r = 0; r < HEIGHT; r++) {
-                vi start = vi{} - b.bias * in.sums[u * HEIGHT + r];
+            for (int c = 0; c < COUNT; c++)
 #pragma GCC unroll 8
-                for (int c = 0; c < COUNT; c++) totals[r][c] = start;
-            }
-            tile_runs<Kind>(totals, w + begin * LINE, b.stride, in.x + begin * HEIGHT,
-                            b.steps - begin < b.unit_steps ? b.steps - begin : b.unit_steps);
-#pragma GCC unroll 8
-            for (int c = 0; c < COUNT; c++) {
-                const float* scale = b.scales + ((u - b.unit_begin) * BLOCK_PANELS + panel) * PANEL + c * LANES;
-#pragma GCC unroll 8
-                for (int r = 0; r < HEIGHT; r++) {
-                    if constexpr (GROUPED) part[r][c] += to_float(totals[r][c]) * load(scale);
-                    else part[r][c] = to_float(totals[r][c]);
-                }
-            }
+                for (int r = 0; r < HEIGHT; r++) part[r][c] += to_float(totals[r][c]) * load(scale + c * LANES);
         }
-#pragma GCC unroll 8
-        for (int r = 0; r < HEIGHT; r++) {
-            vf scale = splat(scales[r]);
-#pragma GCC unroll 8
-            for (int c = 0; c < COUNT; c++) {
-                float* to = results + r * BLOCK_COLUMNS + c * LANES;
-                store(to, load(to) + part[r][c] * scale);
-            }
-        }
+        add_scaled(part, scales, results);
     }
 }
 
 template <int HEIGHT, int PANELS>
 static void float_tile(const Block& b, i64 panel, const TileInput& in, float* results) {
     constexpr int COUNT = PANELS * VECTORS;
-    vi sums[HEIGHT][COUNT] = {};
+    vf sums[HEIGHT][COUNT] = {};
     tile_steps<Floats>(sums, b.weights + panel * b.stride, b.stride, in.x, b.steps);
 #pragma GCC unroll 8
     for (int r = 0; r < HEIGHT; r++)
 #pragma GCC unroll 8
         for (int c = 0; c < COUNT; c++) {
             float* to = results + r * BLOCK_COLUMNS + c * LANES;
-            store(to, load(to) + (vf)sums[r][c]);
+            store(to, load(to) + sums[r][c]);
         }
 }
 
@@ -261,11 +284,10 @@ enum class TileKind { floats, int8, int4, int8_grouped, int4_grouped };
 template <TileKind KIND, int HEIGHT, int PANELS>
 static void tile_panels(const Block& b, i64 panel, const TileInput& in, float* results) {
     if constexpr (KIND == TileKind::floats) float_tile<HEIGHT, PANELS>(b, panel, in, results);
-    if constexpr (KIND == TileKind::int8) quantized_tile<PrefillInt8, false, HEIGHT, PANELS>(b, panel, in, results);
-    if constexpr (KIND == TileKind::int4) quantized_tile<Nibbles, false, HEIGHT, PANELS>(b, panel, in, results);
-    if constexpr (KIND == TileKind::int8_grouped)
-        quantized_tile<PrefillInt8, true, HEIGHT, PANELS>(b, panel, in, results);
-    if constexpr (KIND == TileKind::int4_grouped) quantized_tile<Nibbles, true, HEIGHT, PANELS>(b, panel, in, results);
+    if constexpr (KIND == TileKind::int8) quantized_tile<PrefillInt8, HEIGHT, PANELS>(b, panel, in, results);
+    if constexpr (KIND == TileKind::int4) quantized_tile<Nibbles, HEIGHT, PANELS>(b, panel, in, results);
+    if constexpr (KIND == TileKind::int8_grouped) grouped_tile<PrefillInt8, HEIGHT, PANELS>(b, panel, in, results);
+    if constexpr (KIND == TileKind::int4_grouped) grouped_tile<Nibbles, HEIGHT, PANELS>(b, panel, in, results);
 }
 
 // The panels of a block from `panel` on: as many at once as there are registers for, then the rest.
@@ -304,14 +326,14 @@ static inline void tile_block(const Matrix& w, const Block& b, i64 height, const
 
 static inline TileInput tile_input(const Matrix& w, const Block& b, const Input& in, i64 tile) {
     i64 height = in.tiles.height(tile), units = in.grouping.units;
-    // columns of the input in 4 bytes
-    i64 columns = w.format == Format::int4 || (w.format == Format::int8 && !WIDENS) ? 4 : (w.format == Format::int8 ? 2 : 1);
+    bool words = WIDENS && w.format == Format::int8;
+    i64 columns = !is_quantized(w) ? 1 : (words ? 2 : 4);  // of the input, in 4 bytes
     const u32* x = columns == 4 ? in.bytes : (columns == 2 ? in.words : reinterpret_cast<const u32*>(in.floats));
     TileInput t{};
     t.x = Input::tile(x, in.tiles, tile, in.padded / columns) + b.depth_begin / columns * height;
     if (columns == 1) return t;
     t.scales = Input::tile(in.scales, in.tiles, tile, units);
-    t.sums = Input::tile(in.sums, in.tiles, tile, units);
+    t.starts = Input::tile(in.starts, in.tiles, tile, units);
     t.units_per_scale = in.grouping.units_per_scale;
     return t;
 }
@@ -330,7 +352,7 @@ static inline Block load_block(const Matrix& w, i64 panel, i64 panels, i64 depth
 static inline void gemm(const Matrix& w, const Input& in, i64 tile_begin, i64 tile_end, i64 panel, i64 panels,
                         GemmBuffers& buffers, float* results) {
     i64 first = in.tiles.begin(tile_begin), rows = in.tiles.begin(tile_end) - first;
-    bool quantized = w.format == Format::int8 || w.format == Format::int4;
+    bool quantized = is_quantized(w);
     std::memset(results, 0, rows * BLOCK_COLUMNS * sizeof(float));
     for (i64 depth = 0; depth < w.n; depth += quantized ? BLOCK_DEPTH : BLOCK_DEPTH_FLOAT) {
         Block b = load_block(w, panel, panels, depth, in, buffers);

@@ -21,22 +21,25 @@ static inline vi line_half(vi raw, int half) {
     return half ? high_nibbles(raw) : low_nibbles(raw);
 }
 
-// total[r] += lines of one panel times row r of a tile. SUMS chains of additions, so that none waits for the one before.
-template <class Kind, bool NIBBLES, int HEIGHT, int SUMS>
+// total[r] += lines of one panel times row r of a tile. LINES: how many, where it is known (0: it is not).
+template <class Kind, bool NIBBLES, int HEIGHT, int LINES>
 static inline void gemv_lines(vi (&total)[HEIGHT][VECTORS], const u8* w, const u32* x, i64 lines) {
     constexpr int HALVES = NIBBLES ? 2 : 1;
-    constexpr int UNROLL = Kind::RUN ? Kind::RUN / HALVES : SUMS;
-    vi sums[SUMS][HEIGHT][VECTORS] = {};
+    // with few rows, several chains of additions, so that none waits for the one before
+    constexpr int CHAINS = Kind::RUN || HEIGHT * VECTORS > 4 ? 1 : (HEIGHT * VECTORS > 2 || LINES ? 2 : 4);
+    constexpr int UNROLL = Kind::RUN ? Kind::RUN / HALVES : (HEIGHT * VECTORS > 4 ? 1 : 4);
+    const i64 count = LINES ? LINES : lines;
+    vi sums[CHAINS][HEIGHT][VECTORS] = {};
     auto line = [&](i64 i, int chain) {
-#pragma GCC unroll 8
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) {
             vi raw = load_bits(w + i * LINE + v * sizeof(vi));
 #pragma GCC unroll 2
             for (int half = 0; half < HALVES; half++) {
                 vi numbers = line_half<NIBBLES>(raw, half);
-#pragma GCC unroll 16
+#pragma GCC unroll 8
                 for (int r = 0; r < HEIGHT; r++) {
-                    vi& sum = sums[(chain + half) % SUMS][r][v];
+                    vi& sum = sums[(chain + half) % CHAINS][r][v];
                     sum = Kind::add(sum, numbers, splat_bits(x + (i * HALVES + half) * HEIGHT + r));
                 }
             }
@@ -44,11 +47,11 @@ static inline void gemv_lines(vi (&total)[HEIGHT][VECTORS], const u8* w, const u
         __builtin_prefetch(w + i * LINE + PREFETCH);
     };
     auto flush = [&] {
+#pragma GCC unroll 4
+        for (int s = 0; s < CHAINS; s++)
 #pragma GCC unroll 8
-        for (int s = 0; s < SUMS; s++)
-#pragma GCC unroll 16
             for (int r = 0; r < HEIGHT; r++)
-#pragma GCC unroll 8
+#pragma GCC unroll 4
                 for (int v = 0; v < VECTORS; v++) {
                     if constexpr (Kind::RUN) total[r][v] = Kind::fold(total[r][v], sums[s][r][v]);
                     else total[r][v] += sums[s][r][v];
@@ -56,47 +59,63 @@ static inline void gemv_lines(vi (&total)[HEIGHT][VECTORS], const u8* w, const u
                 }
     };
     i64 i = 0;
-    for (; i + UNROLL <= lines; i += UNROLL) {
+#pragma GCC unroll 4
+    for (; i + UNROLL <= count; i += UNROLL) {
 #pragma GCC unroll 8
         for (int u = 0; u < UNROLL; u++) line(i + u, u * HALVES);
         if constexpr (Kind::RUN) flush();
     }
-    for (; i < lines; i++) line(i, 0);
+    for (; i < count; i++) line(i, 0);
     flush();
 }
 
-static inline vf group_scale(const Packed& w, const u8* scales, i64 group, int vector) {
-    i64 index = group * PANEL + vector * LANES;
-    if (w.scales == ScaleFormat::f16) return load(reinterpret_cast<const f16*>(scales) + index);
-    return load(reinterpret_cast<const float*>(scales) + index);
+// Where the numbers of a unit lie.
+struct GemvUnit {
+    const u8* w;
+    const u32* x;
+    const i32* starts;
+    i64 lines;
+};
+
+// total = a unit's integer products, free of the bias that its weights are stored with.
+template <class Kind, bool NIBBLES, int HEIGHT>
+static inline void gemv_unit(vi (&total)[HEIGHT][VECTORS], const GemvUnit& unit) {
+    constexpr int SHORT = NIBBLES ? 4 : 8;  // lines of a group of 32: so few that a loop would cost
+#pragma GCC unroll 8
+    for (int r = 0; r < HEIGHT; r++) {
+        vi start = vi{} + unit.starts[r] * (NIBBLES ? 1 : INT8_BIAS / INT4_BIAS);
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; v++) total[r][v] = start;
+    }
+    if (unit.lines == SHORT) gemv_lines<Kind, NIBBLES, HEIGHT, SHORT>(total, unit.w, unit.x, SHORT);
+    else gemv_lines<Kind, NIBBLES, HEIGHT, 0>(total, unit.w, unit.x, unit.lines);
 }
 
 // y[r][0..16): panel times row r of a tile, without the scales of whole weight rows.
 template <class Kind, bool NIBBLES, int HEIGHT>
 static void gemv_panel(const Packed& w, i64 panel, i64 group, const Input& in, i64 tile, float* y, i64 stride) {
-    constexpr int SUMS = HEIGHT == 1 ? 4 : 2;
     constexpr i64 COLUMNS = NIBBLES ? 8 : 4;  // of a line
     const Grouping& by = in.grouping;
-    const u32* x = Input::tile(in.bytes, in.tiles, tile, in.padded / 4);
     const float* scales = Input::tile(in.scales, in.tiles, tile, by.units);
-    const i32* x_sums = Input::tile(in.sums, in.tiles, tile, by.units);
-    const u8* numbers = w.numbers(panel);
-    const u8* weight_scales = w.group_scales(panel);
-    i64 unit_lines = by.unit / COLUMNS;
+    i64 unit_lines = by.unit / COLUMNS, left = w.lines, units_per_group = group / by.unit;
+    GemvUnit unit{w.numbers(panel), Input::tile(in.bytes, in.tiles, tile, in.padded / 4),
+                  Input::tile(in.starts, in.tiles, tile, by.units), 0};
     vf result[HEIGHT][VECTORS] = {};
-    for (i64 u = 0; u < by.units; u++) {
-        i64 begin = u * unit_lines, end = begin + unit_lines < w.lines ? begin + unit_lines : w.lines;
+    for (i64 u = 0, g = 0, in_group = 0; u < by.units; u++) {
+        unit.lines = left < unit_lines ? left : unit_lines;
         vi total[HEIGHT][VECTORS];
-        for (int r = 0; r < HEIGHT; r++)
-            for (int v = 0; v < VECTORS; v++)
-                total[r][v] = vi{} - (NIBBLES ? INT4_BIAS : INT8_BIAS) * x_sums[u * HEIGHT + r];
-        gemv_lines<Kind, NIBBLES, HEIGHT, SUMS>(total, numbers + begin * LINE, x + begin * (COLUMNS / 4) * HEIGHT,
-                                                end - begin);
+        gemv_unit<Kind, NIBBLES, HEIGHT>(total, unit);
+#pragma GCC unroll 4
         for (int v = 0; v < VECTORS; v++) {
-            vf scale = group ? group_scale(w, weight_scales, u * by.unit / group, v) : splat(1);
-            for (int r = 0; r < HEIGHT; r++)
-                result[r][v] += to_float(total[r][v]) * (scale * scales[u * HEIGHT + r]);
+            vf scale = group ? w.group_scale(panel, g, v) : splat(1);
+#pragma GCC unroll 8
+            for (int r = 0; r < HEIGHT; r++) result[r][v] += to_float(total[r][v]) * (scale * scales[u * HEIGHT + r]);
         }
+        left -= unit_lines;
+        unit.w += unit_lines * LINE;
+        unit.x += unit_lines * (COLUMNS / 4) * HEIGHT;
+        unit.starts += HEIGHT;
+        if (++in_group == units_per_group) g++, in_group = 0;
     }
     for (int r = 0; r < HEIGHT; r++)
         for (int v = 0; v < VECTORS; v++) store(y + r * stride + v * LANES, result[r][v]);

@@ -11,8 +11,6 @@ constexpr i64 CHUNK_ROWS = 512;           // rows at once: bounds the scratch me
 constexpr i64 OWN_NUMBERS = 8192;         // an input this small every thread prepares for itself: a barrier costs more
 constexpr i64 PIECE_BYTES = 48 * 1024;    // of weights, for a thread at a time
 
-bool is_quantized(const Matrix& w) { return w.format == Format::int8 || w.format == Format::int4; }
-
 template <class Predicate>
 bool any_weight(const Linear& args, Predicate&& holds) {
     for (i64 p = 0; p < args.part_count; p++)
@@ -56,8 +54,9 @@ Input make_input(const Linear& args, i64 rows, u8* memory) {
     InputLayout layout(rows, args.n);
     bool gemv = few(args.rows);
     bool floats = any_weight(args, [](const Matrix& w) { return !is_quantized(w); });
-    bool words = WIDENS && !gemv && any_weight(args, [](const Matrix& w) { return w.format == Format::int8; });
-    bool bytes = any_weight(args, [&](const Matrix& w) { return is_quantized(w) && !(words && w.format == Format::int8); });
+    bool int8 = any_weight(args, [](const Matrix& w) { return w.format == Format::int8; });
+    bool int4 = any_weight(args, [](const Matrix& w) { return w.format == Format::int4; });
+    bool words = WIDENS && !gemv && int8, bytes = int4 || (int8 && !words);
     Input in(Tiles(rows, gemv ? GEMV_HEIGHT : TILE_HEIGHT), Grouping(args));
     in.n = args.n;
     in.padded = round_up(args.n, GROUP_STEP);
@@ -66,7 +65,7 @@ Input make_input(const Linear& args, i64 rows, u8* memory) {
     in.bytes = bytes ? reinterpret_cast<u32*>(memory + layout.bytes) : nullptr;
     in.words = words ? reinterpret_cast<u32*>(memory + layout.words) : nullptr;
     in.scales = reinterpret_cast<float*>(memory + layout.scales);
-    in.sums = reinterpret_cast<i32*>(memory + layout.sums);
+    in.starts = reinterpret_cast<i32*>(memory + layout.starts);
     return in;
 }
 
@@ -141,9 +140,8 @@ void multiply_many(Thread& thread, const Part& part, const Input& in, i64 first_
             i64 from = block * in.tiles.count / blocks, to = (block + 1) * in.tiles.count / blocks;
             for (i64 l = 0; l < part.lane_count; l++)
                 gemm(*part.lanes[l], in, from, to, panel, count, buffers, buffers.results + l * LANE);
-            i64 row = in.tiles.begin(from);
-            hand_out(part, first_row + row, in.tiles.begin(to) - row, panel * PANEL, count * PANEL, buffers.results, LANE,
-                     BLOCK_COLUMNS);
+            i64 row = in.tiles.begin(from), rows = in.tiles.begin(to) - row;
+            hand_out(part, first_row + row, rows, panel * PANEL, count * PANEL, buffers.results, LANE, BLOCK_COLUMNS);
         }
     });
 }

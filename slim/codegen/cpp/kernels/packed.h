@@ -14,6 +14,8 @@ static inline i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
 
 enum class ScaleFormat : i32 { none = 0, f16 = 1, f32 = 2 };
 
+static inline bool is_quantized(const Matrix& w) { return w.format == Format::int8 || w.format == Format::int4; }
+
 struct PackedHeader {
     ScaleFormat scales;
     u8 unused[LINE - sizeof(ScaleFormat)];
@@ -44,7 +46,13 @@ struct Packed : PackedLayout {
     explicit Packed(const Matrix& w) : Packed(w, static_cast<const PackedHeader*>(w.data)->scales) {}
 
     const u8* numbers(i64 panel) const { return base + panel * panel_bytes + data_offset; }
-    const u8* group_scales(i64 panel) const { return base + panel * panel_bytes; }
+    // Of LANES of the panel's rows, the vector'th ones.
+    vf group_scale(i64 panel, i64 group, int vector) const {
+        const u8* all = base + panel * panel_bytes;
+        i64 index = group * PANEL + vector * LANES;
+        if (scales == ScaleFormat::f16) return load(reinterpret_cast<const f16*>(all) + index);
+        return load(reinterpret_cast<const float*>(all) + index);
+    }
 
 private:
     Packed(const Matrix& w, ScaleFormat format) : PackedLayout(w.format, w.m, w.n, w.group, format) {

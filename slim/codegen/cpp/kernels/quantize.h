@@ -5,14 +5,23 @@
 
 namespace slim {
 
-// Rows are cut into tiles of nearly equal height; a tile is multiplied at once.
+// Rows are cut into tiles of nearly equal height, the higher ones first; a tile is multiplied at once.
 struct Tiles {
     i64 rows, count;
 
-    Tiles(i64 rows, i64 height) : rows(rows), count(ceil_div(rows, height)) {}
-    i64 begin(i64 tile) const { return tile * rows / count; }
-    i64 height(i64 tile) const { return begin(tile + 1) - begin(tile); }
-    i64 of(i64 row) const { return ((row + 1) * count - 1) / rows; }
+    Tiles(i64 rows, i64 height) : rows(rows), count(ceil_div(rows, height)) {
+        low = rows / count;
+        higher = rows % count;
+    }
+    i64 begin(i64 tile) const { return tile * low + (tile < higher ? tile : higher); }
+    i64 height(i64 tile) const { return low + (tile < higher); }
+    i64 of(i64 row) const {
+        i64 in_higher = higher * (low + 1);
+        return row < in_higher ? row / (low + 1) : higher + (row - in_higher) / low;
+    }
+
+private:
+    i64 low, higher;
 };
 
 // A unit is a run of columns in which neither the scale of the input nor that of any weight changes: within it sums
@@ -45,7 +54,7 @@ struct Input {
     u32* bytes;
     u32* words;
     float* scales;  // [tile][unit][row of the tile], of the input
-    i32* sums;      // likewise: of the quantised numbers
+    i32* starts;    // likewise: what to start sums of int4 with, as its weights are stored with a bias
 
     Input(Tiles tiles, Grouping grouping) : tiles(tiles), grouping(grouping) {}
     template <class T>
@@ -56,7 +65,7 @@ struct Input {
 
 // Bytes of an Input's arrays, and where each starts.
 struct InputLayout {
-    i64 floats, bytes, words, scales, sums, total;
+    i64 floats, bytes, words, scales, starts, total;
 
     InputLayout(i64 rows, i64 n) {
         i64 numbers = rows * round_up(n, GROUP_STEP), units = rows * ceil_div(n, GROUP_STEP);
@@ -64,8 +73,8 @@ struct InputLayout {
         bytes = floats + round_up(numbers * 4, LINE);
         words = bytes + round_up(numbers, LINE);
         scales = words + (WIDENS ? round_up(numbers * 2, LINE) : 0);
-        sums = scales + round_up(units * 4, LINE);
-        total = sums + round_up(units * 4, LINE);
+        starts = scales + round_up(units * 4, LINE);
+        total = starts + round_up(units * 4, LINE);
     }
 };
 
@@ -81,6 +90,7 @@ static inline float largest_magnitude(const float* x, i64 count) {
     return bits_to_float((u32)max_lanes(largest));
 }
 
+// Returns the sum of q.
 static inline i32 quantize_unit(const float* x, i64 count, float inverse, i8* q) {
     vi sum{};
     for (i64 i = 0; i < count; i += LANES) {
@@ -91,8 +101,8 @@ static inline i32 quantize_unit(const float* x, i64 count, float inverse, i8* q)
     return sum_lanes(sum);
 }
 
-// Quantises x[0..padded) into q; scales and sums of the units, `stride` apart.
-static inline void quantize_row(const Input& in, const float* x, i8* q, float* scales, i32* sums, i64 stride) {
+// Quantises x[0..padded) into q; scales and starts of the units, `stride` apart.
+static inline void quantize_row(const Input& in, const float* x, i8* q, float* scales, i32* starts, i64 stride) {
     const Grouping& by = in.grouping;
     for (i64 u = 0; u < by.units; u += by.units_per_scale) {
         i64 last = u + by.units_per_scale < by.units ? u + by.units_per_scale : by.units;
@@ -102,7 +112,7 @@ static inline void quantize_row(const Input& in, const float* x, i8* q, float* s
         for (i64 v = u; v < last; v++) {
             i64 from = v * by.unit, to = from + by.unit < end ? from + by.unit : end;
             scales[v * stride] = largest / 127.0f;
-            sums[v * stride] = quantize_unit(x + from, to - from, inverse, q + from);
+            starts[v * stride] = -INT4_BIAS * quantize_unit(x + from, to - from, inverse, q + from);
         }
     }
 }
@@ -134,7 +144,7 @@ static inline void prepare_row(const Input& in, const Linear& args, i64 first, i
     i8* q = reinterpret_cast<i8*>(static_cast<float*>(buffer) + in.padded);
     i64 units = in.grouping.units;
     quantize_row(in, x, q, Input::tile(in.scales, in.tiles, tile, units) + place,
-                 Input::tile(in.sums, in.tiles, tile, units) + place, height);
+                 Input::tile(in.starts, in.tiles, tile, units) + place, height);
     if (in.bytes) interleave(q, in.padded / 4, Input::tile(in.bytes, in.tiles, tile, in.padded / 4) + place, height);
     if (in.words)
         interleave_words(q, in.padded / 2, Input::tile(in.words, in.tiles, tile, in.padded / 2) + place, height);

@@ -10,7 +10,7 @@
 #include <arm_neon.h>
 #endif
 
-#include "math.h"
+#include "functions.h"
 
 namespace slim {
 

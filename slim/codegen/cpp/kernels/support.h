@@ -1,7 +1,7 @@
 // Small functions that generated kernels use in place.
 #pragma once
 #include "kernels.h"
-#include "math.h"
+#include "functions.h"
 
 namespace slim {
 

@@ -24,9 +24,12 @@ struct Team {
         std::atomic<i64> next{0};
     } counters[COUNTERS];
 
+    std::atomic<bool> fault{false};  // an index was outside of what it indexes
+
     // Before a call, by the calling thread alone.
     void begin(int threads) {
         size = threads;
+        fault.store(false, std::memory_order_relaxed);
         for (auto& counter : counters) counter.next.store(0, std::memory_order_relaxed);
     }
 };
@@ -50,9 +53,16 @@ struct Thread {
             return;
         }
         for (int spins = 0; team.phase.load(std::memory_order_acquire) == phase; spins++) {
-            if (spins < 20000) relax();
+            if (spins < 1000) relax();  // some 50 us: longer, and the partner has no core
             else yield_processor();
         }
+    }
+
+    // An index that the caller brought, or 0 and a fault noted where there is no such place.
+    i64 inside(i64 index, i64 count) {
+        if (index >= 0 && index < count) return index;
+        team.fault.store(true, std::memory_order_relaxed);
+        return 0;
     }
 
     // Runs body(begin, end) over pieces of 0..total, `piece` long, each by the thread that comes for it first.

@@ -1,5 +1,6 @@
 // Functions on one float for loops over arrays: no branches, so that the compiler turns the loops into vector code.
-// Each is within 1e-6 of the exact value, relatively, unless it says otherwise; infinities and NaN go where they should.
+// Each is within 1e-6 of the exact value, relatively, unless it says otherwise; infinities and NaN go where they
+// should.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -18,7 +19,7 @@ static inline std::uint32_t float_to_bits(float x) {
     return bits;
 }
 
-// e^x = 2^n (1 + fraction), n as an integer and as the float that holds 2^(n - 1) twice.
+// e^x = 2^n (1 + fraction).
 struct ExpParts {
     std::int32_t n;
     float fraction;

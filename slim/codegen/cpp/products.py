@@ -1,0 +1,131 @@
+"""Kernels that call the library's matrix products: what loads their rows, and what takes their results."""
+
+from __future__ import annotations
+
+import math
+
+from slim.codegen.cpp.loops import STATISTICS, normalised
+from slim.codegen.cpp.text import Loop, number
+from slim.codegen.cpp.writer import NAME, Writer, assign, decompose, indented, loop_over, writes
+from slim.codegen.regions.scalars import Load
+from slim.codegen.regions.schedule import Linear, Matrix, Part
+
+
+@writes(Linear)
+def _linear(writer: Writer, region: Linear) -> list[str]:
+    expert = region.source.expert
+    fields = "const Sizes& z; char* const* p;" + (" const i64* order;" if expert is not None else "")
+    row = ["const i64 r = e.order[row];"] if expert is not None else ["const i64 r = row;"]
+    writer.helpers.append(f"struct {NAME}_env {{ {fields} }};")
+    _load_row(writer, region, row)
+    for index, part in enumerate(region.parts):
+        _store_row(writer, part, index, row)
+    matrices = [product.matrix for part in region.parts for product in part.products]
+    rows = writer.sizes.text(math.prod(region.source.view.shape[:-1]))
+    n = writer.sizes.text(region.source.view.shape[-1])
+    quantized = any(matrix.is_quantized for matrix in matrices)
+    call = [
+        *(_matrix(writer, matrix, index, expert is not None) for index, matrix in enumerate(matrices)),
+        f"const {NAME}_env env{{z, p{', order' if expert is not None else ''}}};",
+        _parts(region),
+    ]
+    scratch = writer.arguments.text(None)
+    group = "ACT_GROUP" if quantized else "0"
+    if expert is None:
+        writer.scratch.append(f"linear_scratch({rows}, {n}, threads)")
+        return [*call, f"linear(t, slim::Linear{{{rows}, {n}, {NAME}_load, &env, parts, {len(region.parts)}, "
+                       f"{group}, {scratch}}});"]  # fmt: skip
+    return _experts(writer, region, call, rows, n, group, scratch)
+
+
+def _experts(writer: Writer, region: Linear, call: list[str], rows: str, n: str, group: str, scratch: str) -> list[str]:
+    """Rows are sorted by expert; then each expert that has any is one product."""
+    matrix = region.parts[0].products[0].matrix
+    experts = writer.sizes.text(matrix.data.shape[0])
+    assert region.source.expert is not None
+    ids = writer.arguments.pointer(region.source.expert, writer.sizes)
+    stride = writer.sizes.text(region.source.expert.strides[-1])
+    writer.scratch.append(f"linear_scratch({rows}, {n}, threads) + expert_scratch({rows}, {experts})")
+    run = [
+        "const i64 count = starts[expert + 1] - starts[expert];",
+        "if (count == 0) continue;",
+        "const i64* order = starts + experts + 1 + starts[expert];",
+        *call,
+        f"linear(t, slim::Linear{{count, {n}, {NAME}_load, &env, parts, {len(region.parts)}, {group}, "
+        f"{scratch} + expert_scratch({rows}, experts)}});",
+        "t.barrier();",
+    ]
+    return [
+        f"const i64 experts = {experts};",
+        f"i64* const starts = (i64*){scratch};",
+        f"if (t.id == 0) sort_by_expert({ids}, {stride}, {rows}, experts, starts);",
+        "t.barrier();",
+        "for (i64 expert = 0; expert < experts; expert++) {",
+        *indented(run),
+        "}",
+    ]
+
+
+_FORMATS = {"f32": "float", "bf16": "bf16", "f16": "f16"}
+
+
+def _matrix(writer: Writer, matrix: Matrix, index: int, stacked: bool) -> str:
+    data = writer.arguments.text(matrix.data)
+    if stacked:
+        if matrix.is_quantized:  # a stack of packed weights begins with their distance, on a cache line of its own
+            data = f"{data} + 64 + expert * *(const i64*){data}"
+        else:
+            data = f"{data} + expert * {matrix.m * matrix.n} * (i64)sizeof({_FORMATS[matrix.format]})"
+    scale = "nullptr"
+    if matrix.scale is not None:
+        offset = f" + expert * {matrix.m}" if stacked else ""
+        scale = f"(const float*){writer.arguments.text(matrix.scale)}{offset}"
+    return f"const Matrix m{index}{{Format::{matrix.format}, {data}, {scale}, {matrix.m}, {matrix.n}, {matrix.group}}};"
+
+
+def _parts(region: Linear) -> str:
+    texts, index = [], 0
+    for number_, part in enumerate(region.parts):
+        count = len(part.products)
+        lanes = ", ".join([f"&m{index + lane}" for lane in range(count)] + ["nullptr"] * (2 - count))
+        texts.append(f"{{{{{lanes}}}, {count}, {NAME}_store{number_}, &env}}")
+        index += count
+    return f"const Part parts[] = {{{', '.join(texts)}}};"
+
+
+def _helper(writer: Writer, name: str, parameters: str, body: list[str]) -> None:
+    head = f"static void {NAME}_{name}(const void* held, i64 row, {parameters}) {{"
+    env = [f"const auto& e = *(const {NAME}_env*)held;", "const Sizes& z = e.z;", "char* const* p = e.p;",
+           "(void)z, (void)p;"]  # fmt: skip
+    writer.helpers.append("\n".join([head, *indented([*env, *body]), "}"]))
+
+
+def _load_row(writer: Writer, region: Linear, row: list[str]) -> None:
+    """Fills x with a row of the source, normalised where that was fused."""
+    view, norm = region.source.view, region.source.norm
+    lead = view.shape[:-1]
+    loop = Loop([[d] for d in range(len(view.shape))], [*(f"o{d}" for d in range(len(lead))), "i"])
+    text = writer.scalars(loop)
+    width = writer.sizes.text(view.shape[-1])
+    x = text.write(Load(view))
+    body = loop_over(width, [*text.inner, f"x[i] = {x};"])
+    if norm is not None:
+        statistics = STATISTICS[norm.kind]([], "x[i]", width, number(norm.eps))
+        result = normalised(writer, text, norm, "x[i]")
+        body = [*body, *statistics, *loop_over(width, [f"x[i] = {result};"])]
+    _helper(writer, "load", "float* x", [*row, *decompose(writer.sizes, lead, "r", "o"), *text.outer, *body])
+
+
+def _store_row(writer: Writer, part: Part, index: int, row: list[str]) -> None:
+    """What is made of the results of one row, from ``column`` on."""
+    lead = part.out.shape[:-1]
+    loop = Loop([[d] for d in range(len(part.out.shape))], [*(f"o{d}" for d in range(len(lead))), "c"])
+    lanes = {id(product): f"y[{lane}][i]" for lane, product in enumerate(part.products)}
+    text = writer.scalars(loop, lanes)
+    value = text.write(part.body)
+    store = assign(writer, text, part.out, value)
+    uses_column = any("c" in line for line in (*text.inner, *store))
+    column = ["const i64 c = column + i;"] if uses_column else []
+    parameters = "i64 column, i64 count, const float* const* y"
+    lines = [*row, *decompose(writer.sizes, lead, "r", "o"), *text.outer]
+    _helper(writer, f"store{index}", parameters, [*lines, *loop_over("count", [*column, *text.inner, *store])])
