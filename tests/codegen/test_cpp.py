@@ -237,7 +237,7 @@ def test_what_has_no_kernel_runs_through_pytorch_between_segments():
 
 
 def test_a_program_without_any_kernel_still_runs():
-    generated = check(nn.Conv1d(4, 8, 3), torch.randn(2, 4, 9), segments=0)
+    generated = check(nn.Conv1d(4, 8, 3), torch.randn(2, 4, 9))
     assert len(generated.form.foreign) == 1
 
 

@@ -42,7 +42,7 @@ def everything(folder: Path) -> dict[str, bytes]:
 
 
 def test_it_comes_back_as_it_was(compiled, saved):
-    again = slim.load(saved)
+    again = slim.load(saved, target="eager")
     tokens, mask = prompt()
     assert torch.equal(again(tokens, attention_mask=mask).logits, compiled(tokens, attention_mask=mask).logits)
     assert str(again.program) == str(compiled.program)
@@ -71,7 +71,7 @@ def test_a_fresh_process_gives_the_same_bits(compiled, saved, tmp_path):
     torch.save((tokens, compiled(tokens).logits), tmp_path / "expected.pt")
     code = (
         "import sys, torch, slim; torch.set_num_threads(1); tokens, expected = torch.load(sys.argv[2]); "
-        "sys.exit(not torch.equal(slim.load(sys.argv[1])(tokens).logits, expected))"
+        "sys.exit(not torch.equal(slim.load(sys.argv[1], target='eager')(tokens).logits, expected))"
     )
     root = Path(slim.__file__).parents[1]
     subprocess.run(
@@ -88,19 +88,19 @@ def test_it_is_the_same_bits_however_weights_lie_in_memory(tmp_path):
     config = GPT2Config(n_embd=256, n_layer=1, n_head=4, vocab_size=300, bos_token_id=0, eos_token_id=0)
     compiled = slim.compile(GPT2LMHeadModel(config), target="eager")
     compiled.save(tmp_path / "model")
-    again = slim.load(tmp_path / "model")
+    again = slim.load(tmp_path / "model", target="eager")
     for length in (1, 5, 40):
         tokens = torch.randint(0, 300, (2, length))
         assert torch.equal(again(tokens).logits, compiled(tokens).logits)
     again.save(tmp_path / "model")  # once more, from and to the same place
-    assert torch.equal(slim.load(tmp_path / "model")(tokens).logits, compiled(tokens).logits)
+    assert torch.equal(slim.load(tmp_path / "model", target="eager")(tokens).logits, compiled(tokens).logits)
 
 
 def test_the_tokenizer_comes_along(shared, tmp_path):
     from transformers import AutoTokenizer
 
     slim.compile(shared / "models" / "stories260K", target="eager").save(tmp_path / "model")
-    again = slim.load(tmp_path / "model")
+    again = slim.load(tmp_path / "model", target="eager")
     tokenizer = AutoTokenizer.from_pretrained(again.program.facts.source)
     assert again.program.facts.source == tmp_path / "model"
     assert tokenizer.decode(tokenizer("Once upon a time").input_ids, skip_special_tokens=True) == "Once upon a time"
@@ -124,7 +124,7 @@ def test_a_module_comes_back_too(tmp_path):
     compiled = slim.compile(module, example_inputs=torch.rand(3, 4), target="eager")
     compiled.save(tmp_path / "model")
     x = torch.rand(5, 4)
-    assert torch.equal(slim.load(tmp_path / "model")(x), compiled(x))
+    assert torch.equal(slim.load(tmp_path / "model", target="eager")(x), compiled(x))
 
 
 @pytest.mark.parametrize("limit", [1, 1000, 10**9])

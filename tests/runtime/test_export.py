@@ -64,7 +64,7 @@ def test_integers_are_refused_and_written_as_numbers_on_request(weights, tmp_pat
 def test_a_loaded_artifact_exports_as_well(shared, tmp_path):
     source = shared / "models" / "stories260K"
     slim.compile(source, target="eager").save(tmp_path / "artifact")
-    slim.load(tmp_path / "artifact").export(tmp_path / "out")
+    slim.load(tmp_path / "artifact", target="eager").export(tmp_path / "out")
     assert torch.equal(logits(reloaded(tmp_path / "out")), logits(AutoModelForCausalLM.from_pretrained(source)))
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("Once").input_ids
     assert not (tmp_path / "out" / "slim.json").exists()
