@@ -20,9 +20,16 @@ from slim.codegen.cpp.executable import CppExecutable
 from slim.compiler.program import Program
 from slim.compiler.report import Form
 
-__all__ = ["TARGETS", "Executable", "Target", "select"]
+__all__ = ["TARGETS", "Bound", "Executable", "Target", "select"]
 
 log = logging.getLogger(__name__)
+
+
+class Bound(Protocol):
+    """An executable with its inputs at hand, for a caller that changes few of them from call to call."""
+
+    def set(self, index: int, value: Tensor) -> None: ...
+    def __call__(self) -> tuple[Any, ...]: ...
 
 
 class Executable(Protocol):
@@ -39,6 +46,10 @@ class Executable(Protocol):
     def form(self) -> Form: ...
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
         """The flat outputs for one tensor an input, in the order of the Program's inputs."""
+        ...
+
+    def bind(self, *inputs: Tensor) -> Bound:
+        """The same call, to be repeated."""
         ...
 
 

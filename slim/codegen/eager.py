@@ -46,6 +46,22 @@ class EagerExecutable:
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
         return self._forward(self._weights, *inputs)
 
+    def bind(self, *inputs: Tensor) -> _Bound:
+        """The same call, to be repeated."""
+        return _Bound(self, list(inputs))
+
+
+class _Bound:
+    def __init__(self, executable: EagerExecutable, inputs: list[Tensor]) -> None:
+        self._executable = executable
+        self._inputs = inputs
+
+    def set(self, index: int, value: Tensor) -> None:
+        self._inputs[index] = value
+
+    def __call__(self) -> tuple[Any, ...]:
+        return self._executable(*self._inputs)
+
 
 def _flatten_weights(graph: fx.Graph, program: Program) -> SimpleNamespace:
     """Every weight as one attribute of one object: a dotted name would be a chain of lookups in each call."""

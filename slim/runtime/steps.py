@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from slim.codegen import Executable
+from slim.codegen import Bound, Executable
 from slim.compiler.program import Program
 from slim.runtime.binding import KEY_MASK, cache_slots
 from slim.runtime.cache import KVCache
@@ -28,11 +28,11 @@ class Step:
         self.executable = executable
         self.slots = cache_slots(bound)
         self.names = tuple(value.name for value in bound.inputs)
-        self._mask = self.names.index(KEY_MASK)
+        self.mask_index = self.names.index(KEY_MASK)
 
     def arguments(self, cache: KVCache, key_mask: Tensor, inputs: dict[str, Tensor]) -> list[Tensor]:
         """The inputs in their order: those of the new tokens, the mask of all keys, the cache's tensors."""
-        return [*(inputs[name] for name in self.names[: self._mask]), key_mask, *cache.tensors]
+        return [*(inputs[name] for name in self.names[: self.mask_index]), key_mask, *cache.tensors]
 
     def __call__(self, cache: KVCache, mask: Tensor | None, inputs: dict[str, Tensor]) -> tuple[Any, ...]:
         """Runs the new tokens ``inputs`` [B, S] and adds them to the cache; ``mask`` [B, S] is False at padding."""
@@ -85,7 +85,7 @@ class CachedDecoder:
         self._inputs = {
             "input_ids": self._token, "position_ids": self._position, "attention_mask": torch.ones_like(self._token)
         }  # fmt: skip
-        self._arguments: list[Tensor] = []
+        self._bound: Bound | None = None
 
     def step(self, tokens: Tensor) -> Tensor:
         """One token a row, [B]."""
@@ -93,11 +93,14 @@ class CachedDecoder:
         self._token[:, 0] = tokens
         self._position += 1
         end = cache.length + 1
-        if end > cache.capacity or not self._arguments:
+        mask = cache.mask[:, :end]
+        if end > cache.capacity or self._bound is None:
             cache.reserve(1)
-            self._arguments = self._step.arguments(cache, cache.mask, self._inputs)
-        self._arguments[self._step._mask] = cache.mask[:, :end]
-        logits: Tensor = self._step.executable(*self._arguments)[0]
+            mask = cache.mask[:, :end]
+            self._bound = self._step.executable.bind(*self._step.arguments(cache, mask, self._inputs))
+        else:
+            self._bound.set(self._step.mask_index, mask)
+        logits: Tensor = self._bound()[0]
         cache.length = end
         return logits[:, -1]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -45,103 +44,63 @@ class CppExecutable:
         pointers = (ctypes.c_void_p * max(1, len(self._weights)))(*(w.data_ptr() for w in self._weights))
         self._state = ctypes.c_void_p(self._library.slim_create(pointers))
         self._unit = unit
-        self._read = {buffer for region in self.schedule.regions for buffer in (*region.reads(), *region.writes())}
-        self._bind(unit)
+        self._touched = {b for region in self.schedule.regions for b in (*region.reads(), *region.writes())}
+        self._describe_inputs()
         self._lock = threading.Lock()  # the arena belongs to one call at a time
 
     def __del__(self) -> None:
         if getattr(self, "_state", None):
             self._library.slim_destroy(self._state)
 
-    def _bind(self, unit: Unit) -> None:
-        """Prepares what every call reuses."""
-        inputs = self.schedule.inputs
-        self._io = (ctypes.c_void_p * max(1, len(unit.brought)))()
-        self._dims = (ctypes.c_int64 * max(1, len(unit.dims)))()
-        self._where = [self.schedule.dims[name] for name in unit.dims]
-        self._used = [buffer in self._read for buffer in inputs]
-        self._mutated = [_is_cache(buffer, self.schedule) for buffer in inputs]
-        place = {name: position for position, name in enumerate(unit.dims)}
-        self._shapes = [[(size, place.get(str(size), 0)) for size in buffer.shape] for buffer in inputs]
-        caches = [shape for shape, mutated in zip(self._shapes, self._mutated, strict=True) if mutated]
-        self._lasting = sorted({at for shape in caches for size, at in shape if not isinstance(size, int)})
-        self._last: list[int] = []
-        self._seen: list[weakref.ref[Tensor]] = [weakref.ref(_NOTHING)] * len(inputs)
-        self._outputs = [(_sizes(buffer, unit.dims), buffer.dtype) for buffer in self.schedule.outputs]
-        self._whole = len(unit.segments) == 1
-
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
+        return self.bind(*inputs)()
+
+    def bind(self, *inputs: Tensor) -> BoundCall:
+        """The same call, to be repeated.
+
+        Raises:
+            BadInput: for inputs whose type or sizes are not those that were compiled.
+        """
+        return BoundCall(self, inputs)
+
+    def _describe_inputs(self) -> None:
+        """Notes what calls check and reuse."""
+        unit, inputs = self._unit, self.schedule.inputs
+        place = {name: position for position, name in enumerate(unit.dims)}
+        self.where = [self.schedule.dims[name] for name in unit.dims]
+        self.shapes = [[(size, place.get(str(size), 0)) for size in buffer.shape] for buffer in inputs]
+        self.used = [buffer in self._touched for buffer in inputs]
+        self.mutated = [_is_written(buffer, self.schedule) for buffer in inputs]
+        self.outputs = [(_sizes(buffer, unit.dims), buffer.dtype) for buffer in self.schedule.outputs]
+        self.brought = len(unit.brought)
+
+    def run(self, io: Any, dims: Any, inputs: list[Tensor]) -> None:
+        """Runs all segments: ``io`` are the addresses of what the call brings, ``dims`` its sizes."""
         with self._lock:
-            kept = self._take(inputs)
-            dims = tuple(self._dims)
-            outputs = tuple(torch.empty(shape(*dims), dtype=dtype) for shape, dtype in self._outputs)
-            for index, output in enumerate(outputs, len(inputs)):
-                self._io[index] = output.data_ptr()
-            if self._whole:
-                self._run(*self._unit.segments[0])  # type: ignore[misc]
-            else:
-                self._run_segments(kept, dims)
-            return outputs
+            segments = self._unit.segments
+            if len(segments) == 1:
+                self._run(io, dims, *segments[0])  # type: ignore[misc]
+                return
+            results: dict[Buffer, Tensor] = {}
+            for segment in segments:
+                if isinstance(segment, Foreign):
+                    self._run_foreign(segment, io, inputs, dict(zip(self._unit.dims, dims, strict=False)), results)
+                else:
+                    self._run(io, dims, *segment)
 
-    def _take(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-        """Notes where the inputs lie, and how large they are; most are the tensors of the call before."""
-        dims, seen, kept = self._dims, self._seen, list(inputs)
-        for position, (index, dim) in enumerate(self._where):
-            dims[position] = inputs[index].shape[dim]
-        lasting = [dims[position] for position in self._lasting]
-        if lasting != self._last:
-            seen[:] = [weakref.ref(_NOTHING)] * len(seen)  # of other sizes: all are looked at anew
-        for index, tensor in enumerate(inputs):
-            if seen[index]() is not tensor:
-                kept[index] = usable = self._usable(index, tensor)
-                self._io[index] = usable.data_ptr()
-                if usable is tensor and self._mutated[index]:
-                    seen[index] = weakref.ref(tensor)
-        self._last = lasting
-        return kept
-
-    def _usable(self, index: int, tensor: Tensor) -> Tensor:
-        """The input as generated code can read it, which trusts what it is given."""
-        buffer = self.schedule.inputs[index]
-        wanted = tuple(
-            size if isinstance(size, int) else self._dims[position] for size, position in self._shapes[index]
-        )
-        if tuple(tensor.shape) != wanted:
-            reason = f"its shape is {list(tensor.shape)}, and beside the other inputs it must be {list(wanted)}"
-            raise errors.BadInput(argument=buffer.name, reason=reason)
-        if not self._used[index]:
-            return tensor
-        if tensor.dtype != buffer.dtype:
-            reason = f"it is {tensor.dtype}, and the program was compiled for {buffer.dtype}"
-            raise errors.BadInput(argument=buffer.name, reason=reason)
-        if tensor.is_contiguous():
-            return tensor
-        if self._mutated[index]:
-            raise errors.BadInput(argument=buffer.name, reason="a cache that is written to must be contiguous")
-        return tensor.contiguous()
-
-    def _run(self, first: int, last: int) -> None:
-        status = self._library.slim_run(self._state, self._io, self._dims, first, last, torch.get_num_threads())
+    def _run(self, io: Any, dims: Any, first: int, last: int) -> None:
+        status = self._library.slim_run(self._state, io, dims, first, last, torch.get_num_threads())
         if status == 1:
-            raise MemoryError(f"no memory for activations of {dict(zip(self._unit.dims, self._dims, strict=False))}")
+            raise MemoryError(f"no memory for activations of {dict(zip(self._unit.dims, dims, strict=False))}")
         if status == 2:
             raise errors.BadInput(argument="indices", reason="one is outside of the table that it picks from")
 
     # -- with PyTorch between segments ---------------------------------------------------------------------------------
 
-    def _run_segments(self, inputs: list[Tensor], dims: tuple[int, ...]) -> None:
-        results: dict[Buffer, Tensor] = {}
-        for segment in self._unit.segments:
-            if isinstance(segment, Foreign):
-                self._run_foreign(segment, inputs, dims, results)
-            else:
-                self._run(*segment)
-
     def _run_foreign(
-        self, region: Foreign, inputs: list[Tensor], dims: tuple[int, ...], results: dict[Buffer, Tensor]
+        self, region: Foreign, io: Any, inputs: list[Tensor], bound: dict[str, int], results: dict[Buffer, Tensor]
     ) -> None:
         """Runs one node by PyTorch, on tensors over the memory of the program."""
-        bound = dict(zip(self._unit.dims, dims, strict=True))
 
         def place(value: Any) -> Any:
             if isinstance(value, View):
@@ -155,7 +114,7 @@ class CppExecutable:
         for buffer, value in zip(region.outs, values, strict=True):
             if buffer is not None:
                 results[buffer] = value.to(buffer.dtype).contiguous()
-                self._io[self._unit.index[buffer] - base] = results[buffer].data_ptr()
+                io[self._unit.index[buffer] - base] = results[buffer].data_ptr()
 
     def _tensor(self, view: View, inputs: list[Tensor], bound: dict[str, int], results: dict[Buffer, Tensor]) -> Tensor:
         """A view of the program's memory as a tensor."""
@@ -181,7 +140,53 @@ class CppExecutable:
         return torch.frombuffer(memory, dtype=buffer.dtype)
 
 
-_NOTHING = torch.empty(0)
+class BoundCall:
+    """A call with its inputs at hand: what does not change is looked at once."""
+
+    def __init__(self, executable: CppExecutable, inputs: tuple[Tensor, ...]) -> None:
+        self._executable = executable
+        self._io = (ctypes.c_void_p * max(1, executable.brought))()
+        self._dims = (ctypes.c_int64 * max(1, len(executable.where)))()
+        self._inputs = list(inputs)  # alive as long as their addresses are
+        for position, (index, dim) in enumerate(executable.where):
+            self._dims[position] = inputs[index].shape[dim]
+        for index in range(len(inputs)):
+            self._take(index)
+
+    def set(self, index: int, value: Tensor) -> None:
+        """Another tensor for one input; sizes that it alone decides may change."""
+        self._inputs[index] = value
+        for position, (owner, dim) in enumerate(self._executable.where):
+            if owner == index:
+                self._dims[position] = value.shape[dim]
+        self._take(index)
+
+    def __call__(self) -> tuple[Tensor, ...]:
+        outputs = tuple(torch.empty(shape(*self._dims), dtype=dtype) for shape, dtype in self._executable.outputs)
+        for index, output in enumerate(outputs, len(self._inputs)):
+            self._io[index] = output.data_ptr()
+        self._executable.run(self._io, self._dims, self._inputs)
+        return outputs
+
+    def _take(self, index: int) -> None:
+        """Notes where an input lies, once it is what generated code trusts it to be."""
+        executable, tensor = self._executable, self._inputs[index]
+        buffer = executable.schedule.inputs[index]
+        sizes = executable.shapes[index]
+        wanted = tuple(size if isinstance(size, int) else self._dims[position] for size, position in sizes)
+        if tuple(tensor.shape) != wanted:
+            reason = f"its shape is {list(tensor.shape)}, and beside the other inputs it must be {list(wanted)}"
+            raise errors.BadInput(argument=buffer.name, reason=reason)
+        if not executable.used[index]:
+            return
+        if tensor.dtype != buffer.dtype:
+            reason = f"it is {tensor.dtype}, and the program was compiled for {buffer.dtype}"
+            raise errors.BadInput(argument=buffer.name, reason=reason)
+        if not tensor.is_contiguous():
+            if executable.mutated[index]:
+                raise errors.BadInput(argument=buffer.name, reason="a cache that is written to must be contiguous")
+            self._inputs[index] = tensor = tensor.contiguous()
+        self._io[index] = tensor.data_ptr()
 
 
 def _open(path: Any) -> ctypes.CDLL:
@@ -201,7 +206,7 @@ def _form(schedule: Schedule, unit: Unit) -> Form:
     return Form(len(schedule.regions) - len(foreign), unit.kernels, schedule.segments, foreign)
 
 
-def _is_cache(buffer: Buffer, schedule: Schedule) -> bool:
+def _is_written(buffer: Buffer, schedule: Schedule) -> bool:
     return any(buffer in region.writes() for region in schedule.regions)
 
 

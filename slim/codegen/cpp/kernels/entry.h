@@ -39,6 +39,7 @@ struct State {
     }
 
     void run(const Sizes& z, int first, int last, int threads) {
+        if (threads > slim::Team::MOST) threads = slim::Team::MOST;
 #pragma omp parallel num_threads(threads)
         {
 #pragma omp single

@@ -9,7 +9,7 @@ namespace {
 constexpr i64 FEW_ROWS = 16;              // up to here weights are read once for all rows
 constexpr i64 CHUNK_ROWS = 512;           // rows at once: bounds the scratch memory
 constexpr i64 OWN_NUMBERS = 8192;         // an input this small every thread prepares for itself: a barrier costs more
-constexpr i64 PIECE_BYTES = 48 * 1024;    // of weights, for a thread at a time
+constexpr i64 PIECE_BYTES = 128 * 1024;   // of weights, for a thread at a time
 
 template <class Predicate>
 bool any_weight(const Linear& args, Predicate&& holds) {

@@ -16,13 +16,14 @@ static inline void relax() {
 
 // Lives as long as a model does; used by one call at a time.
 struct Team {
-    static constexpr int COUNTERS = 64;
+    static constexpr int LOOPS = 64;      // that threads may be apart, twice over
+    static constexpr int MOST = 128;      // threads
     int size = 1;
     alignas(64) std::atomic<int> arrived{0};
     alignas(64) std::atomic<unsigned> phase{0};
     struct alignas(64) Counter {
         std::atomic<i64> next{0};
-    } counters[COUNTERS];
+    } taken[LOOPS][MOST];  // of each thread's own part of a loop
 
     std::atomic<bool> fault{false};  // an index was outside of what it indexes
 
@@ -30,7 +31,8 @@ struct Team {
     void begin(int threads) {
         size = threads;
         fault.store(false, std::memory_order_relaxed);
-        for (auto& counter : counters) counter.next.store(0, std::memory_order_relaxed);
+        for (auto& loop : taken)
+            for (int t = 0; t < size; t++) loop[t].next.store(0, std::memory_order_relaxed);
     }
 };
 
@@ -65,7 +67,8 @@ struct Thread {
         return 0;
     }
 
-    // Runs body(begin, end) over pieces of 0..total, `piece` long, each by the thread that comes for it first.
+    // Runs body(begin, end) over pieces of 0..total, at most `piece` long. Each thread goes through a part of its own,
+    // front to back, as memory likes to be read; who is done takes pieces of the others' parts.
     // Every thread must call it; it does not wait for the others.
     template <class Body>
     void share(i64 total, i64 piece, Body&& body) {
@@ -73,16 +76,19 @@ struct Thread {
             if (total > 0) body((i64)0, total);
             return;
         }
-        if (++unsynced > Team::COUNTERS / 4) barrier();  // nobody may be half the ring behind
+        if (++unsynced > Team::LOOPS / 4) barrier();  // nobody may be half the ring behind
         i64 index = loop++;
-        // counters far ahead are cleared by all: nobody uses them yet
-        team.counters[(index + Team::COUNTERS / 2) % Team::COUNTERS].next.store(0, std::memory_order_relaxed);
-        auto& next = team.counters[index % Team::COUNTERS].next;
-        for (;;) {
-            i64 begin = next.fetch_add(piece, std::memory_order_relaxed);
-            if (begin >= total) return;
-            i64 end = begin + piece < total ? begin + piece : total;
-            body(begin, end);
+        // a loop far ahead, which nobody has begun
+        team.taken[(index + Team::LOOPS / 2) % Team::LOOPS][id].next.store(0, std::memory_order_relaxed);
+        for (int turn = 0; turn < team.size; turn++) {
+            int owner = (id + turn) % team.size;
+            i64 first = owner * total / team.size, last = (owner + 1) * total / team.size;
+            auto& next = team.taken[index % Team::LOOPS][owner].next;
+            while (next.load(std::memory_order_relaxed) < last - first) {
+                i64 begin = first + next.fetch_add(piece, std::memory_order_relaxed);
+                if (begin >= last) break;
+                body(begin, begin + piece < last ? begin + piece : last);
+            }
         }
     }
 };
