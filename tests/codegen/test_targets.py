@@ -1,8 +1,11 @@
 """Choosing a target: known ones, unknown ones, and those that are still to come."""
 
+import logging
+
 import pytest
 
 from slim import codegen, errors
+from slim.codegen import build, select
 
 
 def test_auto_is_a_target_of_this_machine():
@@ -23,3 +26,16 @@ def test_an_unknown_target_is_refused_with_the_known_ones(name):
 def test_a_target_that_cannot_be_used_says_why(name):
     with pytest.raises(errors.TargetUnavailable, match=codegen.TARGETS[name].missing()):
         codegen.select(name)
+
+
+def test_without_a_compiler_auto_means_eager_and_says_so_once(monkeypatch, caplog):
+    monkeypatch.setattr(build, "compiler", lambda: None)  # what missing() asks
+    codegen._warn_of_eager.cache_clear()
+    with caplog.at_level(logging.WARNING, logger="slim"):
+        assert select("auto").name == "eager"
+        assert select("auto").name == "eager"
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "compiler" in caplog.text
+    with pytest.raises(errors.TargetUnavailable, match="cpu"):
+        select("cpu")
+    codegen._warn_of_eager.cache_clear()

@@ -13,9 +13,23 @@ from torch import fx
 from slim.codegen.regions import linears
 from slim.codegen.regions.lower import Lowering, Unsupported, handles
 from slim.codegen.regions.pointwise import op
-from slim.codegen.regions.scalars import BOOL, F32, Lane, Load, Op, Scalar, SizeOf, Value, cast, computed, expand
+from slim.codegen.regions.scalars import (
+    BOOL,
+    F32,
+    I64,
+    Iota,
+    Lane,
+    Load,
+    Op,
+    Scalar,
+    SizeOf,
+    Value,
+    cast,
+    computed,
+    expand,
+)
 from slim.codegen.regions.schedule import Norm, Reduce, Scan, TopK
-from slim.codegen.regions.views import Size, View
+from slim.codegen.regions.views import Size, Strided, View
 from slim.compiler.rules import argument
 
 aten, slim = torch.ops.aten, torch.ops.slim
@@ -143,6 +157,23 @@ def cumsum(lowering: Lowering, node: fx.Node) -> Value:
     out = lowering.temp(x.shape, dtype).view()
     lowering.emit(Scan(node, cast(x.body, computed(dtype)), out))
     return _permuted(lowering, Value(Load(out), x.shape, dtype), _inverse(order))
+
+
+@handles(aten.scatter.value)
+def scatter_value(lowering: Lowering, node: fx.Node) -> Value:
+    """One number at chosen indices of the last dimension: an element changes if any index is its own."""
+    shape, dtype = lowering.type(node)
+    x, index = (lowering.plain(lowering.value(node.args[i])) for i in (0, 2))
+    last = len(shape) - 1
+    if int(node.args[1]) % len(shape) != last or index.shape[:-1] != x.shape[:-1]:  # type: ignore[arg-type]
+        raise Unsupported(f"{node.target} has a kernel for whole rows of the last dimension")
+    space = (*shape, index.shape[-1])
+    own = Iota(Strided(space, tuple(int(d == last) for d in range(len(space)))))
+    chosen = lowering.remapped(index, (*shape[:-1], 1, index.shape[-1]), methodcaller("unsqueeze", last))
+    same_place = op("eq", own, cast(expand(chosen, space), I64), dtype=BOOL)
+    hit = Load(lowering.store(Value(Lane(Reduce(node, "any", same_place, space, 1), BOOL), shape, torch.bool)))
+    body = op("where", hit, const(argument(node, "value"), computed(dtype)), x.body, dtype=computed(dtype))
+    return Value(body, shape, dtype)
 
 
 @handles(aten.topk.default)

@@ -166,7 +166,7 @@ def split(lowering: Lowering, node: fx.Node) -> tuple[Value, ...]:
     return tuple(parts)
 
 
-@handles(aten.cat.default, aten.stack.default)
+@handles(aten.cat.default, aten.concat.default, aten.stack.default)
 def join(lowering: Lowering, node: fx.Node) -> Value:
     """Tensors side by side: each is computed into its place."""
     shape, dtype = lowering.type(node)

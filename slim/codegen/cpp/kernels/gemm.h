@@ -205,7 +205,8 @@ static inline void tile_unit(vi (&totals)[HEIGHT][COUNT], const Block& b, const 
     i64 begin = (u - b.unit_begin) * b.unit_steps;
 #pragma GCC unroll 8
     for (int r = 0; r < HEIGHT; r++) {
-        vi start = vi{} + b.start_factor * in.starts[u * HEIGHT + r];
+        vi start = splat_bits(reinterpret_cast<const u32*>(in.starts) + u * HEIGHT + r);  // by the load port alone
+        if (b.start_factor != 1) start *= b.start_factor;
 #pragma GCC unroll 8
         for (int c = 0; c < COUNT; c++) totals[r][c] = start;
     }
