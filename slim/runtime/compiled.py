@@ -65,8 +65,9 @@ class CompiledModel:
         self.kv_cache = kv_cache or KVCacheConfig()
         self._steps: dict[tuple[bool, bool], Step] = {}
         self._sources: dict[str, str] = {}
-        if report is not None:
-            report.target = self.target.name
+        if report is not None:  # it may have been saved by another target
+            report.error = report.error if report.target == self.target.name else None
+            report.target, report.forms = self.target.name, {}
         if kv_cache is not None:
             self.slots  # noqa: B018  asked for: then it must be possible
         self._make_first_form()

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"no C++ cod
 
 CAUSAL = (
     "llama", "llama-biases", "llama-llama3rope", "mistral", "gemma", "gemma2", "gemma3", "qwen2", "qwen3", "phi",
-    "phi3", "olmo2", "cohere", "granite", "stablelm", "starcoder2", "glm4", "nemotron", "gpt2", "gpt_bigcode", "gptj",
+    "phi3", "olmo2", "cohere", "stablelm", "glm4", "nemotron", "gpt2", "gpt_bigcode", "gptj",
     "gpt_neo", "gpt_neox", "opt", "bloom", "mpt", "falcon", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3",
 )  # fmt: skip
 ENCODERS = ("bert", "roberta", "distilbert")

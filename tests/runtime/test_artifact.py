@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,8 @@ def test_it_comes_back_as_it_was(compiled, saved):
     tokens, mask = prompt()
     assert torch.equal(again(tokens, attention_mask=mask).logits, compiled(tokens, attention_mask=mask).logits)
     assert str(again.program) == str(compiled.program)
-    assert str(again.report) == str(compiled.report)
-    assert again.report == compiled.report
+    forms = {"forms": compiled.report.forms}  # what was made of the Program here, and how long that took
+    assert replace(again.report, **forms) == compiled.report
     assert again.pipeline == compiled.pipeline == 'fold_norms(), quantize("int8")'
     assert again.kv_cache == KVCacheConfig(max_tokens=64)
     assert again.config.to_dict() == compiled.config.to_dict()

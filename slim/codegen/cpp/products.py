@@ -14,7 +14,7 @@ from slim.codegen.regions.schedule import Linear, Matrix, Part
 @writes(Linear)
 def _linear(writer: Writer, region: Linear) -> list[str]:
     expert = region.source.expert
-    fields = "const Sizes& z; char* const* p;" + (" const i64* order;" if expert is not None else "")
+    fields = "const Sizes& z; char* const* p; Thread& t;" + (" const i64* order;" if expert is not None else "")
     row = ["const i64 r = e.order[row];"] if expert is not None else ["const i64 r = row;"]
     writer.helpers.append(f"struct {NAME}_env {{ {fields} }};")
     _load_row(writer, region, row)
@@ -26,7 +26,7 @@ def _linear(writer: Writer, region: Linear) -> list[str]:
     quantized = any(matrix.is_quantized for matrix in matrices)
     call = [
         *(_matrix(writer, matrix, index, expert is not None) for index, matrix in enumerate(matrices)),
-        f"const {NAME}_env env{{z, p{', order' if expert is not None else ''}}};",
+        f"const {NAME}_env env{{z, p, t{', order' if expert is not None else ''}}};",
         _parts(region),
     ]
     scratch = writer.arguments.text(None)
@@ -96,7 +96,7 @@ def _parts(region: Linear) -> str:
 def _helper(writer: Writer, name: str, parameters: str, body: list[str]) -> None:
     head = f"static void {NAME}_{name}(const void* held, i64 row, {parameters}) {{"
     env = [f"const auto& e = *(const {NAME}_env*)held;", "const Sizes& z = e.z;", "char* const* p = e.p;",
-           "(void)z, (void)p;"]  # fmt: skip
+           "Thread& t = e.t;", "(void)z, (void)p, (void)t;"]  # fmt: skip
     writer.helpers.append("\n".join([head, *indented([*env, *body]), "}"]))
 
 

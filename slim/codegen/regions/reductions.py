@@ -12,7 +12,7 @@ from torch import fx
 
 from slim.codegen.regions import linears
 from slim.codegen.regions.lower import Lowering, Unsupported, handles
-from slim.codegen.regions.pointwise import op
+from slim.codegen.regions.pointwise import const, op
 from slim.codegen.regions.scalars import (
     BOOL,
     F32,
