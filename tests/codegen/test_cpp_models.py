@@ -108,6 +108,20 @@ def test_packed_weights_are_held_once_and_come_back_whole(tmp_path):
     assert torch.equal(again(tokens).logits, generated(tokens).logits)
 
 
+def test_a_quantised_table_that_is_the_head_too_is_held_once_in_each_form():
+    model, _ = pair("gemma")
+    compiled = slim.compile(model, 'quantize("int8")', target="cpu")
+    tokens, _ = prompt(padded=False)
+    eager = slim.compile(model, 'quantize("int8")', target="eager")
+    assert difference(compiled(tokens).logits, eager(tokens).logits) < 0.06
+    compiled.generate(tokens, **GREEDY)
+    forms = [compiled._executable, *(step.executable for step in compiled._steps.values())]
+    held = [
+        {tensor.data_ptr() for tensor in form._weights if tensor.dtype in (torch.int8, torch.uint8)} for form in forms
+    ]
+    assert held[0] == held[1]
+
+
 def test_bfloat16_models_keep_their_types():
     _, eager = pair("llama")
     model = zoo.build("llama").to(torch.bfloat16)

@@ -14,7 +14,7 @@ from torch import Tensor
 from slim import errors
 from slim.codegen.build import host_isa, load, shared_object
 from slim.codegen.cpp.emit import Unit, emit
-from slim.codegen.cpp.packing import held
+from slim.codegen.cpp.packing import hold
 from slim.codegen.regions.lower import lower
 from slim.codegen.regions.schedule import Foreign, Schedule
 from slim.codegen.regions.views import Buffer, Size, View
@@ -40,7 +40,7 @@ class CppExecutable:
         self.code = {"program.cpp": unit.source}
         self.form = _form(self.schedule, unit)
         self._library = _open(shared_object(unit.source, isa))
-        self._weights = [held(program.weights, buffer, isa) for buffer in self.schedule.weights]
+        self._weights = hold(program.weights, self.schedule.weights, isa)
         pointers = (ctypes.c_void_p * max(1, len(self._weights)))(*(w.data_ptr() for w in self._weights))
         self._state = ctypes.c_void_p(self._library.slim_create(pointers))
         self._unit = unit
@@ -179,6 +179,10 @@ class BoundCall:
             raise errors.BadInput(argument=buffer.name, reason=reason)
         if not executable.used[index]:
             return
+        if tensor.device.type != "cpu":
+            raise errors.BadInput(
+                argument=buffer.name, reason=f"it lies on {tensor.device}, and the code runs on the CPU"
+            )
         if tensor.dtype != buffer.dtype:
             reason = f"it is {tensor.dtype}, and the program was compiled for {buffer.dtype}"
             raise errors.BadInput(argument=buffer.name, reason=reason)

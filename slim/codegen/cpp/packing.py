@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slim import errors
 from slim.codegen.build import Isa, load, shared_object
 from slim.codegen.regions.views import Buffer
 from slim.compiler.weights import Weights
@@ -48,13 +50,14 @@ def _library(isa: Isa) -> ctypes.CDLL:
     return library
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class PackedWeight:
     """A quantised weight as a kernel reads it; as a tensor it is restored when somebody asks.
 
     Attributes:
         data: the packed bytes; for a stack [E, m, n] one block an expert, behind a line that says how far apart.
         layout: (format, m, n, group) of one matrix.
+        beside: the plain form, where generated code reads that too.
     """
 
     data: Tensor
@@ -62,6 +65,7 @@ class PackedWeight:
     shape: tuple[int, ...]
     layout: tuple[int, int, int, int]
     isa: Isa
+    beside: Tensor | None = None
 
     def load(self) -> Tensor:
         """The weight as PyTorch keeps it."""
@@ -74,11 +78,22 @@ class PackedWeight:
         return restored
 
 
-def held(weights: Weights, buffer: Buffer, isa: Isa) -> Tensor:
+def hold(weights: Weights, buffers: Sequence[Buffer], isa: Isa) -> list[Tensor]:
+    """The memory of each weight buffer."""
+    packed = {
+        id(b): _held(weights, b, isa) for b in buffers if b.packing is not None
+    }  # first: plain ones lie beside them
+    return [packed[id(b)] if id(b) in packed else _held(weights, b, isa) for b in buffers]
+
+
+def _held(weights: Weights, buffer: Buffer, isa: Isa) -> Tensor:
     """The memory that a kernel reads for a weight buffer; ``weights`` keeps a packed one instead of the original."""
+    raw = weights.raw(buffer.name)
+    if isinstance(raw, Tensor) and raw.device.type != "cpu":
+        reason = f"the weights lie on {raw.device}: move the model to the CPU"
+        raise errors.TargetUnavailable(target="cpu", reason=reason)
     if buffer.packing is None or buffer.packing == "f32":
         return _plain(weights, buffer)
-    raw = weights.raw(buffer.name)
     if isinstance(raw, PackedWeight) and raw.isa == isa:
         return raw.data
     packed = pack(weights[buffer.name], buffer.packing, weights, isa)
@@ -88,6 +103,10 @@ def held(weights: Weights, buffer: Buffer, isa: Isa) -> Tensor:
 
 def _plain(weights: Weights, buffer: Buffer) -> Tensor:
     """A weight as it is, contiguous; a scale as float32. What was on disk stays in memory from here on."""
+    raw = weights.raw(buffer.name)
+    if isinstance(raw, PackedWeight):  # a table that is the head as well: its rows are picked from the plain form
+        raw.beside = raw.load() if raw.beside is None else raw.beside
+        return raw.beside
     tensor = weights[buffer.name].detach()
     if weights.is_deferred(buffer.name):
         weights[buffer.name] = tensor

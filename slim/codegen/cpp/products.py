@@ -58,7 +58,7 @@ def _experts(writer: Writer, region: Linear, call: list[str], rows: str, n: str,
     return [
         f"const i64 experts = {experts};",
         f"i64* const starts = (i64*){scratch};",
-        f"if (t.id == 0) sort_by_expert({ids}, {stride}, {rows}, experts, starts);",
+        f"if (t.id == 0) sort_by_expert(t, {ids}, {stride}, {rows}, experts, starts);",
         "t.barrier();",
         "for (i64 expert = 0; expert < experts; expert++) {",
         *indented(run),

@@ -190,8 +190,9 @@ class Lowering:
         if out is None and not fresh:
             if isinstance(value.body, Load):
                 return value.body.view
-            if id(value.body) in self._stored:  # a mask that every layer reads
-                return self._stored[id(value.body)][1]
+            _, held = self._stored.get(id(value.body), (None, None))  # a mask that every layer reads
+            if held is not None and held.shape == tuple(value.shape):
+                return held
         if out is None:
             out = self.temp(value.shape, value.dtype).view()
         self._stored.setdefault(id(value.body), (value.body, out))

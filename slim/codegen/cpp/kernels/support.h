@@ -41,12 +41,12 @@ static inline void top_k(const X* x, i64 n, i64 stride, i64 k, V* values, I* ind
 static inline i64 expert_scratch(i64 rows, i64 experts) { return ((experts + 1 + rows) * 8 + 63) / 64 * 64; }
 
 template <class I>
-static inline void sort_by_expert(const I* ids, i64 stride, i64 rows, i64 experts, i64* starts) {
+static inline void sort_by_expert(Thread& t, const I* ids, i64 stride, i64 rows, i64 experts, i64* starts) {
     i64* order = starts + experts + 1;
     for (i64 e = 0; e <= experts; e++) starts[e] = 0;
-    for (i64 r = 0; r < rows; r++) starts[(i64)ids[r * stride] + 1]++;
+    for (i64 r = 0; r < rows; r++) starts[t.inside(ids[r * stride], experts) + 1]++;
     for (i64 e = 0; e < experts; e++) starts[e + 1] += starts[e];
-    for (i64 r = 0; r < rows; r++) order[starts[(i64)ids[r * stride]]++] = r;
+    for (i64 r = 0; r < rows; r++) order[starts[t.inside(ids[r * stride], experts)]++] = r;
     for (i64 e = experts; e > 0; e--) starts[e] = starts[e - 1];  // filling moved each start to the next one
     starts[0] = 0;
 }
