@@ -1,9 +1,14 @@
 """Compiled models that tests share: each is built and lifted once a process."""
 
+import os
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from benchmarks import zoo
@@ -19,6 +24,18 @@ def pair(name: str) -> tuple[Any, CompiledModel]:
     torch.manual_seed(0)
     model = zoo.build(name)
     return model, CompiledModel(lift(model), "eager")
+
+
+def check_golden(name: str, text: str) -> None:
+    """``text`` is what tests/golden/``name`` holds. SLIM_ACCEPT=1 writes it anew; the change then shows in the diff."""
+    root = Path(__file__).resolve().parents[1]
+    pinned = re.search(r"^transformers==(\S+)", (root / "constraints.txt").read_text(), re.M)
+    if pinned is None or pinned[1] != transformers.__version__:
+        pytest.skip(f"names and lines of models' sources are those of transformers {pinned and pinned[1]}")
+    file = root / "tests" / "golden" / name
+    if os.environ.get("SLIM_ACCEPT"):
+        file.write_text(text)
+    assert text == file.read_text(), f"{name} differs; run with SLIM_ACCEPT=1 to accept"
 
 
 def prompt(seed: int = 0, padded: bool = True) -> tuple[Tensor, Tensor]:

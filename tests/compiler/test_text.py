@@ -2,13 +2,11 @@
 
 import functools
 import math
-import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx
@@ -18,10 +16,10 @@ from slim.compiler.program import Facts
 from slim.compiler.text import HEADER, parse
 from slim.compiler.verify import verify
 from slim.compiler.weights import Weights
+from tests.compiled import check_golden
 from tests.programs import lifted, program
 
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT / "tests" / "golden"
 
 
 def executed(text):
@@ -81,15 +79,7 @@ def test_the_text_of_a_model_runs_as_python_and_gives_the_same_numbers(name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_the_text_of_a_model_is_the_golden_one(name):
-    """SLIM_ACCEPT=1 writes it anew; the change then shows in the diff under review."""
-    pinned = re.search(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(), re.M)
-    if pinned is None or pinned[1] != transformers.__version__:
-        pytest.skip(f"lines of models' sources are those of transformers {pinned and pinned[1]}")
-    file, text = GOLDEN / f"{name}.py", str(lifted(name))
-    if os.environ.get("SLIM_ACCEPT"):
-        GOLDEN.mkdir(exist_ok=True)
-        file.write_text(text)
-    assert text == file.read_text(), f"{file.name} differs; run with SLIM_ACCEPT=1 to accept"
+    check_golden(f"{name}.py", str(lifted(name)))
 
 
 def test_nothing_of_this_machine_is_in_the_text():

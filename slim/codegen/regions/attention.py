@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from slim.codegen.regions.lower import Lowering, Unsupported, handles
+from slim.codegen.regions.lower import Lowering, handles
 from slim.codegen.regions.pointwise import const, op
-from slim.codegen.regions.scalars import BOOL, F32, Iota, Lane, Load, Scalar, SizeOf, Value, cast, expand
+from slim.codegen.regions.scalars import BOOL, F32, Iota, Lane, Load, Scalar, Value, cast, expand
 from slim.codegen.regions.schedule import Attention, Pointwise
-from slim.codegen.regions.views import Buffer, Strided, View, same
+from slim.codegen.regions.views import Strided, View, same
 from slim.compiler.rules import argument
 
 aten, slim = torch.ops.aten, torch.ops.slim
@@ -192,6 +192,3 @@ def _axis(shape: tuple[Any, ...], dim: int) -> Strided:
 def getitem(lowering: Lowering, node: fx.Node) -> Any:
     """One result of several."""
     return lowering.values[node.args[0]][node.args[1]]  # type: ignore[index]
-
-
-__all__ = ["Buffer", "SizeOf", "Unsupported", "attention"]

@@ -7,7 +7,6 @@ until somebody needs it in memory: then one region is made, around the anchor th
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,7 +33,7 @@ from slim.codegen.regions.scalars import (
     walk,
 )
 from slim.codegen.regions.schedule import Foreign, Norm, Pointwise, Product, Region, Schedule
-from slim.codegen.regions.views import Buffer, Size, View, contiguous_strides, same
+from slim.codegen.regions.views import Buffer, Size, View, same
 from slim.compiler.program import Program
 from slim.compiler.types import expression
 
@@ -337,10 +336,3 @@ def _broadcastable(lowering: Lowering, node: fx.Node, shape: Sequence[Size]) -> 
     value = lowering.value(node)
     whole = len(value.shape) == len(shape) and all(same(a, b) for a, b in zip(value.shape, shape, strict=True))
     return value if whole else lowering.plain(value)
-
-
-def numel(shape: Sequence[Size]) -> Size:
-    return math.prod(shape)
-
-
-__all__ = ["Lowering", "Unsupported", "contiguous_strides", "handles", "lower"]

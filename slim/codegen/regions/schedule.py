@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from slim.codegen.regions.scalars import Scalar, views, walk
+from slim.codegen.regions.scalars import Scalar, views
 from slim.codegen.regions.views import Buffer, Size, View
 
 
@@ -308,12 +308,3 @@ class Schedule:
         """How many stretches of generated code there are, with PyTorch between them."""
         kinds = [isinstance(region, Foreign) for region in self.regions]
         return sum(not kind and (i == 0 or kinds[i - 1]) for i, kind in enumerate(kinds))
-
-
-def scalars_of(region: Region) -> Iterator[Scalar]:
-    """Every scalar that a region computes."""
-    bodies: list[Scalar | None] = [getattr(region, "body", None), getattr(region, "x", None)]
-    bodies += [part.body for part in getattr(region, "parts", ())]
-    for body in bodies:
-        if isinstance(body, Scalar):
-            yield from walk(body)

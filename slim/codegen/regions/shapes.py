@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from slim.codegen.regions.lower import Lowering, Unsupported, handles
+from slim.codegen.regions.lower import Lowering, handles
 from slim.codegen.regions.scalars import Load, Value, cast, computed, expand, lanes, remap
 from slim.codegen.regions.schedule import Product
 from slim.codegen.regions.views import Size, same
@@ -196,9 +196,3 @@ def flip(lowering: Lowering, node: fx.Node) -> Value:
         return leaf
 
     return lowering.remapped(lowering.value(node.args[0]), shape, move)
-
-
-@handles(aten.unfold.default)
-def unfold(lowering: Lowering, node: fx.Node) -> Value:
-    """Windows along one dimension."""
-    raise Unsupported(f"{node.target} has no kernel")
