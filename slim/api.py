@@ -72,7 +72,8 @@ def compile(
         program, chosen, report=report, kv_cache=kv_cache, pipeline=", ".join(repr(pass_) for pass_ in pipeline)
     )
     report.seconds = seconds | report.seconds | {"lower": time.perf_counter() - start}
-    if context.probed is not None:
+    generated = any(form.regions for form in report.forms.values())
+    if generated and context.probed is not None:
         probe, expected = context.probed
         report.error = probe.error(expected, compiled.run_flat(probe.inputs))
     return compiled

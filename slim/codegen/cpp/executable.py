@@ -56,7 +56,7 @@ class CppExecutable:
         return self.bind(*inputs)()
 
     def bind(self, *inputs: Tensor) -> BoundCall:
-        """The same call, to be repeated.
+        """The same call, to be repeated. An input that is not contiguous is copied here, and no longer looked at.
 
         Raises:
             BadInput: for inputs whose type or sizes are not those that were compiled.

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from slim.codegen.regions.scalars import BOOL, F32, I64, Const, Op, Scalar, cast, computed
+from slim.codegen.regions.scalars import BOOL, F32, I64, Const, Op, Scalar, cast
 
 aten = torch.ops.aten
 
@@ -183,7 +183,3 @@ def builder(target: Any) -> Builder | None:
     if name is None or not name.name.startswith("aten::") or name.is_mutable:
         return None
     return _BY_NAME.get(name.name.removeprefix("aten::"))
-
-
-def result_type(value: torch.Tensor) -> torch.dtype:
-    return computed(value.dtype)
