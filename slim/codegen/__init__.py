@@ -8,49 +8,18 @@ from __future__ import annotations
 import functools
 import logging
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
-
-from torch import Tensor
 
 from slim import errors
 from slim.codegen import build, eager
 from slim.codegen.cpp.executable import CppExecutable
+from slim.codegen.executables import Bound, Ends, Executable, Feedback, Loop
 from slim.compiler.program import Program
-from slim.compiler.report import Form
 
-__all__ = ["TARGETS", "Bound", "Executable", "Target", "select"]
+__all__ = ["TARGETS", "Bound", "Ends", "Executable", "Feedback", "Loop", "Target", "select"]
 
 log = logging.getLogger(__name__)
-
-
-class Bound(Protocol):
-    """An executable with its inputs at hand, for a caller that changes few of them from call to call."""
-
-    def set(self, index: int, value: Tensor) -> None: ...
-    def __call__(self) -> tuple[Any, ...]: ...
-
-
-class Executable(Protocol):
-    """A lowered Program.
-
-    Attributes:
-        code: name -> source of everything that was generated for it.
-        form: what it is made of, for the report.
-    """
-
-    @property
-    def code(self) -> Mapping[str, str]: ...
-    @property
-    def form(self) -> Form: ...
-    def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
-        """The flat outputs for one tensor an input, in the order of the Program's inputs."""
-        ...
-
-    def bind(self, *inputs: Tensor) -> Bound:
-        """The same call, to be repeated."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from slim.codegen import eager_ops
+from slim.codegen.executables import Ends, Feedback
 from slim.compiler.program import Program
 from slim.compiler.report import Form
 from slim.compiler.rules import argument
@@ -61,6 +62,9 @@ class _Bound:
 
     def __call__(self) -> tuple[Any, ...]:
         return self._executable(*self._inputs)
+
+    def greedy(self, feedback: Feedback, mask: Tensor, ends: Ends) -> None:
+        """There is no such loop: every step is Python's."""
 
 
 def _flatten_weights(graph: fx.Graph, program: Program) -> SimpleNamespace:

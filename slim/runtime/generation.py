@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import (
-    EosTokenCriteria,
-    GenerateDecoderOnlyOutput,
     GenerationMixin,
     LogitsProcessorList,
-    MaxLengthCriteria,
     StoppingCriteriaList,
 )
 from transformers.generation.configuration_utils import GenerationMode
@@ -24,6 +21,7 @@ from transformers.generation.configuration_utils import GenerationMode
 from slim import errors
 from slim.runtime.cache import KVCache
 from slim.runtime.inputs import checked_mask, checked_positions, checked_tokens
+from slim.runtime.loop import Loop
 from slim.runtime.steps import Decoder
 
 log = logging.getLogger(__name__)
@@ -105,7 +103,7 @@ def generate(
             model_kwargs={"attention_mask": plan.mask},
         )
     _check_fits(model, plan)
-    return _Loop(plan, model.decoder(plan), streamer).run()
+    return Loop(plan, model.decoder(plan), streamer).run()
 
 
 # -- options -----------------------------------------------------------------------------------------------------------
@@ -268,96 +266,3 @@ def _check_fits(model: Generative, plan: Plan) -> None:
     trained = getattr(model.config, "max_position_embeddings", None)
     if trained is not None and run > trained:
         log.warning("up to %d tokens are asked of a model made for %d: expect it to lose the thread", run, trained)
-
-
-# -- the loop ----------------------------------------------------------------------------------------------------------
-
-
-class _Loop:
-    """Greedy decoding or sampling; the sequences are written into one tensor allocated ahead."""
-
-    def __init__(self, plan: Plan, decoder: Decoder, streamer: Any) -> None:
-        self.plan = plan
-        self.decoder = decoder
-        self.streamer = streamer
-        config = plan.config
-        batch, self.length = plan.tokens.shape
-        self.sequences = plan.tokens.new_empty(batch, plan.max_length)
-        self.sequences[:, : self.length] = plan.tokens
-        self.unfinished = torch.ones(batch, dtype=torch.bool, device=plan.tokens.device)
-        self.pad = config._pad_token_tensor
-        self.eos = _eos_alone(plan.criteria)
-        self.ends_early = any(hasattr(criterion, "eos_token_id") for criterion in plan.criteria)
-        detailed = config.return_dict_in_generate
-        self.scores: list[Tensor] | None = [] if detailed and config.output_scores else None
-        self.logits: list[Tensor] | None = [] if detailed and config.output_logits else None
-
-    @torch.no_grad()
-    def run(self) -> Any:
-        logits = self.decoder.prefill(self.plan.tokens, self.plan.mask, self.plan.positions)
-        while True:
-            tokens = self._choose(logits)
-            if self._append(tokens):
-                break
-            logits = self.decoder.step(tokens)
-        if self.streamer is not None:
-            self.streamer.end()
-        return self._result()
-
-    def _choose(self, logits: Tensor) -> Tensor:
-        kept = self.scores is not None or self.logits is not None
-        raw = logits.to(dtype=torch.float32, copy=kept)
-        processors: Any = self.plan.processors
-        scores: Tensor = processors(self.sequences[:, : self.length], raw) if processors else raw
-        if self.scores is not None:
-            self.scores.append(scores)
-        if self.logits is not None:
-            self.logits.append(raw)
-        if self.plan.config.do_sample:
-            tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
-        else:
-            tokens = _largest(scores)
-        if self.ends_early:
-            tokens = torch.where(self.unfinished, tokens, self.pad)
-        return tokens
-
-    def _append(self, tokens: Tensor) -> bool:
-        """Adds a token to each row; returns whether that was the last."""
-        self.sequences[:, self.length] = tokens
-        self.length += 1
-        if self.eos is None:
-            scores = None if self.scores is None else tuple(self.scores)
-            self.unfinished &= ~self.plan.criteria(self.sequences[:, : self.length], scores)
-        elif self.eos.numel():
-            self.unfinished &= ~torch.isin(tokens, self.eos)
-        if self.streamer is not None:
-            self.streamer.put(tokens.cpu())
-        return self.length >= self.plan.max_length or not bool(self.unfinished.any())
-
-    def _result(self) -> Any:
-        sequences: Any = (
-            self.sequences if self.length == self.plan.max_length else self.sequences[:, : self.length].clone()
-        )
-        if not self.plan.config.return_dict_in_generate:
-            return sequences
-        steps: dict[str, Any] = {"scores": self.scores, "logits": self.logits}
-        return GenerateDecoderOnlyOutput(
-            sequences=sequences,
-            **{name: None if values is None else tuple(values) for name, values in steps.items()},
-            past_key_values=self.decoder.cache,
-        )
-
-
-def _largest(scores: Tensor) -> Tensor:
-    """argmax of each row; numpy's takes a tenth of the time of torch's, which is that of a small model's layer."""
-    if scores.device.type != "cpu":
-        return scores.argmax(dim=-1)
-    return torch.from_numpy(scores.numpy().argmax(axis=-1))
-
-
-def _eos_alone(criteria: StoppingCriteriaList) -> Tensor | None:
-    """The end tokens, where nothing but they and the length stop generation: the loop then checks both by itself."""
-    if any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria):
-        return None
-    ends = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
-    return torch.cat(ends) if ends else torch.empty(0, dtype=torch.long)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from slim.codegen import Bound, Executable
+from slim.codegen import Bound, Ends, Executable, Feedback, Loop
 from slim.compiler.program import Program
 from slim.runtime.binding import KEY_MASK, cache_slots
 from slim.runtime.cache import KVCache
@@ -29,6 +29,8 @@ class Step:
         self.slots = cache_slots(bound)
         self.names = tuple(value.name for value in bound.inputs)
         self.mask_index = self.names.index(KEY_MASK)
+        tokens, positions = (self.names.index(name) for name in ("input_ids", "position_ids"))
+        self.feedback = Feedback(logits=0, tokens=tokens, positions=positions, mask=self.mask_index)
 
     def arguments(self, cache: KVCache, key_mask: Tensor, inputs: dict[str, Tensor]) -> list[Tensor]:
         """The inputs in their order: those of the new tokens, the mask of all keys, the cache's tensors."""
@@ -54,6 +56,12 @@ class Decoder(Protocol):
 
     def prefill(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor: ...
     def step(self, tokens: Tensor) -> Tensor: ...
+    def greedy(self, tokens: Tensor, steps: int, ends: Ends) -> Tensor | None:
+        """Up to ``steps`` likeliest tokens after ``tokens`` [B], as [steps, B]; None where only ``step`` is to be had.
+
+        ``ends`` must be the same one from call to call.
+        """
+        ...
 
 
 class CachedDecoder:
@@ -85,24 +93,49 @@ class CachedDecoder:
         self._inputs = {
             "input_ids": self._token, "position_ids": self._position, "attention_mask": torch.ones_like(self._token)
         }  # fmt: skip
+        self._forget()
+
+    def _forget(self) -> None:
         self._bound: Bound | None = None
+        self._loop: Loop | None = None
+        self._memory = self.cache.mask  # what both are bound to; a cache that has grown has another one
+
+    def _arguments(self, tokens: int) -> list[Tensor]:
+        """What a step takes that sees ``tokens`` in the cache."""
+        return self._step.arguments(self.cache, self.cache.mask[:, :tokens], self._inputs)
+
+    def _make_room(self) -> None:
+        """For one more token."""
+        self.cache.reserve(1)
+        if self._memory is not self.cache.mask:
+            self._forget()
 
     def step(self, tokens: Tensor) -> Tensor:
         """One token a row, [B]."""
-        cache = self.cache
+        self._make_room()
         self._token[:, 0] = tokens
         self._position += 1
-        end = cache.length + 1
-        mask = cache.mask[:, :end]
-        if end > cache.capacity or self._bound is None:
-            cache.reserve(1)
-            mask = cache.mask[:, :end]
-            self._bound = self._step.executable.bind(*self._step.arguments(cache, mask, self._inputs))
+        cache, end = self.cache, self.cache.length + 1
+        if self._bound is None:
+            self._bound = self._step.executable.bind(*self._arguments(end))
         else:
-            self._bound.set(self._step.mask_index, mask)
+            self._bound.set(self._step.mask_index, cache.mask[:, :end])
         logits: Tensor = self._bound()[0]
         cache.length = end
         return logits[:, -1]
+
+    def greedy(self, tokens: Tensor, steps: int, ends: Ends) -> Tensor | None:
+        self._make_room()
+        cache = self.cache
+        if self._loop is None:
+            bound = self._step.executable.bind(*self._arguments(cache.length))
+            self._loop = bound.greedy(self._step.feedback, cache.mask, ends)
+            if self._loop is None:
+                return None
+        self._token[:, 0] = tokens
+        chosen = self._loop(min(steps, cache.capacity - cache.length), cache.length)
+        cache.length += len(chosen)
+        return chosen
 
 
 class RecomputingDecoder:
@@ -129,6 +162,9 @@ class RecomputingDecoder:
         self._inputs["position_ids"][:, here] = self._inputs["position_ids"][:, here - 1] + 1
         self._length += 1
         return self._run()
+
+    def greedy(self, tokens: Tensor, steps: int, ends: Ends) -> None:
+        return None
 
     def _run(self) -> Tensor:
         inputs = {name: value[:, : self._length] for name, value in self._inputs.items()}

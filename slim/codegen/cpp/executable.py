@@ -13,8 +13,10 @@ from torch import Tensor
 
 from slim import errors
 from slim.codegen.build import host_isa, load, shared_object
+from slim.codegen.cpp.decoding import GreedyLoop, can_repeat
 from slim.codegen.cpp.emit import Unit, emit
 from slim.codegen.cpp.packing import hold
+from slim.codegen.executables import Ends, Feedback
 from slim.codegen.regions.lower import lower
 from slim.codegen.regions.schedule import Foreign, Schedule
 from slim.codegen.regions.views import Buffer, Size, View
@@ -89,7 +91,15 @@ class CppExecutable:
                     self._run(io, dims, *segment)
 
     def _run(self, io: Any, dims: Any, first: int, last: int) -> None:
-        status = self._library.slim_run(self._state, io, dims, first, last, torch.get_num_threads())
+        self._check(self._library.slim_run(self._state, io, dims, first, last, torch.get_num_threads()), dims)
+
+    def decode(self, io: Any, dims: Any, loop: Any) -> None:
+        """Runs a loop of steps, each on what the one before chose."""
+        with self._lock:
+            status = self._library.slim_decode(self._state, io, dims, ctypes.byref(loop), torch.get_num_threads())
+            self._check(status, dims)
+
+    def _check(self, status: int, dims: Any) -> None:
         if status == 1:
             raise MemoryError(f"no memory for activations of {dict(zip(self._unit.dims, dims, strict=False))}")
         if status == 2:
@@ -144,10 +154,10 @@ class BoundCall:
     """A call with its inputs at hand: what does not change is looked at once."""
 
     def __init__(self, executable: CppExecutable, inputs: tuple[Tensor, ...]) -> None:
-        self._executable = executable
+        self.executable = executable
         self._io = (ctypes.c_void_p * max(1, executable.brought))()
         self._dims = (ctypes.c_int64 * max(1, len(executable.where)))()
-        self._inputs = list(inputs)  # alive as long as their addresses are
+        self.inputs = list(inputs)  # alive as long as their addresses are
         for position, (index, dim) in enumerate(executable.where):
             self._dims[position] = inputs[index].shape[dim]
         for index in range(len(inputs)):
@@ -155,22 +165,36 @@ class BoundCall:
 
     def set(self, index: int, value: Tensor) -> None:
         """Another tensor for one input; sizes that it alone decides may change."""
-        self._inputs[index] = value
-        for position, (owner, dim) in enumerate(self._executable.where):
+        self.inputs[index] = value
+        for position, (owner, dim) in enumerate(self.executable.where):
             if owner == index:
                 self._dims[position] = value.shape[dim]
         self._take(index)
 
     def __call__(self) -> tuple[Tensor, ...]:
-        outputs = tuple(torch.empty(shape(*self._dims), dtype=dtype) for shape, dtype in self._executable.outputs)
-        for index, output in enumerate(outputs, len(self._inputs)):
-            self._io[index] = output.data_ptr()
-        self._executable.run(self._io, self._dims, self._inputs)
+        outputs = self.outputs()
+        self.executable.run(self._io, self._dims, self.inputs)
         return outputs
+
+    def outputs(self) -> tuple[Tensor, ...]:
+        """New tensors, which the call will write."""
+        outputs = tuple(torch.empty(shape(*self._dims), dtype=dtype) for shape, dtype in self.executable.outputs)
+        for index, output in enumerate(outputs, len(self.inputs)):
+            self._io[index] = output.data_ptr()
+        return outputs
+
+    def greedy(self, feedback: Feedback, mask: Tensor, ends: Ends) -> GreedyLoop | None:
+        """The call as a loop of decoding steps; None where it cannot be one."""
+        return GreedyLoop(self, feedback, mask, ends) if can_repeat(self.executable, feedback) else None
+
+    def decode(self, loop: Any, held: int) -> None:
+        """Runs the steps of a ``GreedyLoop`` after ``held`` keys."""
+        self._dims[loop.length] = held
+        self.executable.decode(self._io, self._dims, loop)
 
     def _take(self, index: int) -> None:
         """Notes where an input lies, once it is what generated code trusts it to be."""
-        executable, tensor = self._executable, self._inputs[index]
+        executable, tensor = self.executable, self.inputs[index]
         buffer = executable.schedule.inputs[index]
         sizes = executable.shapes[index]
         wanted = tuple(size if isinstance(size, int) else self._dims[position] for size, position in sizes)
@@ -189,7 +213,7 @@ class BoundCall:
         if not tensor.is_contiguous():
             if executable.mutated[index]:
                 raise errors.BadInput(argument=buffer.name, reason="a cache that is written to must be contiguous")
-            self._inputs[index] = tensor = tensor.contiguous()
+            self.inputs[index] = tensor = tensor.contiguous()
         self._io[index] = tensor.data_ptr()
 
 
@@ -200,6 +224,7 @@ def _open(path: Any) -> ctypes.CDLL:
     library.slim_destroy.restype = None
     library.slim_destroy.argtypes = [ctypes.c_void_p]
     library.slim_run.argtypes = [*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 3]
+    library.slim_decode.argtypes = [*[ctypes.c_void_p] * 4, ctypes.c_int]
     library.slim_buffer.argtypes = [ctypes.c_void_p, ctypes.c_int]
     library.slim_buffer.restype = ctypes.c_void_p
     return library

@@ -124,6 +124,14 @@ void join_chunks(Thread& thread, const Attention& a, const Split& split, const L
     });
 }
 
+// Where the keys of a piece begin; the last piece is followed by the first.
+template <class T>
+const T* first_key(const Attention& a, const Source<T>& source, const Split& split, i64 piece) {
+    i64 unit = piece / split.chunks % (a.batch * a.kv_heads * split.head_groups);
+    Rows rows = rows_of(a, split, unit);
+    return source.key(rows.batch, rows.kv_head, split.keys.first + piece % split.chunks * split.chunk);
+}
+
 template <class T>
 void run_few(Thread& thread, const Attention& a, const Source<T>& source, const Layout& layout, float* own) {
     i64 threads = thread.team.size;
@@ -139,14 +147,14 @@ void run_few(Thread& thread, const Attention& a, const Source<T>& source, const 
         for (i64 piece = begin; piece < end; piece++) {
             i64 unit = piece / split.chunks, chunk = piece % split.chunks;
             Rows rows = rows_of(a, split, unit);
+            i64 first = split.keys.first + chunk * split.chunk, last = least(first + split.chunk, split.keys.last);
             float* slot = slots + piece * layout.slot;
             if (split.chunks > 1) few.out = slot + padded(2 * FEW_ROWS);
             begin_few(a, rows, few, own + layout.turned);
             for (i64 r = 0; chunk == 0 && r < rows.count(); r++) add_sink(a, few.rows[r]);
             if (a.k_cache && alone && chunk == split.chunks - 1)
                 for (i64 i = 0; i < a.queries; i++) append<T>(a, rows.batch, rows.kv_head, i, own + layout.turned);
-            i64 first = split.keys.first + chunk * split.chunk;
-            attend_few(a, source, rows, {first, least(first + split.chunk, split.keys.last)}, few);
+            attend_few(a, source, rows, {first, last}, first_key(a, source, split, piece + 1), few);
             for (i64 r = 0; r < rows.count(); r++) {
                 if (split.chunks > 1) ((Total*)slot)[r] = few.rows[r].total;
                 else finish_few(a, rows.batch, few.rows[r], few.out + r * few.out_row);

@@ -9,7 +9,7 @@ constexpr i64 FEW_ROWS = 16;                    // of one unit
 constexpr i64 FEW_QUERIES = 4;                  // above, packing keys pays
 constexpr int ROW_TILE = LANES == 8 ? 2 : 4;    // rows in registers at a time
 constexpr int VALUE_TILE = 4;                   // vectors of a value in registers at a time
-constexpr i64 VALUE_STEP = 16;                  // keys whose values stay in L1 from tile to tile
+constexpr i64 VALUE_STEP = 32;                  // keys whose values stay in L1 from tile to tile
 
 // A row of n >= LANES numbers as vectors: the last one ends with the row, overlapping the one before it.
 constexpr i64 vector_start(i64 vector, i64 n) { return least(vector * LANES, n - LANES); }
@@ -40,57 +40,97 @@ inline v4 sums(const vf* x) {
     return fold(both, [](v4 p, v4 q) { return p + q; });
 }
 
-// scores[row][0..3] of ROWS queries against four keys.
-template <class T, int ROWS>
-void dots(const T* const* keys, i64 width, const float* q, i64 q_row, float* scores) {
-    vf acc[ROWS][4] = {};
-    for (i64 n = 0; n < vectors_of(width); n++) {
-        i64 at = vector_start(n, width);
-        vf k0 = load(keys[0] + at), k1 = load(keys[1] + at), k2 = load(keys[2] + at), k3 = load(keys[3] + at);
-        for (int r = 0; r < ROWS; r++) {
-            vf x = load(q + r * q_row + n * LANES);
-            acc[r][0] += x * k0;
-            acc[r][1] += x * k1;
-            acc[r][2] += x * k2;
-            acc[r][3] += x * k3;
-        }
+// Keys or values of one head, from one token on; and what memory is asked for meanwhile, row by row: values while keys
+// are read, the next keys while values are. Two streams are faster than one, and the processor does not foresee the turns.
+template <class T>
+struct Tokens {
+    const T* first;
+    i64 apart, count, width;
+    const T* next;
+    i64 next_apart;
+
+    // Vector n of row j. Requests are spread over the arithmetic: in bursts they would hold it up.
+    void fetch(i64 j, i64 n) const {
+        if (n * (i64)sizeof(T) * LANES % 64 == 0) __builtin_prefetch(next + j * next_apart + n * LANES);
     }
-    for (int r = 0; r < ROWS; r++) {
-        v4 four = sums(acc[r]);
-        std::memcpy(scores + r * KEY_BLOCK, &four, sizeof four);
+};
+
+// Where vector n of a row begins; of rows of whole vectors it is known beforehand.
+template <bool WHOLE>
+constexpr i64 place(i64 n, i64 width) { return WHOLE ? n * LANES : vector_start(n, width); }
+
+// scores[row][j] of ROWS queries against all keys. VECTORS: of a key, where they are whole and so many, or 0.
+template <class T, int ROWS, int VECTORS>
+[[gnu::noinline]] void dots(Tokens<T> keys, const float* q, i64 q_row, float* scores) {
+    const i64 vectors = VECTORS ? VECTORS : vectors_of(keys.width);
+    for (i64 j = 0; j < keys.count; j += 4) {
+        const T* k[4];
+        for (i64 i = 0; i < 4; i++) k[i] = keys.first + least(j + i, keys.count - 1) * keys.apart;
+        vf acc[ROWS][4] = {};
+#pragma GCC unroll 8
+        for (i64 n = 0; n < vectors; n++) {
+            i64 at = place<VECTORS != 0>(n, keys.width);
+            vf numbers[4] = {load(k[0] + at), load(k[1] + at), load(k[2] + at), load(k[3] + at)};
+            for (i64 i = 0; i < 4; i++) keys.fetch(j + i, n);
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+                vf x = load(q + r * q_row + n * LANES);
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) acc[r][i] += x * numbers[i];
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < ROWS; r++) {
+            v4 four = sums(acc[r]);
+            std::memcpy(scores + r * KEY_BLOCK + j, &four, sizeof four);
+        }
     }
 }
 
-// out[row] += weights[row][j] value j, for ROWS rows, `count` keys and N vectors of the values from `vector` on.
-template <class T, int ROWS, int N>
-void mix(const T* value, i64 v_token, i64 count, i64 width, i64 vector, const float* weights, float* out, i64 out_row) {
-    i64 at[N];
+template <class T, int ROWS>
+void dots_of_width(const Tokens<T>& keys, const float* q, i64 q_row, float* scores) {
+    if (keys.width == 4 * LANES) return dots<T, ROWS, 4>(keys, q, q_row, scores);
+    if (keys.width == 8 * LANES) return dots<T, ROWS, 8>(keys, q, q_row, scores);
+    dots<T, ROWS, 0>(keys, q, q_row, scores);
+}
+
+// out[row] += sum(weights[row][j] value j), for ROWS rows and N vectors of the values from `vector` on.
+template <class T, int ROWS, int N, bool WHOLE>
+[[gnu::noinline]] void mix(Tokens<T> values, i64 vector, const float* weights, float* out, i64 out_row, bool ahead) {
     vf acc[ROWS][N];
-    for (int n = 0; n < N; n++) at[n] = vector_start(vector + n, width);
     for (int r = 0; r < ROWS; r++)
         for (int n = 0; n < N; n++) acc[r][n] = load(out + r * out_row + (vector + n) * LANES);
-    for (i64 j = 0; j < count; j++, value += v_token) {
+    const T* value = values.first;
+    for (i64 j = 0; j < values.count; j++, value += values.apart) {
         vf x[N];
-        for (int n = 0; n < N; n++) x[n] = load(value + at[n]);
+        for (int n = 0; n < N; n++) x[n] = load(value + place<WHOLE>(vector + n, values.width));
         for (int r = 0; r < ROWS; r++) {
             vf weight = splat(weights[r * KEY_BLOCK + j]);
             for (int n = 0; n < N; n++) acc[r][n] += weight * x[n];
         }
+        if (ahead)
+            for (i64 n = 0; n < N; n++) values.fetch(j, vector + n);
     }
     for (int r = 0; r < ROWS; r++)
         for (int n = 0; n < N; n++) store(out + r * out_row + (vector + n) * LANES, acc[r][n]);
 }
 
-template <class T, int ROWS>
-void mix_tile(const T* value, i64 v_token, i64 count, i64 width, const float* weights, float* out, i64 out_row) {
-    i64 vectors = vectors_of(width), vector = 0;
+template <class T, int ROWS, bool WHOLE>
+void mix_tile(const Tokens<T>& values, const float* weights, float* out, i64 out_row, bool ahead) {
+    i64 vectors = vectors_of(values.width), vector = 0;
     for (; vector + VALUE_TILE <= vectors; vector += VALUE_TILE)
-        mix<T, ROWS, VALUE_TILE>(value, v_token, count, width, vector, weights, out, out_row);
+        mix<T, ROWS, VALUE_TILE, WHOLE>(values, vector, weights, out, out_row, ahead);
     switch (vectors - vector) {
-        case 3: return mix<T, ROWS, 3>(value, v_token, count, width, vector, weights, out, out_row);
-        case 2: return mix<T, ROWS, 2>(value, v_token, count, width, vector, weights, out, out_row);
-        case 1: return mix<T, ROWS, 1>(value, v_token, count, width, vector, weights, out, out_row);
+        case 3: return mix<T, ROWS, 3, WHOLE>(values, vector, weights, out, out_row, ahead);
+        case 2: return mix<T, ROWS, 2, WHOLE>(values, vector, weights, out, out_row, ahead);
+        case 1: return mix<T, ROWS, 1, WHOLE>(values, vector, weights, out, out_row, ahead);
     }
+}
+
+template <class T, int ROWS>
+void mix_of_width(const Tokens<T>& values, const float* weights, float* out, i64 out_row, bool ahead) {
+    if (values.width % LANES == 0) return mix_tile<T, ROWS, true>(values, weights, out, out_row, ahead);
+    mix_tile<T, ROWS, false>(values, weights, out, out_row, ahead);
 }
 
 // Calls tile(row, size) with the size as a constant, over all rows.
@@ -128,29 +168,20 @@ inline void begin_few(const Attention& a, const Rows& rows, const Few& few, floa
     }
 }
 
-// Asks for a row ahead of its use: blocks of keys and of values alternate, which the processor does not foresee.
+// Sums weighted values of keys.first..keys.last - 1. `after` are the keys that are read next.
 template <class T>
-inline void fetch(const T* row, i64 width) {
-    for (i64 p = 0; p < width; p += 64 / (i64)sizeof(T)) __builtin_prefetch(row + p);
-}
-
-// Sums weighted values of keys.first..keys.last - 1.
-template <class T>
-void attend_few(const Attention& a, const Source<T>& source, const Rows& rows, Range keys, const Few& few) {
+void attend_few(const Attention& a, const Source<T>& source, const Rows& rows, Range keys, const T* after,
+                const Few& few) {
     float* weights = few.weights;
     for (i64 first = keys.first; first < keys.last; first += KEY_BLOCK) {
         i64 count = least(KEY_BLOCK, keys.last - first);
-        for (i64 j = 0; j < count; j += 4) {
-            const T* four[4];
-            for (i64 i = 0; i < 4; i++) {
-                i64 index = first + least(j + i, count - 1);
-                four[i] = source.key(rows.batch, rows.kv_head, index);
-                fetch(source.value(rows.batch, rows.kv_head, index), a.value_width);
-            }
-            tile_rows(rows.count(), [&](i64 r, auto size) {
-                dots<T, size>(four, a.key_width, few.q + r * few.q_row, few.q_row, weights + r * KEY_BLOCK + j);
-            });
-        }
+        const T* key = source.key(rows.batch, rows.kv_head, first);
+        const T* value = source.value(rows.batch, rows.kv_head, first);
+        const T* next = first + KEY_BLOCK < keys.last ? key + KEY_BLOCK * source.k_token : after;
+        Tokens<T> k{key, source.k_token, count, a.key_width, value, source.v_token};
+        tile_rows(rows.count(), [&](i64 r, auto size) {
+            dots_of_width<T, size>(k, few.q + r * few.q_row, few.q_row, weights + r * KEY_BLOCK);
+        });
         for (i64 r = 0; r < rows.count(); r++) {
             Row& row = few.rows[r];
             float* s = weights + r * KEY_BLOCK;
@@ -159,13 +190,10 @@ void attend_few(const Attention& a, const Source<T>& source, const Rows& rows, R
             if (shrink != 1.0f) scale_row(few.out + r * few.out_row, few.out_row, shrink);
         }
         for (i64 j = 0; j < count; j += VALUE_STEP) {
-            const T* value = source.value(rows.batch, rows.kv_head, first + j);
-            i64 step = least(VALUE_STEP, count - j);
-            for (i64 i = j; i < j + step && first + KEY_BLOCK + i < keys.last; i++)
-                fetch(source.key(rows.batch, rows.kv_head, first + KEY_BLOCK + i), a.key_width);
+            Tokens<T> v{value + j * source.v_token, source.v_token, least(VALUE_STEP, count - j), a.value_width,
+                        next + j * source.k_token, source.k_token};
             tile_rows(rows.count(), [&](i64 r, auto size) {
-                mix_tile<T, size>(value, source.v_token, step, a.value_width, weights + r * KEY_BLOCK + j,
-                                  few.out + r * few.out_row, few.out_row);
+                mix_of_width<T, size>(v, weights + r * KEY_BLOCK + j, few.out + r * few.out_row, few.out_row, r == 0);
             });
         }
     }

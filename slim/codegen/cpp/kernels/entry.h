@@ -6,6 +6,8 @@
 #include <cstdlib>
 #include <new>
 
+#include "greedy.h"
+
 namespace {
 
 // What a program holds between calls. One call at a time: the caller sees to that.
@@ -38,7 +40,9 @@ struct State {
         return true;
     }
 
-    void run(const Sizes& z, int first, int last, int threads) {
+    // after(thread): what every thread does when the last stage is done.
+    template <class After>
+    void run(const Sizes& z, int first, int last, int threads, After&& after) {
         if (threads > slim::Team::MOST) threads = slim::Team::MOST;
 #pragma omp parallel num_threads(threads)
         {
@@ -52,9 +56,16 @@ struct State {
                 if (stage.barrier && index > first) thread.barrier();
                 stage.run(z, thread, arguments);
             }
+            after(thread);
         }
     }
+
+    void take(void* const* io) {
+        for (int i = 0; i < BUFFERS - TEMPS - WEIGHTS; i++) buffers[WEIGHTS + i] = static_cast<char*>(io[i]);
+    }
 };
+
+enum Status { OK = 0, NO_MEMORY = 1, BAD_INDEX = 2 };
 
 }  // namespace
 
@@ -69,16 +80,32 @@ __attribute__((visibility("default"))) void* slim_create(void* const* weights) {
 
 __attribute__((visibility("default"))) void slim_destroy(void* state) { delete static_cast<State*>(state); }
 
-// Runs the stages first..last of a call; `io` are the buffers that the caller brings. 0; 1: memory ran out; 2: an
-// index was out of range.
+// Runs the stages first..last of a call; `io` are the buffers that the caller brings.
 __attribute__((visibility("default"))) int slim_run(void* held, void* const* io, const slim::i64* dims, int first,
                                                     int last, int threads) {
     State& state = *static_cast<State*>(held);
     Sizes z = sizes(dims);
-    if (first == 0 && !state.lay_out(z, threads)) return 1;
-    for (int i = 0; i < BUFFERS - TEMPS - WEIGHTS; i++) state.buffers[WEIGHTS + i] = static_cast<char*>(io[i]);
-    state.run(z, first, last, threads);
-    return state.team.fault.load() ? 2 : 0;
+    if (first == 0 && !state.lay_out(z, threads)) return NO_MEMORY;
+    state.take(io);
+    state.run(z, first, last, threads, [](slim::Thread&) {});
+    return state.team.fault.load() ? BAD_INDEX : OK;
+}
+
+// Runs all stages once a step, each on the tokens that the step before chose; `dims` are those of the step before the
+// first. A state that is not OK ends it.
+__attribute__((visibility("default"))) int slim_decode(void* held, void** io, slim::i64* dims, slim::Greedy* loop,
+                                                       int threads) {
+    State& state = *static_cast<State*>(held);
+    for (loop->made = 0; loop->made < loop->steps;) {
+        loop->begin(io, dims);
+        Sizes z = sizes(dims);
+        if (!state.lay_out(z, threads)) return NO_MEMORY;
+        state.take(io);
+        state.run(z, 0, sizeof STAGES / sizeof *STAGES, threads, [&](slim::Thread& thread) { loop->choose(thread); });
+        if (state.team.fault.load()) return BAD_INDEX;
+        if (loop->end()) break;
+    }
+    return OK;
 }
 
 // Where a buffer lies in the call that runs.

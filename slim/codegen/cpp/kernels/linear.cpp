@@ -115,7 +115,11 @@ void multiply_few(Thread& thread, const Linear& args, const Part& part, const In
         constexpr i64 LANE = FEW_ROWS * RUN_COLUMNS;
         for (; begin < end; begin += RUN) {
             i64 last = begin + RUN < end ? begin + RUN : end;
-            for (i64 l = 0; l < part.lane_count; l++) gemv(*part.lanes[l], in, begin, last, results + l * LANE);
+            for (i64 l = 0; l < part.lane_count; l++) {
+                bool more = l + 1 < part.lane_count;
+                gemv(*part.lanes[l], in, begin, last, *part.lanes[more ? l + 1 : 0], more ? begin : last,
+                     results + l * LANE);
+            }
             hand_out(part, 0, args.rows, begin * PANEL, (last - begin) * PANEL, results, LANE, RUN_COLUMNS);
         }
     });

@@ -1,0 +1,64 @@
+"""Greedy decoding in one call: the loop around a language model's step, without Python in it."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from slim.codegen.executables import Ends, Feedback
+
+if TYPE_CHECKING:
+    from slim.codegen.cpp.executable import BoundCall, CppExecutable
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as kernels.h has them
+
+
+class _Greedy(ctypes.Structure):
+    """The struct of that name in greedy.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("steps", "batch", "vocabulary", "capacity", "end_count", "made")),
+        *((name, ctypes.c_int64) for name in ("mask_index", "length", "pad")),
+        ("logits", ctypes.c_void_p),
+        ("format", ctypes.c_int32),
+        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "mask", "seen", "ends", "finished", "chosen")),
+    ]
+
+
+def can_repeat(executable: CppExecutable, feedback: Feedback) -> bool:
+    """Whether a step runs in one piece, and its sizes grow by the mask alone."""
+    _, dtype = executable.outputs[feedback.logits]
+    return executable.form.segments == 1 and dtype in FORMATS and _length_place(executable, feedback) is not None
+
+
+class GreedyLoop:
+    """A bound step, to be repeated on the likeliest tokens."""
+
+    def __init__(self, call: BoundCall, feedback: Feedback, mask: Tensor, ends: Ends) -> None:
+        self._call = call
+        self._outputs = call.outputs()
+        logits = self._outputs[feedback.logits]
+        tokens, positions = call.inputs[feedback.tokens], call.inputs[feedback.positions]
+        self._kept = (mask, ends, torch.empty(mask.shape, dtype=torch.bool))  # alive as long as their addresses are
+        self._loop = _Greedy(
+            batch=mask.shape[0], vocabulary=logits.shape[-1], capacity=mask.shape[1], end_count=ends.tokens.numel(),
+            mask_index=feedback.mask, length=_length_place(call.executable, feedback), pad=ends.pad,
+            logits=logits.data_ptr(), format=FORMATS[logits.dtype], tokens=tokens.data_ptr(),
+            positions=positions.data_ptr(), mask=mask.data_ptr(), seen=self._kept[-1].data_ptr(),
+            ends=ends.tokens.data_ptr(), finished=ends.finished.data_ptr(),
+        )  # fmt: skip
+
+    def __call__(self, steps: int, held: int) -> Tensor:
+        """The tokens of up to ``steps`` steps, [steps, B]: fewer where every row has ended."""
+        chosen = torch.empty(steps, self._loop.batch, dtype=torch.int64)
+        self._loop.steps, self._loop.chosen = steps, chosen.data_ptr()
+        self._call.decode(self._loop, held)
+        return chosen[: self._loop.made]
+
+
+def _length_place(executable: Any, feedback: Feedback) -> int | None:
+    """Which of a call's sizes counts the keys."""
+    return next((place for place, owner in enumerate(executable.where) if owner == (feedback.mask, 1)), None)

@@ -1,0 +1,84 @@
+"""What every target makes of a Program, and what a caller may ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from slim.compiler.report import Form
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """How what a step of a language model gives becomes what the next one takes, by the places in its call.
+
+    Attributes:
+        logits: the output that tokens are chosen by, [B, 1, V].
+        tokens, positions: inputs [B, 1]; the chosen token, and one more than before.
+        mask: the input [B, T] that grows by a key.
+    """
+
+    logits: int
+    tokens: int
+    positions: int
+    mask: int
+
+
+@dataclass(frozen=True)
+class Ends:
+    """When rows end.
+
+    Attributes:
+        tokens: those that end a row, int64.
+        finished: bool [B], which rows have; kept up to date.
+        pad: the token that goes on in their place.
+    """
+
+    tokens: Tensor
+    finished: Tensor
+    pad: int
+
+
+class Loop(Protocol):
+    """Steps of greedy decoding, bound to their cache."""
+
+    def __call__(self, steps: int, held: int) -> Tensor:
+        """Tokens [steps, B] after the ``held`` ones in the cache; fewer steps where every row has ended."""
+        ...
+
+
+class Bound(Protocol):
+    """An executable with its inputs at hand, for a caller that changes few of them from call to call."""
+
+    def set(self, index: int, value: Tensor) -> None: ...
+    def __call__(self) -> tuple[Any, ...]: ...
+    def greedy(self, feedback: Feedback, mask: Tensor, ends: Ends) -> Loop | None:
+        """The call as a loop of decoding steps that needs no Python in between; None where there is no such thing.
+
+        ``mask`` is that of all keys there is room for, [B, capacity].
+        """
+        ...
+
+
+class Executable(Protocol):
+    """A lowered Program.
+
+    Attributes:
+        code: name -> source of everything that was generated for it.
+        form: what it is made of, for the report.
+    """
+
+    @property
+    def code(self) -> Mapping[str, str]: ...
+    @property
+    def form(self) -> Form: ...
+    def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
+        """The flat outputs for one tensor an input, in the order of the Program's inputs."""
+        ...
+
+    def bind(self, *inputs: Tensor) -> Bound:
+        """The same call, to be repeated."""
+        ...
