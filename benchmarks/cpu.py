@@ -38,15 +38,15 @@ from benchmarks.peers.report import Row  # noqa: E402
 PEERS = (
     Peer("slim int8", "ours", "int8", None, 1.5),
     Peer("slim int4", "ours", "int4", None, 1.0),
-    Peer("slim bf16", "ours", "bf16", None, 2.1),
+    Peer("slim bf16", "ours", "bf16", None, 0.3, maps=True),
     Peer("llama.cpp q8_0", "llama", "q8_0", "llama_cpp", 1.1, converts=True),
     Peer("llama.cpp q4_0", "llama", "q4_0", "llama_cpp", 0.7, converts=True),
     Peer("CTranslate2 int8", "ct2", "int8", "ctranslate2", 1.1, converts=True),
     Peer("ORT-genai int8", "genai", "int8", "ort_genai", 1.8, converts=True),
     Peer("ORT-genai int4", "genai", "int4", "ort_genai", 1.4, converts=True),
     Peer("torchao int8", "pytorch", "torchao-int8", "pytorch", 1.5),
-    Peer("torch.compile bf16", "pytorch", "compile-bf16", "pytorch", 0.7),  # both map one and the same file
-    Peer("transformers bf16", "pytorch", "eager-bf16", "pytorch", 0.7),
+    Peer("torch.compile bf16", "pytorch", "compile-bf16", "pytorch", 0.7, maps=True),
+    Peer("transformers bf16", "pytorch", "eager-bf16", "pytorch", 0.7, maps=True),
     Peer("slim f32", "ours", "f32", None, 4.1),
     Peer("torch.compile f32", "pytorch", "compile-f32", "pytorch", 4.1),
     Peer("transformers f32", "pytorch", "eager-f32", "pytorch", 4.1),
@@ -111,7 +111,9 @@ class Run:
 
     def _start(self, peer: Peer, shape: str, workers: list[Worker]) -> None:
         """Loads the engine and warms it up."""
-        needed, free = peer.weight * SHAPES[shape].parameters + 4e8, available_memory() - SPARE
+        maps = peer.maps or any(worker.peer.maps for worker in workers)  # all the one file, which must stay in memory
+        needed = (peer.weight + 2.0 * maps) * SHAPES[shape].parameters + 4e8
+        free = available_memory() - SPARE
         if needed > free:
             self._leave_out(peer, shape, f"needs about {needed / 1e9:.1f} GB, and {max(free, 0) / 1e9:.1f} GB are free")
             return

@@ -28,7 +28,8 @@ class Peer:
         engine: the file beside this one that runs it.
         precision: what that file calls the way.
         environment: see ``install``; None for slim's own interpreter.
-        weight: about how many bytes a parameter takes in memory.
+        weight: about how many bytes a parameter takes in memory of its own.
+        maps: whether it reads the model's bfloat16 file in place.
         converts: whether it makes files of its own from the model.
     """
 
@@ -38,6 +39,7 @@ class Peer:
     environment: str | None
     weight: float
     converts: bool = False
+    maps: bool = False
 
 
 class Failed(Exception):

@@ -5,13 +5,14 @@
 
 namespace slim {
 
-constexpr i64 RUN_COLUMNS = 128;  // of results handed out at once
+constexpr i64 RUN_COLUMNS = 256;  // of results handed out at once
 
 // Input rows at a time: as many as registers hold sums for. Few of them go against several panels at once, each a stream
 // of its own: a processor reads four streams a good tenth faster than one.
 constexpr int GEMV_HEIGHT = VECTORS == 1 ? 8 : 4;
 constexpr int GEMV_FLOAT_HEIGHT = VECTORS == 1 ? 4 : 2;
-constexpr int gemv_streams(int height) { return height == 1 ? (VECTORS == 1 ? 4 : 2) : height <= 3 && VECTORS == 1 ? 2 : 1; }
+constexpr int MOST_STREAMS = VECTORS == 1 ? 4 : 2;
+constexpr int gemv_streams(int height) { return height == 1 ? MOST_STREAMS : height <= 3 && VECTORS == 1 ? 2 : 1; }
 constexpr int PREFETCH = 2048;  // bytes ahead: the hardware's own stops at each page
 
 // -- int8 and int4 ----------------------------------------------------------------------------------------------------
@@ -155,8 +156,8 @@ static void gemv_streams_of(const Packed& w, i64 begin, i64 end, const u8* next,
     begin += apart * PANELS;
     if constexpr (PANELS > 1)
         if (begin < end)
-            gemv_streams_of<Kind, NIBBLES, HEIGHT, 1>(w, begin, end, next, group, in, tile,
-                                                      y + apart * PANELS * PANEL, stride);
+            gemv_streams_of<Kind, NIBBLES, HEIGHT, PANELS / 2>(w, begin, end, next, group, in, tile,
+                                                               y + apart * PANELS * PANEL, stride);
 }
 
 template <class Kind, bool NIBBLES, int HEIGHT = GEMV_HEIGHT>
@@ -232,7 +233,11 @@ static inline void gemv(const Matrix& w, const Input& in, i64 begin, i64 end, co
         case Format::f32: return gemv_rows<float>(w, in, begin, end, y);
         case Format::bf16: return gemv_rows<bf16>(w, in, begin, end, y);
         case Format::f16: return gemv_rows<f16>(w, in, begin, end, y);
-        default: return gemv_packed(w, in, begin, end, is_quantized(next) ? Packed(next).numbers(next_panel) : nullptr, y);
+        default: {
+            bool foreseen = is_quantized(next);
+            const u8* after = Packed(foreseen ? next : w).numbers(foreseen ? next_panel : end);
+            return gemv_packed(w, in, begin, end, after, y);
+        }
     }
 }
 

@@ -29,7 +29,7 @@ using LoadRow = void (*)(const void* env, i64 row, float* x);
 using StoreRow = void (*)(const void* env, i64 row, i64 column, i64 count, const float* const* y);
 
 // Matrices of one m whose results are needed together (gate and up), and who takes them. `column` always is a multiple
-// of 16 and count at most 128; different threads store different columns or rows.
+// of 16 and count at most 256; different threads store different columns or rows.
 struct Part {
     const Matrix* lanes[2];
     i32 lane_count;

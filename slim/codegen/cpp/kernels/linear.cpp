@@ -98,13 +98,12 @@ i64 weight_bytes(const Matrix& w) {
     return w.m * w.n * half_bytes[(int)w.format] / 2;
 }
 
-// Panels that a thread takes at a time.
+// Panels that a thread takes at a time: whole groups of those that are read side by side.
 i64 piece_panels(const Part& part, i64 panels, int threads) {
     i64 bytes = 0;
     for (i64 l = 0; l < part.lane_count; l++) bytes += weight_bytes(*part.lanes[l]);
-    i64 by_size = PIECE_BYTES * panels / (bytes + 1), by_threads = ceil_div(panels, 2 * threads);
-    i64 piece = by_size < by_threads ? by_size : by_threads;
-    return piece > 1 ? piece : 1;
+    i64 by_size = round_up(PIECE_BYTES * panels / (bytes + 1) + 1, MOST_STREAMS), by_threads = ceil_div(panels, threads);
+    return by_size < by_threads ? by_size : by_threads;
 }
 
 void multiply_few(Thread& thread, const Linear& args, const Part& part, const Input& in) {
