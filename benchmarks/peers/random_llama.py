@@ -35,6 +35,11 @@ class Shape:
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def cached(self) -> int:
+        """Bytes of keys and values a token, in float32."""
+        return 2 * 4 * self.num_hidden_layers * self.num_key_value_heads * self.head_dim
+
+    @property
     def multiplied(self) -> int:
         """Weights that every new token is multiplied by."""
         return sum(math.prod(size) for name, size in self.tensors() if len(size) == 2 and "embed" not in name)

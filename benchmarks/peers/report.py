@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from benchmarks.peers.random_llama import SHAPES
+
 INT8_PEERS = ("llama.cpp q8_0", "ORT-genai int8", "CTranslate2 int8", "torchao int8")
 INT4_PEERS = ("llama.cpp q4_0", "ORT-genai int4")
 COMPILE = ("torch.compile f32", "torch.compile bf16")
@@ -122,7 +124,13 @@ def _case_goals(found: Found) -> Iterator[Goal]:
         if one and eight:
             yield Goal(found.shape, f"{engine[5:]} batch 8 / batch 1, decode", eight.decode / one.decode, 4.0)
         if one and long:
-            yield Goal(found.shape, f"{engine[5:]} context 2048 / 128, decode", long.decode / one.decode, None)
+            grown = _moved(long) / _moved(one) * long.decode / one.decode
+            yield Goal(found.shape, f"{engine[5:]} context 2048 / 128, growth of bytes / of cost", grown, None)
+
+
+def _moved(row: Row) -> float:
+    """Bytes read for a token: the weights, and the keys and values of the prompt."""
+    return row.nbytes + SHAPES[row.shape].cached * row.prompt
 
 
 def _decode(row: Row) -> float:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from slim import errors
 from slim.codegen import build, eager
 from slim.codegen.cpp.executable import CppExecutable
-from slim.codegen.executables import Bound, Ends, Executable, Feedback, Loop
+from slim.codegen.executables import Bound, Ends, Executable, Feedback, GreedySteps
 from slim.compiler.program import Program
 
-__all__ = ["TARGETS", "Bound", "Ends", "Executable", "Feedback", "Loop", "Target", "select"]
+__all__ = ["TARGETS", "Bound", "Ends", "Executable", "Feedback", "GreedySteps", "Target", "select"]
 
 log = logging.getLogger(__name__)
 

@@ -17,13 +17,14 @@ class Feedback:
 
     Attributes:
         logits: the output that tokens are chosen by, [B, 1, V].
-        tokens, positions: inputs [B, 1]; the chosen token, and one more than before.
+        tokens: the input [B, 1] that is the chosen token.
+        positions: the input [B, 1] that is one more than before, if there is one.
         mask: the input [B, T] that grows by a key.
     """
 
     logits: int
     tokens: int
-    positions: int
+    positions: int | None
     mask: int
 
 
@@ -42,7 +43,7 @@ class Ends:
     pad: int
 
 
-class Loop(Protocol):
+class GreedySteps(Protocol):
     """Steps of greedy decoding, bound to their cache."""
 
     def __call__(self, steps: int, held: int) -> Tensor:
@@ -55,7 +56,7 @@ class Bound(Protocol):
 
     def set(self, index: int, value: Tensor) -> None: ...
     def __call__(self) -> tuple[Any, ...]: ...
-    def greedy(self, feedback: Feedback, mask: Tensor, ends: Ends) -> Loop | None:
+    def greedy(self, feedback: Feedback, mask: Tensor, ends: Ends) -> GreedySteps | None:
         """The call as a loop of decoding steps that needs no Python in between; None where there is no such thing.
 
         ``mask`` is that of all keys there is room for, [B, capacity].

@@ -223,7 +223,7 @@ def _lowered(report: PipelineReport) -> Iterator[str]:
     for name, form in report.forms.items():
         if form.regions == 0:
             continue
-        parts = "in one piece" if form.segments == 1 else f"in {form.segments} segments"
+        parts = f"in {form.segments} segment{'s' * (form.segments != 1)}" if form.foreign else "in one piece"
         made = f"{form.regions} regions by {form.kernels} kernels"
         yield f"{report.target}: {name} runs {made}, {parts} ({form.seconds:.1f} s)"
         for sites, reason in _by_reason(form.foreign):

@@ -122,8 +122,8 @@ class KVCache:
         """``length``, under the name that transformers' caches have for it."""
         return self.length
 
-    def reserve(self, tokens: int) -> bool:
-        """Makes room for ``tokens`` more, doubling; returns whether the tensors are new ones.
+    def reserve(self, tokens: int) -> None:
+        """Makes room for ``tokens`` more, doubling: in new tensors, and with a new mask.
 
         Raises:
             PromptTooLong: beyond ``max_tokens``.
@@ -132,10 +132,9 @@ class KVCache:
         if self.max_tokens is not None and needed > self.max_tokens:
             raise errors.PromptTooLong(length=needed, capacity=self.max_tokens)
         if needed <= self.capacity:
-            return False
+            return
         doubled = max(needed, 2 * self.capacity)
         self._resize(doubled if self.max_tokens is None else min(doubled, self.max_tokens))
-        return True
 
     def prepare(self, tokens: int, mask: Tensor | None = None) -> Tensor:
         """Makes room for ``tokens`` and notes which are pad tokens; returns the mask of all keys, [B, T] bool.
@@ -145,6 +144,7 @@ class KVCache:
         self.reserve(tokens)
         end = self.length + tokens
         self.mask[:, self.length : end] = True if mask is None else mask
+        self.mask[:, end:] = True  # a step that raised may have left its own mask there
         return self.mask[:, :end]
 
     def advance(self, tokens: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from slim.runtime.generation import Plan
 
 
-_BURST = 16  # steps between two looks at Python's signals, so that Ctrl-C is heard
+_BURST, _PATIENCE = 16, 0.1  # steps, and seconds, at most until Ctrl-C is heard and other threads get their turn
 
 
 class Loop:
@@ -45,6 +46,7 @@ class Loop:
         self.scores: list[Tensor] | None = [] if detailed and config.output_scores else None
         self.logits: list[Tensor] | None = [] if detailed and config.output_logits else None
         self.ends = self._plain_ends()
+        self.burst = 1
 
     @torch.no_grad()
     def run(self) -> Any:
@@ -59,12 +61,20 @@ class Loop:
     def _go_on(self, tokens: Tensor) -> Tensor:
         """The tokens after ``tokens`` [B], as [steps, B]."""
         if self.ends is not None:
-            burst = 1 if self.streamer is not None else _BURST
-            chosen = self.decoder.greedy(tokens, min(burst, self.plan.max_length - self.length), self.ends)
+            chosen = self._several(tokens, self.ends)
             if chosen is not None:
                 return chosen
             self.ends = None
         return self._choose(self.decoder.step(tokens))[None]
+
+    def _several(self, tokens: Tensor, ends: Ends) -> Tensor | None:
+        """As many steps at once as take no longer than is bearable."""
+        begin = time.perf_counter()
+        chosen = self.decoder.greedy(tokens, min(self.burst, self.plan.max_length - self.length), ends)
+        if chosen is not None and self.streamer is None:
+            a_step = (time.perf_counter() - begin) / len(chosen)
+            self.burst = max(1, min(_BURST, int(_PATIENCE / a_step)))
+        return chosen
 
     def _plain_ends(self) -> Ends | None:
         """How rows end, where nothing is asked for but the likeliest token."""
@@ -130,4 +140,4 @@ def _eos_alone(criteria: StoppingCriteriaList) -> Tensor | None:
     if any(type(criterion) not in (MaxLengthCriteria, EosTokenCriteria) for criterion in criteria):
         return None
     ends = [criterion.eos_token_id for criterion in criteria if isinstance(criterion, EosTokenCriteria)]
-    return torch.cat(ends) if ends else torch.empty(0, dtype=torch.long)
+    return torch.cat(ends).long() if ends else torch.empty(0, dtype=torch.long)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from slim.codegen import Bound, Ends, Executable, Feedback, Loop
+from slim.codegen import Bound, Ends, Executable, Feedback, GreedySteps
 from slim.compiler.program import Program
 from slim.runtime.binding import KEY_MASK, cache_slots
 from slim.runtime.cache import KVCache
@@ -29,8 +29,8 @@ class Step:
         self.slots = cache_slots(bound)
         self.names = tuple(value.name for value in bound.inputs)
         self.mask_index = self.names.index(KEY_MASK)
-        tokens, positions = (self.names.index(name) for name in ("input_ids", "position_ids"))
-        self.feedback = Feedback(logits=0, tokens=tokens, positions=positions, mask=self.mask_index)
+        positions = self.names.index("position_ids") if "position_ids" in self.names else None
+        self.feedback = Feedback(0, self.names.index("input_ids"), positions, self.mask_index)
 
     def arguments(self, cache: KVCache, key_mask: Tensor, inputs: dict[str, Tensor]) -> list[Tensor]:
         """The inputs in their order: those of the new tokens, the mask of all keys, the cache's tensors."""
@@ -48,6 +48,8 @@ class Step:
 class Decoder(Protocol):
     """Runs a prompt, then one token a row at a time; both return the logits of the last token, [B, V].
 
+    What raises half-way ends it: its positions may be ahead of its cache.
+
     Attributes:
         cache: what past tokens are kept in, if anything.
     """
@@ -59,7 +61,7 @@ class Decoder(Protocol):
     def greedy(self, tokens: Tensor, steps: int, ends: Ends) -> Tensor | None:
         """Up to ``steps`` likeliest tokens after ``tokens`` [B], as [steps, B]; None where only ``step`` is to be had.
 
-        ``ends`` must be the same one from call to call.
+        ``ends`` must be the same one from call to call. Fewer come where every row has ended or the cache must grow.
         """
         ...
 
@@ -97,7 +99,7 @@ class CachedDecoder:
 
     def _forget(self) -> None:
         self._bound: Bound | None = None
-        self._loop: Loop | None = None
+        self._greedy: GreedySteps | None = None
         self._memory = self.cache.mask  # what both are bound to; a cache that has grown has another one
 
     def _arguments(self, tokens: int) -> list[Tensor]:
@@ -127,13 +129,13 @@ class CachedDecoder:
     def greedy(self, tokens: Tensor, steps: int, ends: Ends) -> Tensor | None:
         self._make_room()
         cache = self.cache
-        if self._loop is None:
+        if self._greedy is None:
             bound = self._step.executable.bind(*self._arguments(cache.length))
-            self._loop = bound.greedy(self._step.feedback, cache.mask, ends)
-            if self._loop is None:
+            self._greedy = bound.greedy(self._step.feedback, cache.mask, ends)
+            if self._greedy is None:
                 return None
         self._token[:, 0] = tokens
-        chosen = self._loop(min(steps, cache.capacity - cache.length), cache.length)
+        chosen = self._greedy(min(steps, cache.capacity - cache.length), cache.length)
         cache.length += len(chosen)
         return chosen
 

@@ -16,6 +16,9 @@ from tests.compiled import pair, prompt
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"no C++ code here: {build.missing()}")
 
 
+PAD = 98  # no row of the tests' model writes it
+
+
 class _Nothing(LogitsProcessor):
     """Leaves scores alone; that there is a processor keeps the loop in Python."""
 
@@ -45,7 +48,7 @@ def model() -> CompiledModel:
 def both(model: CompiledModel, **options) -> Tensor:
     """What both loops write, once it is the same."""
     tokens, mask = prompt()
-    options = {"attention_mask": mask, "do_sample": False, "pad_token_id": 0, **options}
+    options = {"attention_mask": mask, "do_sample": False, "pad_token_id": PAD, **options}
     inside = model.generate(tokens, **options)
     outside = model.generate(tokens, logits_processor=LogitsProcessorList([_Nothing()]), **options)
     assert torch.equal(inside, outside)
@@ -75,10 +78,42 @@ def test_rows_end_one_by_one_and_go_on_with_padding(model: CompiledModel):
     free = both(model, max_new_tokens=24, eos_token_id=None)[:, length:]
     ends = [int(row[index]) for row, index in zip(free, (3, 11, 19), strict=False)]
     written = both(model, max_new_tokens=24, eos_token_id=ends)[:, length:]
-    assert written.shape[1] < 24 or any(0 in row.tolist() for row in written)
     for row in written.tolist():
-        first = min((row.index(end) for end in ends if end in row), default=len(row))
-        assert not any(row[first + 1 :]), "only padding comes after an end"
+        first = min(row.index(end) for end in ends if end in row)
+        assert set(row[first + 1 :]) <= {PAD}, "only padding comes after an end"
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_end_tokens_may_come_as_a_tensor_of_any_integers(model: CompiledModel, dtype: torch.dtype):
+    length = prompt()[0].shape[1]
+    end = int(both(model, max_new_tokens=24, eos_token_id=None)[0, length + 5])
+    both(model, max_new_tokens=24, eos_token_id=torch.tensor([end], dtype=dtype))
+
+
+def test_one_row_stops_at_its_end(model: CompiledModel):
+    tokens = prompt(padded=False)[0][:1]
+    options = {"max_new_tokens": 20, "do_sample": False}
+    free = model.generate(tokens, **options, eos_token_id=None)[0, tokens.shape[1] :].tolist()
+    written = model.generate(tokens, **options, eos_token_id=free[7])[0, tokens.shape[1] :].tolist()
+    assert written == free[: free.index(free[7]) + 1]
+
+
+def test_a_model_without_positions_decodes_inside(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(CachedDecoder, "step", None)
+    compiled = CompiledModel(pair("bloom")[1].program, "cpu")
+    tokens, mask = prompt()
+    assert "position_ids" not in compiled.step(masked=True, last_only=True).names
+    compiled.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
+
+
+def test_a_step_with_parts_that_pytorch_runs_is_no_loop(model: CompiledModel, monkeypatch: pytest.MonkeyPatch):
+    step = model.step(masked=True, last_only=True)
+    tokens, mask = prompt()
+    decoder = CachedDecoder(step, model.new_cache(tokens.shape[0], 64))
+    last = decoder.prefill(tokens, mask, (mask.cumsum(-1) - 1).clamp(min=0)).argmax(-1)
+    monkeypatch.setattr(type(step.executable.schedule), "foreign", property(lambda schedule: schedule.regions[:1]))
+    ends = Ends(torch.empty(0, dtype=torch.int64), torch.zeros(tokens.shape[0], dtype=torch.bool), 0)
+    assert decoder.greedy(last, 3, ends) is None
 
 
 def test_a_cache_grows_on_the_way(model: CompiledModel):

@@ -18,7 +18,8 @@ AARCH64 = "aarch64-linux-gnu-g++"
 def driver(name: str, folder: Path, command: str, *flags: str) -> Path:
     """A test program, compiled with the kernels that it tests."""
     binary = folder / name
-    kernels = sorted(str(path) for path in build.KERNELS.glob("*.cpp"))
+    needed = "team.cpp" if name == "greedy_test" else "*.cpp"
+    kernels = sorted(str(path) for path in build.KERNELS.glob(needed))
     options = ["-std=c++17", "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-pthread"]
     subprocess.run(
         [command, *options, *flags, f"-I{build.KERNELS}", str(SOURCES / f"{name}.cpp"), *kernels, "-o", str(binary)],
@@ -36,7 +37,7 @@ def runs_here(isa: build.Isa) -> bool:
     return isa.needs <= build._features()
 
 
-@pytest.mark.parametrize("name", ["linear_test", "attention_test"])
+@pytest.mark.parametrize("name", ["linear_test", "attention_test", "greedy_test"])
 @pytest.mark.parametrize("isa", ["avx512_vnni", "avx2", "scalar"])
 def test_kernels_compute_what_doubles_do(name: str, isa: str, tmp_path: Path):
     if not runs_here(build.ISAS[isa]):
@@ -44,13 +45,13 @@ def test_kernels_compute_what_doubles_do(name: str, isa: str, tmp_path: Path):
     passes([str(driver(name, tmp_path, "g++", "-O1", *build.ISAS[isa].flags)), "3", "30"])
 
 
-@pytest.mark.parametrize("name", ["linear_test", "attention_test"])
+@pytest.mark.parametrize("name", ["linear_test", "attention_test", "greedy_test"])
 def test_kernels_touch_no_memory_that_is_not_theirs(name: str, tmp_path: Path):
     isa = build.ISAS["avx2" if runs_here(build.ISAS["avx2"]) else "scalar"]
     passes([str(driver(name, tmp_path, "g++", *SANITIZED, *isa.flags)), "5", "25"])
 
 
-@pytest.mark.parametrize("name", ["linear_test", "attention_test"])
+@pytest.mark.parametrize("name", ["linear_test", "attention_test", "greedy_test"])
 def test_kernels_are_right_on_arm(name: str, tmp_path: Path):
     if shutil.which(AARCH64) is None or shutil.which("qemu-aarch64") is None:
         pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")

@@ -38,7 +38,7 @@ def test_growing_keeps_what_is_held():
         tensor.fill_(7.0)
     cache.prepare(4, torch.tensor([[False, True, True, True], [True] * 4]))
     cache.advance(4)
-    assert cache.reserve(1)
+    cache.reserve(1)
     assert cache.capacity == 8
     assert all(bool((tensor[:, :, :4] == 7).all()) for tensor in cache.tensors)
     assert cache.prepare(1).tolist() == [[False, True, True, True, True], [True] * 5]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from slim.codegen.executables import Ends, Feedback
 
 if TYPE_CHECKING:
-    from slim.codegen.cpp.executable import BoundCall, CppExecutable
+    from slim.codegen.cpp.executable import BoundCall
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as kernels.h has them
 
@@ -28,37 +28,39 @@ class _Greedy(ctypes.Structure):
     ]
 
 
-def can_repeat(executable: CppExecutable, feedback: Feedback) -> bool:
-    """Whether a step runs in one piece, and its sizes grow by the mask alone."""
-    _, dtype = executable.outputs[feedback.logits]
-    return executable.form.segments == 1 and dtype in FORMATS and _length_place(executable, feedback) is not None
+class GreedyCall:
+    """A bound step of a language model, to be repeated on the likeliest tokens."""
 
-
-class GreedyLoop:
-    """A bound step, to be repeated on the likeliest tokens."""
-
-    def __init__(self, call: BoundCall, feedback: Feedback, mask: Tensor, ends: Ends) -> None:
+    def __init__(self, call: BoundCall, feedback: Feedback, mask: Tensor, ends: Ends, keys: int) -> None:
         self._call = call
+        self._keys = keys
         self._outputs = call.outputs()
         logits = self._outputs[feedback.logits]
-        tokens, positions = call.inputs[feedback.tokens], call.inputs[feedback.positions]
+        tokens = call.inputs[feedback.tokens]
+        positions = None if feedback.positions is None else call.inputs[feedback.positions]
         self._kept = (mask, ends, torch.empty(mask.shape, dtype=torch.bool))  # alive as long as their addresses are
         self._loop = _Greedy(
             batch=mask.shape[0], vocabulary=logits.shape[-1], capacity=mask.shape[1], end_count=ends.tokens.numel(),
-            mask_index=feedback.mask, length=_length_place(call.executable, feedback), pad=ends.pad,
-            logits=logits.data_ptr(), format=FORMATS[logits.dtype], tokens=tokens.data_ptr(),
-            positions=positions.data_ptr(), mask=mask.data_ptr(), seen=self._kept[-1].data_ptr(),
-            ends=ends.tokens.data_ptr(), finished=ends.finished.data_ptr(),
+            mask_index=feedback.mask, length=keys, pad=ends.pad, logits=logits.data_ptr(),
+            format=FORMATS[logits.dtype], tokens=tokens.data_ptr(),
+            positions=None if positions is None else positions.data_ptr(), mask=mask.data_ptr(),
+            seen=self._kept[-1].data_ptr(), ends=ends.tokens.data_ptr(), finished=ends.finished.data_ptr(),
         )  # fmt: skip
 
     def __call__(self, steps: int, held: int) -> Tensor:
-        """The tokens of up to ``steps`` steps, [steps, B]: fewer where every row has ended."""
+        """See ``GreedySteps``."""
         chosen = torch.empty(steps, self._loop.batch, dtype=torch.int64)
         self._loop.steps, self._loop.chosen = steps, chosen.data_ptr()
-        self._call.decode(self._loop, held)
+        self._call.dims[self._keys] = held
+        self._call.executable.decode(self._call.io, self._call.dims, self._loop)
         return chosen[: self._loop.made]
 
 
-def _length_place(executable: Any, feedback: Feedback) -> int | None:
-    """Which of a call's sizes counts the keys."""
-    return next((place for place, owner in enumerate(executable.where) if owner == (feedback.mask, 1)), None)
+def greedy_call(call: BoundCall, feedback: Feedback, mask: Tensor, ends: Ends) -> GreedyCall | None:
+    """None where a step has parts that PyTorch runs, or sizes that more than the mask decides."""
+    executable = call.executable
+    keys = next((place for place, owner in enumerate(executable.where) if owner == (feedback.mask, 1)), None)
+    _, dtype = executable.outputs[feedback.logits]
+    if executable.schedule.foreign or dtype not in FORMATS or keys is None:
+        return None
+    return GreedyCall(call, feedback, mask, ends, keys)

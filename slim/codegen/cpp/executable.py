@@ -13,7 +13,7 @@ from torch import Tensor
 
 from slim import errors
 from slim.codegen.build import host_isa, load, shared_object
-from slim.codegen.cpp.decoding import GreedyLoop, can_repeat
+from slim.codegen.cpp.decoding import GreedyCall, greedy_call
 from slim.codegen.cpp.emit import Unit, emit
 from slim.codegen.cpp.packing import hold
 from slim.codegen.executables import Ends, Feedback
@@ -151,15 +151,19 @@ class CppExecutable:
 
 
 class BoundCall:
-    """A call with its inputs at hand: what does not change is looked at once."""
+    """A call with its inputs at hand: what does not change is looked at once.
+
+    Attributes:
+        inputs: kept alive as long as ``io``, their addresses, is. ``dims`` are the sizes.
+    """
 
     def __init__(self, executable: CppExecutable, inputs: tuple[Tensor, ...]) -> None:
         self.executable = executable
-        self._io = (ctypes.c_void_p * max(1, executable.brought))()
-        self._dims = (ctypes.c_int64 * max(1, len(executable.where)))()
+        self.io = (ctypes.c_void_p * max(1, executable.brought))()
+        self.dims = (ctypes.c_int64 * max(1, len(executable.where)))()
         self.inputs = list(inputs)  # alive as long as their addresses are
         for position, (index, dim) in enumerate(executable.where):
-            self._dims[position] = inputs[index].shape[dim]
+            self.dims[position] = inputs[index].shape[dim]
         for index in range(len(inputs)):
             self._take(index)
 
@@ -168,36 +172,31 @@ class BoundCall:
         self.inputs[index] = value
         for position, (owner, dim) in enumerate(self.executable.where):
             if owner == index:
-                self._dims[position] = value.shape[dim]
+                self.dims[position] = value.shape[dim]
         self._take(index)
 
     def __call__(self) -> tuple[Tensor, ...]:
         outputs = self.outputs()
-        self.executable.run(self._io, self._dims, self.inputs)
+        self.executable.run(self.io, self.dims, self.inputs)
         return outputs
 
     def outputs(self) -> tuple[Tensor, ...]:
         """New tensors, which the call will write."""
-        outputs = tuple(torch.empty(shape(*self._dims), dtype=dtype) for shape, dtype in self.executable.outputs)
+        outputs = tuple(torch.empty(shape(*self.dims), dtype=dtype) for shape, dtype in self.executable.outputs)
         for index, output in enumerate(outputs, len(self.inputs)):
-            self._io[index] = output.data_ptr()
+            self.io[index] = output.data_ptr()
         return outputs
 
-    def greedy(self, feedback: Feedback, mask: Tensor, ends: Ends) -> GreedyLoop | None:
+    def greedy(self, feedback: Feedback, mask: Tensor, ends: Ends) -> GreedyCall | None:
         """The call as a loop of decoding steps; None where it cannot be one."""
-        return GreedyLoop(self, feedback, mask, ends) if can_repeat(self.executable, feedback) else None
-
-    def decode(self, loop: Any, held: int) -> None:
-        """Runs the steps of a ``GreedyLoop`` after ``held`` keys."""
-        self._dims[loop.length] = held
-        self.executable.decode(self._io, self._dims, loop)
+        return greedy_call(self, feedback, mask, ends)
 
     def _take(self, index: int) -> None:
         """Notes where an input lies, once it is what generated code trusts it to be."""
         executable, tensor = self.executable, self.inputs[index]
         buffer = executable.schedule.inputs[index]
         sizes = executable.shapes[index]
-        wanted = tuple(size if isinstance(size, int) else self._dims[position] for size, position in sizes)
+        wanted = tuple(size if isinstance(size, int) else self.dims[position] for size, position in sizes)
         if tuple(tensor.shape) != wanted:
             reason = f"its shape is {list(tensor.shape)}, and beside the other inputs it must be {list(wanted)}"
             raise errors.BadInput(argument=buffer.name, reason=reason)
@@ -214,7 +213,7 @@ class BoundCall:
             if executable.mutated[index]:
                 raise errors.BadInput(argument=buffer.name, reason="a cache that is written to must be contiguous")
             self.inputs[index] = tensor = tensor.contiguous()
-        self._io[index] = tensor.data_ptr()
+        self.io[index] = tensor.data_ptr()
 
 
 def _open(path: Any) -> ctypes.CDLL:

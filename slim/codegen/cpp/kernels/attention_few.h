@@ -61,7 +61,7 @@ constexpr i64 place(i64 n, i64 width) { return WHOLE ? n * LANES : vector_start(
 
 // scores[row][j] of ROWS queries against all keys. VECTORS: of a key, where they are whole and so many, or 0.
 template <class T, int ROWS, int VECTORS>
-[[gnu::noinline]] void dots(Tokens<T> keys, const float* q, i64 q_row, float* scores) {
+[[gnu::noinline]] void dots(Tokens<T> keys, const float* q, i64 q_row, float* scores, bool ahead) {
     const i64 vectors = VECTORS ? VECTORS : vectors_of(keys.width);
     for (i64 j = 0; j < keys.count; j += 4) {
         const T* k[4];
@@ -71,7 +71,7 @@ template <class T, int ROWS, int VECTORS>
         for (i64 n = 0; n < vectors; n++) {
             i64 at = place<VECTORS != 0>(n, keys.width);
             vf numbers[4] = {load(k[0] + at), load(k[1] + at), load(k[2] + at), load(k[3] + at)};
-            for (i64 i = 0; i < 4; i++) keys.fetch(j + i, n);
+            for (i64 i = 0; ahead && i < 4; i++) keys.fetch(j + i, n);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) {
                 vf x = load(q + r * q_row + n * LANES);
@@ -88,10 +88,10 @@ template <class T, int ROWS, int VECTORS>
 }
 
 template <class T, int ROWS>
-void dots_of_width(const Tokens<T>& keys, const float* q, i64 q_row, float* scores) {
-    if (keys.width == 4 * LANES) return dots<T, ROWS, 4>(keys, q, q_row, scores);
-    if (keys.width == 8 * LANES) return dots<T, ROWS, 8>(keys, q, q_row, scores);
-    dots<T, ROWS, 0>(keys, q, q_row, scores);
+void dots_of_width(const Tokens<T>& keys, const float* q, i64 q_row, float* scores, bool ahead) {
+    if (keys.width == 4 * LANES) return dots<T, ROWS, 4>(keys, q, q_row, scores, ahead);
+    if (keys.width == 8 * LANES) return dots<T, ROWS, 8>(keys, q, q_row, scores, ahead);
+    dots<T, ROWS, 0>(keys, q, q_row, scores, ahead);
 }
 
 // out[row] += sum(weights[row][j] value j), for ROWS rows and N vectors of the values from `vector` on.
@@ -180,7 +180,7 @@ void attend_few(const Attention& a, const Source<T>& source, const Rows& rows, R
         const T* next = first + KEY_BLOCK < keys.last ? key + KEY_BLOCK * source.k_token : after;
         Tokens<T> k{key, source.k_token, count, a.key_width, value, source.v_token};
         tile_rows(rows.count(), [&](i64 r, auto size) {
-            dots_of_width<T, size>(k, few.q + r * few.q_row, few.q_row, weights + r * KEY_BLOCK);
+            dots_of_width<T, size>(k, few.q + r * few.q_row, few.q_row, weights + r * KEY_BLOCK, r == 0);
         });
         for (i64 r = 0; r < rows.count(); r++) {
             Row& row = few.rows[r];

@@ -21,6 +21,7 @@ struct State {
 
     bool reserve(slim::i64 bytes) {
         if (bytes <= capacity) return true;
+        if (capacity) bytes += bytes / 2;  // what grows with the context would grow at each step
         std::free(arena);
         arena = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
         capacity = arena == nullptr ? 0 : bytes;

@@ -8,7 +8,7 @@ namespace slim {
 constexpr i64 RUN_COLUMNS = 256;  // of results handed out at once
 
 // Input rows at a time: as many as registers hold sums for. Few of them go against several panels at once, each a stream
-// of its own: a processor reads four streams a good tenth faster than one.
+// of its own: a core reads several a good tenth faster than one.
 constexpr int GEMV_HEIGHT = VECTORS == 1 ? 8 : 4;
 constexpr int GEMV_FLOAT_HEIGHT = VECTORS == 1 ? 4 : 2;
 constexpr int MOST_STREAMS = VECTORS == 1 ? 4 : 2;

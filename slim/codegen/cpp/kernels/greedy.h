@@ -35,7 +35,7 @@ struct Greedy {
     i64 pad;                 // what rows that have ended go on with
     const void* logits;      // [batch, vocabulary]
     Format format;           // of the logits
-    i64 *tokens, *positions;  // [batch]: what the step reads
+    i64 *tokens, *positions;  // [batch]: what the step reads; no positions where it reads none
     const u8* mask;          // [batch, capacity]
     u8* seen;                // room for as much: the mask of the keys there are, row after row
     const i64* ends;         // [end_count]: tokens that end a row
@@ -45,7 +45,7 @@ struct Greedy {
     void begin(void** io, i64* dims) {
         i64 keys = ++dims[length];
         for (i64 row = 0; row < batch; row++) {
-            positions[row]++;
+            if (positions) positions[row]++;
             if (batch > 1) std::memcpy(seen + row * keys, mask + row * capacity, keys);
         }
         io[mask_index] = batch > 1 ? seen : const_cast<u8*>(mask);

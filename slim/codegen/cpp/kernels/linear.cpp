@@ -98,7 +98,7 @@ i64 weight_bytes(const Matrix& w) {
     return w.m * w.n * half_bytes[(int)w.format] / 2;
 }
 
-// Panels that a thread takes at a time: whole groups of those that are read side by side.
+// Panels that a thread takes at a time: groups of those that are read side by side, but for the end of its part.
 i64 piece_panels(const Part& part, i64 panels, int threads) {
     i64 bytes = 0;
     for (i64 l = 0; l < part.lane_count; l++) bytes += weight_bytes(*part.lanes[l]);
