@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from types import TracebackType
+import signal
+import threading
+from types import FrameType, TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
@@ -32,8 +34,14 @@ class Steps:
         self._tasks: dict[str, TaskID] = {}
         self._seen: set[str] = set()
         self._stage = "starting"
+        self._interrupted = False
+        self._catches = False
 
     def __enter__(self) -> Steps:
+        in_main = threading.current_thread() is threading.main_thread()  # signals are its alone
+        self._catches = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._catches:
+            signal.signal(signal.SIGINT, self._interrupt)
         self._progress.start()
         if self._moving:  # importing torch takes seconds, and is nothing to tell a log
             self.stage(self._stage)
@@ -43,9 +51,21 @@ class Steps:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._progress.stop()
+        if self._catches:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        self._interrupted = True
+        raise KeyboardInterrupt
+
+    def _check(self) -> None:
+        """Ctrl-C counts even where a library that it hit swallowed the exception."""
+        if self._interrupted:
+            raise KeyboardInterrupt
 
     def stage(self, what: str) -> None:
         """Something of unknown length begins, and whatever was shown before is over."""
+        self._check()
         for task in self._tasks.values():
             self._progress.remove_task(task)
         self._tasks.clear()
@@ -54,6 +74,7 @@ class Steps:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         """``done`` steps out of ``total``; at the last one the line goes away."""
+        self._check()
         if self._stage in self._tasks:
             self._progress.remove_task(self._tasks.pop(self._stage))
         if done >= total:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import slim.api
 import slim.compiler.lift
 from slim.cli import main
+from slim.cli.progress import Steps
 from slim.passes import PASSES
 from slim.runtime.artifact import is_artifact, load
 from slim.runtime.perplexity import pieces, score, windows
@@ -334,6 +335,16 @@ def test_a_process_generates_text(artifact: Path) -> None:
     assert running.returncode == 0, err
     assert out.startswith(PROMPT)
     assert len(out) > len(PROMPT) + 8
+
+
+def test_ctrl_c_counts_where_a_library_swallows_it() -> None:
+    with pytest.raises(KeyboardInterrupt), Steps() as steps:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException:  # as some libraries do
+            pass
+        steps.stage("saving")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_ctrl_c_ends_with_one_line_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
