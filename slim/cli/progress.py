@@ -13,6 +13,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 class Steps:
     """Shows what is being done and how far it is; called as ``slim.compile`` calls its ``progress``.
 
+    Each step is also where a Ctrl-C is raised again that something in between has swallowed.
+
     Example:
         >>> with Steps() as steps:
         ...     steps.stage("lifting")

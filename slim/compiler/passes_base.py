@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Pass:
+class Pass(ABC):
     """One rewrite of a Program; a subclass is a frozen dataclass whose fields are its options.
 
     Field types are bool, int, float, str, None, Literal, ``tuple[X, ...]`` and unions of them; a value of another
@@ -74,16 +75,17 @@ class Pass:
             named, reason = option, str(error)
         return errors.BadPassOption(pass_name=self.name, option=named, reason=reason, known=error.known)
 
-    def check(self) -> None:
+    def check(self) -> None:  # noqa: B027  a hook that most passes have no use for
         """Raises BadPassOption or ContradictoryOptions where well-typed options make no sense together."""
 
+    @abstractmethod
     def run(self, program: Program, ctx: Context) -> Report:
         """Rewrites ``program`` in place; the pipeline hands it a copy, and throws that away if this raises.
 
         Returns:
             A Report with the sites it changed and those it left alone, and why. The pipeline fills in the rest.
         """
-        raise NotImplementedError(type(self))
+        ...
 
     def __repr__(self) -> str:
         """The pipeline text: the first option by position, then those that are not at their default."""

@@ -7,6 +7,7 @@ up where its pattern fitted and something else did not (a near miss).
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,11 +38,11 @@ def argument(node: fx.Node, name: str, default: Any = None) -> Any:
 # -- patterns ----------------------------------------------------------------------------------------------------------
 
 
-class Pattern:
+class Pattern(ABC):
     """Matches a node or a literal, yielding every way to bind its names."""
 
-    def match(self, value: Any, bound: Bindings) -> Iterator[Bindings]:
-        raise NotImplementedError(type(self))
+    @abstractmethod
+    def match(self, value: Any, bound: Bindings) -> Iterator[Bindings]: ...
 
     @property
     def targets(self) -> frozenset[Any]:

@@ -21,6 +21,7 @@ from slim.runtime.architecture import counts_real_tokens, rebuild_config, rebuil
 from slim.runtime.binding import bind_cache, cache_slots, check_cacheable
 from slim.runtime.cache import KVCache, KVCacheConfig, Slot
 from slim.runtime.inputs import position_limit, vocabulary
+from slim.runtime.loop import Plan
 from slim.runtime.steps import CachedDecoder, Decoder, RecomputingDecoder, Step
 
 log = logging.getLogger(__name__)
@@ -274,7 +275,7 @@ class CompiledModel:
             raise errors.PromptTooLong(length=tokens, capacity=limit)
         return KVCache(self.slots, batch, max(1, tokens), limit, self.device)
 
-    def decoder(self, plan: generation.Plan) -> Decoder:
+    def decoder(self, plan: Plan) -> Decoder:
         """What runs a call of ``generate``: over a cache, unless the call or the model is against it."""
         if plan.use_cache is False:
             return RecomputingDecoder(self.run, plan.max_length)
@@ -288,7 +289,7 @@ class CompiledModel:
         masked = bool((plan.mask == 0).any())
         return CachedDecoder(self.step(masked=masked, last_only=True), cache, plan.config.prefill_chunk_size)
 
-    def _cache_for(self, plan: generation.Plan) -> KVCache:
+    def _cache_for(self, plan: Plan) -> KVCache:
         batch, length = plan.tokens.shape
         limit = self.kv_cache.max_tokens
         run = plan.max_length - 1  # the last token is returned, and never run

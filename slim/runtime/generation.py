@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -19,9 +18,8 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from slim import errors
-from slim.runtime.cache import KVCache
 from slim.runtime.inputs import checked_mask, checked_positions, checked_tokens
-from slim.runtime.loop import Loop
+from slim.runtime.loop import Loop, Plan
 from slim.runtime.steps import Decoder
 
 log = logging.getLogger(__name__)
@@ -41,32 +39,6 @@ class Generative(Protocol):
     @property
     def position_limit(self) -> int | None: ...
     def decoder(self, plan: Plan) -> Decoder: ...
-
-
-@dataclass
-class Plan:
-    """A call of generate, with every option settled.
-
-    Attributes:
-        tokens, mask, positions: the prompt, [B, S] each, rows repeated for num_return_sequences.
-        config: transformers' options, completed.
-        cache: the cache to go on with, if the caller gave one.
-        use_cache: None where the caller did not say.
-    """
-
-    tokens: Tensor
-    mask: Tensor
-    positions: Tensor
-    config: Any
-    cache: KVCache | None
-    use_cache: bool | None
-    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
-    criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
-
-    @property
-    def max_length(self) -> int:
-        """Tokens a sequence may have in the end, prompt included."""
-        return int(self.config.max_length)
 
 
 def generate(

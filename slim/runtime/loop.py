@@ -3,25 +3,50 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.generation import (
     EosTokenCriteria,
     GenerateDecoderOnlyOutput,
+    LogitsProcessorList,
     MaxLengthCriteria,
     StoppingCriteriaList,
 )
 
 from slim.codegen import Ends
+from slim.runtime.cache import KVCache
 from slim.runtime.steps import Decoder
 
-if TYPE_CHECKING:
-    from slim.runtime.generation import Plan
-
-
 _BURST, _PATIENCE = 16, 0.1  # steps, and seconds, at most until Ctrl-C is heard and other threads get their turn
+
+
+@dataclass
+class Plan:
+    """A call of generate, with every option settled.
+
+    Attributes:
+        tokens, mask, positions: the prompt, [B, S] each, rows repeated for num_return_sequences.
+        config: transformers' options, completed.
+        cache: the cache to go on with, if the caller gave one.
+        use_cache: None where the caller did not say.
+    """
+
+    tokens: Tensor
+    mask: Tensor
+    positions: Tensor
+    config: Any
+    cache: KVCache | None
+    use_cache: bool | None
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens a sequence may have in the end, prompt included."""
+        return int(self.config.max_length)
 
 
 class Loop:

@@ -30,7 +30,9 @@ class Step:
         self.names = tuple(value.name for value in bound.inputs)
         self.mask_index = self.names.index(KEY_MASK)
         positions = self.names.index("position_ids") if "position_ids" in self.names else None
-        self.feedback = Feedback(0, self.names.index("input_ids"), positions, self.mask_index)
+        self.feedback = Feedback(
+            logits=0, tokens=self.names.index("input_ids"), positions=positions, mask=self.mask_index
+        )
 
     def arguments(self, cache: KVCache, key_mask: Tensor, inputs: dict[str, Tensor]) -> list[Tensor]:
         """The inputs in their order: those of the new tokens, the mask of all keys, the cache's tensors."""

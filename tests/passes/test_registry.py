@@ -13,6 +13,7 @@ import slim.passes
 from slim import errors
 from slim.compiler.passes_base import Pass, snake_case
 from slim.compiler.pipeline_text import read_pipeline, write_pipeline
+from slim.compiler.report import Report
 from slim.passes import PASSES, FoldNorms, Quantize, as_passes, parse_pipeline
 
 
@@ -27,6 +28,9 @@ class Everything(Pass):
     flag: bool = False
     text: str = ""
     either: int | Literal["auto"] = "auto"
+
+    def run(self, program, context):
+        return Report()
 
 
 KNOWN = {"everything": Everything, **PASSES}

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from slim.codegen.cpp.text import FORMATS
 from slim.codegen.executables import Ends, Feedback
+from slim.codegen.regions.linears import FLOAT_FORMATS
 
 if TYPE_CHECKING:
     from slim.codegen.cpp.executable import BoundCall
-
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # as kernels.h has them
 
 
 class _Greedy(ctypes.Structure):
@@ -33,7 +33,6 @@ class GreedyCall:
 
     def __init__(self, call: BoundCall, feedback: Feedback, mask: Tensor, ends: Ends, keys: int) -> None:
         self._call = call
-        self._keys = keys
         self._outputs = call.outputs()
         logits = self._outputs[feedback.logits]
         tokens = call.inputs[feedback.tokens]
@@ -42,7 +41,7 @@ class GreedyCall:
         self._loop = _Greedy(
             batch=mask.shape[0], vocabulary=logits.shape[-1], capacity=mask.shape[1], end_count=ends.tokens.numel(),
             mask_index=feedback.mask, length=keys, pad=ends.pad, logits=logits.data_ptr(),
-            format=FORMATS[logits.dtype], tokens=tokens.data_ptr(),
+            format=FORMATS[FLOAT_FORMATS[logits.dtype]], tokens=tokens.data_ptr(),
             positions=None if positions is None else positions.data_ptr(), mask=mask.data_ptr(),
             seen=self._kept[-1].data_ptr(), ends=ends.tokens.data_ptr(), finished=ends.finished.data_ptr(),
         )  # fmt: skip
@@ -51,7 +50,7 @@ class GreedyCall:
         """See ``GreedySteps``."""
         chosen = torch.empty(steps, self._loop.batch, dtype=torch.int64)
         self._loop.steps, self._loop.chosen = steps, chosen.data_ptr()
-        self._call.dims[self._keys] = held
+        self._call.dims[self._loop.length] = held
         self._call.executable.decode(self._call.io, self._call.dims, self._loop)
         return chosen[: self._loop.made]
 
@@ -61,6 +60,6 @@ def greedy_call(call: BoundCall, feedback: Feedback, mask: Tensor, ends: Ends) -
     executable = call.executable
     keys = next((place for place, owner in enumerate(executable.where) if owner == (feedback.mask, 1)), None)
     _, dtype = executable.outputs[feedback.logits]
-    if executable.schedule.foreign or dtype not in FORMATS or keys is None:
+    if executable.schedule.foreign or dtype not in FLOAT_FORMATS or keys is None:
         return None
     return GreedyCall(call, feedback, mask, ends, keys)

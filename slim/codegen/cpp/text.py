@@ -20,6 +20,8 @@ STORED = {
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
 }  # fmt: skip
 
+FORMATS = {"f32": 0, "bf16": 1, "f16": 2, "int8": 3, "int4": 4}  # enum Format of kernels.h, by Matrix.format
+
 _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">",
     "ge": ">=", "land": "&", "lor": "|", "lxor": "!=", "and": "&", "or": "|", "xor": "^", "shl": "<<", "shr": ">>",

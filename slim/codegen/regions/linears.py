@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 aten, slim = torch.ops.aten, torch.ops.slim
 
 LANES = 2  # products whose results one store may combine: gate and up
-_FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+FLOAT_FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def linear(lowering: Lowering, node: fx.Node) -> Value:
@@ -75,16 +75,16 @@ def matrix(lowering: Lowering, weight: Any) -> Matrix:
     m, n = int(shape[-2]), int(shape[-1])
     if weight.op == "get_attr":
         name = str(weight.target)
-        kind = _FORMATS.get(lowering.program.weights.dtype(name))
+        kind = FLOAT_FORMATS.get(lowering.program.weights.dtype(name))
         if kind is not None:
             return Matrix(kind, lowering.weight(name), None, m, n)
     quantized = _quantized(lowering, weight, m, n) if weight.target is slim.dequantize.default else None
     if quantized is not None:
         return quantized
     view = lowering.view(weight)
-    if not view.is_contiguous or not same(view.offset, 0) or view.buffer.dtype not in _FORMATS:
+    if not view.is_contiguous or not same(view.offset, 0) or view.buffer.dtype not in FLOAT_FORMATS:
         view = lowering.store(lowering.value(weight), fresh=True)
-    return Matrix(_FORMATS[view.buffer.dtype], view.buffer, None, m, n)
+    return Matrix(FLOAT_FORMATS[view.buffer.dtype], view.buffer, None, m, n)
 
 
 def _quantized(lowering: Lowering, node: fx.Node, m: int, n: int) -> Matrix | None:

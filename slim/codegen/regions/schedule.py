@@ -6,6 +6,7 @@ fused into it: what its input rows are computed from, and what is done to its re
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,7 +18,7 @@ from slim.codegen.regions.scalars import Scalar, views
 from slim.codegen.regions.views import Buffer, Size, View
 
 
-class Region:
+class Region(ABC):
     """One kernel call.
 
     Attributes:
@@ -26,11 +27,11 @@ class Region:
 
     node: fx.Node
 
-    def reads(self) -> Iterator[Buffer]:
-        raise NotImplementedError
+    @abstractmethod
+    def reads(self) -> Iterator[Buffer]: ...
 
-    def writes(self) -> Iterator[Buffer]:
-        raise NotImplementedError
+    @abstractmethod
+    def writes(self) -> Iterator[Buffer]: ...
 
 
 def _buffers(*bodies: Scalar | None) -> Iterator[Buffer]:

@@ -21,7 +21,8 @@ struct State {
 
     bool reserve(slim::i64 bytes) {
         if (bytes <= capacity) return true;
-        if (capacity) bytes += bytes / 2;  // what grows with the context would grow at each step
+        slim::i64 roomier = capacity + capacity / 2;  // for what grows a little at each step
+        if (bytes < roomier) bytes = roomier;
         std::free(arena);
         arena = static_cast<char*>(std::aligned_alloc(64, (bytes + 63) / 64 * 64));
         capacity = arena == nullptr ? 0 : bytes;

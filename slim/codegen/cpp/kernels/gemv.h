@@ -147,7 +147,7 @@ static void gemv_panels(const Packed& w, const Streams& at, i64 group, const Inp
 
 // Panels begin..end against one tile; `next` is what is read after them.
 template <class Kind, bool NIBBLES, int HEIGHT, int PANELS = gemv_streams(HEIGHT)>
-static void gemv_streams_of(const Packed& w, i64 begin, i64 end, const u8* next, i64 group, const Input& in, i64 tile,
+static void gemv_run(const Packed& w, i64 begin, i64 end, const u8* next, i64 group, const Input& in, i64 tile,
                             float* y, i64 stride) {
     i64 apart = (end - begin) / PANELS, jump = next - w.numbers(begin + apart);
     for (i64 p = 0; p < apart; p++)
@@ -156,7 +156,7 @@ static void gemv_streams_of(const Packed& w, i64 begin, i64 end, const u8* next,
     begin += apart * PANELS;
     if constexpr (PANELS > 1)
         if (begin < end)
-            gemv_streams_of<Kind, NIBBLES, HEIGHT, PANELS / 2>(w, begin, end, next, group, in, tile,
+            gemv_run<Kind, NIBBLES, HEIGHT, PANELS / 2>(w, begin, end, next, group, in, tile,
                                                                y + apart * PANELS * PANEL, stride);
 }
 
@@ -166,7 +166,7 @@ static void gemv_tile(const Packed& w, i64 begin, i64 end, const u8* next, i64 g
     if constexpr (HEIGHT > 1)
         if (in.tiles.height(tile) < HEIGHT)
             return gemv_tile<Kind, NIBBLES, HEIGHT - 1>(w, begin, end, next, group, in, tile, y, stride);
-    gemv_streams_of<Kind, NIBBLES, HEIGHT>(w, begin, end, next, group, in, tile, y, stride);
+    gemv_run<Kind, NIBBLES, HEIGHT>(w, begin, end, next, group, in, tile, y, stride);
 }
 
 static inline void gemv_packed(const Matrix& w, const Input& in, i64 begin, i64 end, const u8* next, float* y) {
