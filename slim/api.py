@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from slim import errors
 from slim.codegen import select
+from slim.compiler.dump import Dump
 from slim.compiler.lift import lift, lift_path
 from slim.compiler.passes_base import STATISTICS, Context, Pass, Progress
 from slim.compiler.pipeline import run_pipeline
@@ -33,6 +34,7 @@ def compile(
     strict: bool = True,
     dump: str | Path | None = None,
     progress: Progress | None = None,
+    tune: float | None = None,
 ) -> CompiledModel:
     """Compiles a model: lifts it into slim's IR, applies ``passes`` in order, and lowers the result for ``target``.
 
@@ -44,12 +46,14 @@ def compile(
         passes: Pass objects, or pipeline text: ``'fold_norms, quantize("int8")'``.
         calibration: texts (list of str), token ids (list of [B, S]) or a DataLoader, for passes that need statistics.
         example_inputs: a tensor, tuple or dict to trace a plain module with.
-        target: "auto", "cpu", "cuda" or "eager".
+        target: "auto", "cpu", "cuda" or "eager"; "cuda:sm_90" compiles ahead of time for a GPU that is not here.
         kv_cache: how past keys and values are kept.
         verify: check the IR, and the output on a probe, after every pass.
         strict: a pass that matches nothing is an error.
-        dump: a directory for the IR after each stage (also by SLIM_DUMP).
+        dump: a directory for the IR after each stage and for what was generated (also by SLIM_DUMP).
         progress: called with (what, done, of how many) on the way.
+        tune: seconds to spend on finding the fastest configurations of kernels on this GPU; what was found is kept
+            for later. None takes the defaults, which are the same on every run.
 
     Raises:
         SlimError: one of the catalogue in ``slim.errors``; nothing is left behind.
@@ -59,7 +63,7 @@ def compile(
         >>> print(compiled.report)
     """
     pipeline = as_passes(passes)
-    chosen = select(target)
+    chosen = select(target, tune)
     context = _context(calibration, verify, strict, dump, progress)
     start = time.perf_counter()
     program = _lift(model, example_inputs)
@@ -72,11 +76,18 @@ def compile(
         program, chosen, report=report, kv_cache=kv_cache, pipeline=", ".join(repr(pass_) for pass_ in pipeline)
     )
     report.seconds = seconds | report.seconds | {"lower": time.perf_counter() - start}
+    Dump.to(context.dump).code(compiled.code)
     generated = any(form.regions for form in report.forms.values())
-    if generated and context.probed is not None:
+    if generated and chosen.runs and context.probed is not None:
         probe, expected = context.probed
-        report.error = probe.error(expected, compiled.run_flat(probe.inputs))
+        report.error = probe.error(expected, _on_target(compiled, probe.inputs))
     return compiled
+
+
+def _on_target(compiled: CompiledModel, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """The flat outputs of generated code, where the inputs lie."""
+    outputs = compiled.run_flat([value.to(compiled.device) for value in inputs])
+    return tuple(value.to(inputs[0].device) if isinstance(value, Tensor) else value for value in outputs)
 
 
 def _lift(model: nn.Module | str | Path, example_inputs: Any) -> Program:

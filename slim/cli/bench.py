@@ -8,7 +8,7 @@ import click
 
 from slim.cli.models import open_model, open_original, require_generative
 from slim.cli.progress import Steps
-from slim.cli.shell import debug_option, target_option
+from slim.cli.shell import debug_option, target_option, tune_option
 from slim.cli.tables import print_table, rate
 
 if TYPE_CHECKING:
@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 @click.option("--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="How often each is timed.")
 @click.option("--against", metavar="MODEL", help="Time this one too, as transformers runs it, turn by turn.")
 @target_option
+@tune_option
 @debug_option
-def bench(model: str, prompt_length: int, new_tokens: int, rounds: int, against: str | None, target: str) -> None:
+def bench(
+    model: str, prompt_length: int, new_tokens: int, rounds: int, against: str | None, target: str, tune: float | None
+) -> None:  # fmt: skip
     """Time prefill and decode, batch 1, greedy, on random tokens.
 
     Compare numbers of one run only: with --against the two take turns, so that neighbours on the machine slow both.
     """
     with Steps() as steps:
-        compiled = open_model(model, target, steps)
+        compiled = open_model(model, target, steps, tune)
         require_generative(compiled, model)
         models: dict[str, Any] = {} if against is None else {f"{against} (original)": open_original(against, steps)}
         models[model] = compiled

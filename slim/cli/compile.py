@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 @target_option
 @click.option("--strict/--no-strict", default=True, help="Whether a pass that matches nothing is an error.")
 @click.option("--verify/--no-verify", default=True, help="Whether to check IR and output after every pass.")
-@click.option("--dump", metavar="DIR", help="Write the IR after every stage here, as Python.")
+@click.option("--dump", metavar="DIR", help="Write the IR after every stage here, as Python, and what was generated.")
 @debug_option
 def compile_(
     model: str,

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from slim.runtime.compiled import CompiledModel
 
 
-def open_model(path: str, target: str, steps: Steps) -> CompiledModel:
+def open_model(path: str, target: str, steps: Steps, tune: float | None = None) -> CompiledModel:
     """A compiled model: loaded, or lifted as it is, without passes.
 
     Raises:
@@ -21,9 +21,9 @@ def open_model(path: str, target: str, steps: Steps) -> CompiledModel:
 
     if is_artifact(path):
         steps.stage(f"loading {path}")
-        return load(path, target=target)
+        return load(path, target=target, tune=tune)
     steps.stage(f"lifting {path}")
-    return compile(path, target=target, progress=steps)
+    return compile(path, target=target, progress=steps, tune=tune)
 
 
 def open_original(path: str, steps: Steps) -> Any:

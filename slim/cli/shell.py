@@ -59,6 +59,12 @@ debug_option: Decorator = click.option(
 target_option: Decorator = click.option(
     "--target", default="auto", show_default=True, help="What runs it: auto, cpu, cuda or eager."
 )
+tune_option: Decorator = click.option(
+    "--tune",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Spend this on finding the fastest configurations of GPU kernels; what was found is kept for later.",
+)
 pipeline_option: Decorator = click.option(
     "-p",
     "--passes",

@@ -214,7 +214,8 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "slim"
 
 
-def _key(*parts: object) -> str:
+def key(*parts: object) -> str:
+    """32 hexadecimal digits that stand for ``parts``: other parts, other digits."""
     digest = hashlib.sha256()
     for part in parts:
         text = part if isinstance(part, bytes) else repr(part).encode()
@@ -222,7 +223,7 @@ def _key(*parts: object) -> str:
     return digest.hexdigest()[:32]
 
 
-def _once(target: Path, make: Callable[[Path], None]) -> Path:
+def once(target: Path, make: Callable[[Path], None]) -> Path:
     """``target``, which ``make`` writes (to the path it is given) if it is not there; other processes wait for it.
 
     Raises:
@@ -256,8 +257,8 @@ def kernel_object(isa: Isa, folder: Path = KERNELS) -> Path:
         BuildFailed, TargetUnavailable (no compiler), SaveFailed (no cache).
     """
     tools = _Toolchain.found()
-    target = cache_folder() / "cpp" / f"kernels-{isa.name}-{_key(tools, isa.flags, _FLAGS, *_contents(folder))}.o"
-    return _once(target, partial(_compile_kernels, tools, isa, folder))
+    target = cache_folder() / "cpp" / f"kernels-{isa.name}-{key(tools, isa.flags, _FLAGS, *_contents(folder))}.o"
+    return once(target, partial(_compile_kernels, tools, isa, folder))
 
 
 def shared_object(source: str, isa: Isa, folder: Path = KERNELS) -> Path:
@@ -277,9 +278,9 @@ def shared_object(source: str, isa: Isa, folder: Path = KERNELS) -> Path:
     """
     tools = _Toolchain.found()
     kernels = kernel_object(isa, folder)
-    target = cache_folder() / "cpp" / f"model-{isa.name}-{_key(kernels.name, source)}.so"
-    text = _once(target.with_suffix(".cpp"), partial(_write, source))
-    return _once(target, partial(_compile_model, tools, isa, folder, text, kernels))
+    target = cache_folder() / "cpp" / f"model-{isa.name}-{key(kernels.name, source)}.so"
+    text = once(target.with_suffix(".cpp"), partial(_write, source))
+    return once(target, partial(_compile_model, tools, isa, folder, text, kernels))
 
 
 def load(path: Path) -> ctypes.CDLL:

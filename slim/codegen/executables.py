@@ -68,12 +68,12 @@ class Executable(Protocol):
     """A lowered Program.
 
     Attributes:
-        code: name -> source of everything that was generated for it.
+        code: name -> source of everything that was generated for it, and binaries that were made ahead of time.
         form: what it is made of, for the report.
     """
 
     @property
-    def code(self) -> Mapping[str, str]: ...
+    def code(self) -> Mapping[str, str | bytes]: ...
     @property
     def form(self) -> Form: ...
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:

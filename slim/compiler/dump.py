@@ -6,7 +6,7 @@ import hashlib
 import os
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,15 +40,21 @@ class Dump:
             self.file(f"{self.written:02d}_{name}.py", str(program))
         self.written += 1
 
-    def file(self, name: str, text: str) -> None:
+    def file(self, name: str, content: str | bytes) -> None:
         """Raises SaveFailed where the folder cannot be written to."""
         if self.folder is None:
             return
+        path = self.folder / name
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / name).write_text(text, encoding="utf-8")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content.encode() if isinstance(content, str) else content)
         except OSError as error:
-            raise errors.SaveFailed(path=self.folder / name, reason=str(error)) from error
+            raise errors.SaveFailed(path=path, reason=str(error)) from error
+
+    def code(self, files: Mapping[str, str | bytes]) -> None:
+        """What was generated, below ``generated/``."""
+        for name, content in files.items():
+            self.file(f"generated/{name}", content)
 
 
 def write_reproducer(

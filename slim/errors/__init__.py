@@ -40,13 +40,13 @@ from slim.errors.running import (
     UnreadableFile,
     UnsupportedGenerateOption,
 )
-from slim.errors.targets import BadEnvironment, BuildFailed, TargetUnavailable, UnknownTarget
+from slim.errors.targets import BadEnvironment, BuildFailed, KernelFailed, TargetUnavailable, UnknownTarget
 
 __all__ = [
     "ArtifactCorrupt", "ArtifactVersion", "BadEnvironment", "BadIR", "BadInput", "BadPassOption", "BadPipelineText",
     "BuildFailed", "CacheMismatch", "CacheUnsupported", "CheckpointCorrupt", "ContradictoryOptions", "EmptyPrompt",
-    "ExportUnsupported", "LiftFailed", "ModelNotFound", "NoTokenizer", "NonFiniteWeight", "NotGenerative",
-    "NotLossless", "PassFailed", "PassMatchedNothing", "PassOrder", "PromptTooLong", "SaveFailed", "SlimError",
-    "TargetUnavailable", "TokenOutOfRange", "UnknownPass", "UnknownTarget", "UnreadableFile",
+    "ExportUnsupported", "KernelFailed", "LiftFailed", "ModelNotFound", "NoTokenizer", "NonFiniteWeight",
+    "NotGenerative", "NotLossless", "PassFailed", "PassMatchedNothing", "PassOrder", "PromptTooLong", "SaveFailed",
+    "SlimError", "TargetUnavailable", "TokenOutOfRange", "UnknownPass", "UnknownTarget", "UnreadableFile",
     "UnsupportedGenerateOption", "UnsupportedModel", "VerificationFailed",
 ]  # fmt: skip

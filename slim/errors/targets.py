@@ -49,6 +49,25 @@ class BuildFailed(SlimError, RuntimeError):
         return textwrap.indent(self.output, "    ")
 
 
+class KernelFailed(SlimError, RuntimeError):
+    """Triton refused a kernel that slim wrote."""
+
+    message = "compiling the kernel '{what}' for {arch} failed:\n{listing}\n  source: {source}"
+    hint = (
+        "this is a fault in slim, or slim does not know this version of Triton: please report it with the text above "
+        'and the source file. target="eager" needs no kernels.'
+    )
+
+    what: str  # the kernel's name
+    arch: str  # "sm_90"
+    output: str  # what Triton said
+    source: StrPath  # where the kernel's source was kept
+
+    @property
+    def listing(self) -> str:
+        return textwrap.indent(self.output, "    ")
+
+
 class BadEnvironment(SlimError, ValueError):
     """An environment variable of slim's has a value that cannot be used."""
 

@@ -120,8 +120,8 @@ def _encode(value: Any) -> Any:
 # -- loading -----------------------------------------------------------------------------------------------------------
 
 
-def load(directory: str | Path, target: str | Target = "auto") -> CompiledModel:
-    """A compiled model as it was saved, lowered again for ``target``.
+def load(directory: str | Path, target: str | Target = "auto", *, tune: float | None = None) -> CompiledModel:
+    """A compiled model as it was saved, lowered again for ``target``; ``tune`` is as ``slim.compile`` takes it.
 
     Raises:
         ModelNotFound. ArtifactVersion: saved by another slim. ArtifactCorrupt: a file is missing or damaged.
@@ -135,7 +135,7 @@ def load(directory: str | Path, target: str | Target = "auto") -> CompiledModel:
     folder = Path(directory)
     if not folder.is_dir():
         raise errors.ModelNotFound(path=directory)
-    chosen = select(target) if isinstance(target, str) else target
+    chosen = select(target, tune) if isinstance(target, str) else target
     try:
         manifest = _read_manifest(folder)
         program = _read_program(folder, manifest)

@@ -65,7 +65,7 @@ class CompiledModel:
         self.target = select(target) if isinstance(target, str) else target
         self.kv_cache = kv_cache or KVCacheConfig()
         self._steps: dict[tuple[bool, bool], Step] = {}
-        self._sources: dict[str, str] = {}
+        self._sources: dict[str, str | bytes] = {}
         if report is not None:  # it may have been saved by another target
             report.error = report.error if report.target == self.target.name else None
             report.target, report.forms = self.target.name, {}
@@ -119,7 +119,8 @@ class CompiledModel:
     def device(self) -> torch.device:
         """Where the weights lie, and the inputs must."""
         weights = self.program.weights
-        return next((weights[name].device for name in weights), torch.device("cpu"))
+        place = self.target.place()
+        return place or next((weights[name].device for name in weights), torch.device("cpu"))
 
     @functools.cached_property
     def dtype(self) -> torch.dtype:
@@ -306,8 +307,8 @@ class CompiledModel:
     # -- looking inside, and keeping ---------------------------------------------------------------------------------
 
     @property
-    def code(self) -> dict[str, str]:
-        """Name -> source of everything generated so far; forms over a cache come when they are first used."""
+    def code(self) -> dict[str, str | bytes]:
+        """Name -> source (or binary) of everything generated so far; forms over a cache come when first used."""
         return dict(self._sources)
 
     def cost(self) -> Any:

@@ -13,8 +13,10 @@ from slim.runtime.compiled import CompiledModel
 from slim.runtime.steps import CachedDecoder
 from tests.compiled import pair, prompt
 
-pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"no C++ code here: {build.missing()}")
-
+BOTH = [
+    pytest.param("cpu", marks=pytest.mark.skipif(build.missing() is not None, reason=f"no C++: {build.missing()}")),
+    pytest.param("cuda", marks=pytest.mark.gpu),  # by the interpreter it would take minutes: triton/test_decoding.py
+]
 
 PAD = 98  # no row of the tests' model writes it
 
@@ -40,9 +42,9 @@ class _Heard:
         self.ended = True
 
 
-@pytest.fixture(scope="module")
-def model() -> CompiledModel:
-    return CompiledModel(pair("llama")[1].program, "cpu")
+@pytest.fixture(scope="module", params=BOTH)
+def model(request: pytest.FixtureRequest) -> CompiledModel:
+    return CompiledModel(pair("llama")[1].program, request.param)
 
 
 def both(model: CompiledModel, **options) -> Tensor:
@@ -98,9 +100,10 @@ def test_one_row_stops_at_its_end(model: CompiledModel):
     assert written == free[: free.index(free[7]) + 1]
 
 
-def test_a_model_without_positions_decodes_inside(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("target", BOTH)
+def test_a_model_without_positions_decodes_inside(target: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(CachedDecoder, "step", None)
-    compiled = CompiledModel(pair("bloom")[1].program, "cpu")
+    compiled = CompiledModel(pair("bloom")[1].program, target)
     tokens, mask = prompt()
     assert "position_ids" not in compiled.step(masked=True, last_only=True).names
     compiled.generate(tokens, attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None)
@@ -134,11 +137,12 @@ def test_a_streamer_hears_every_token(model: CompiledModel):
     assert heard.ended
 
 
+@pytest.mark.parametrize("target", BOTH)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_of_equal_scores_the_first_wins(dtype: torch.dtype):
+def test_of_equal_scores_the_first_wins(dtype: torch.dtype, target: str):
     """Scores of 16 bits are often equal."""
     model = copy.deepcopy(pair("llama")[0]).to(dtype)
-    both(slim.compile(model, target="cpu", verify=False), max_new_tokens=20, eos_token_id=None)
+    both(slim.compile(model, target=target, verify=False), max_new_tokens=20, eos_token_id=None)
 
 
 def test_steps_and_loops_mix(model: CompiledModel):

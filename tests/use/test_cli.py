@@ -87,8 +87,9 @@ def test_compile_reads_a_pipeline_from_a_file_and_dumps_every_stage(model: Path,
     (tmp_path / "pipeline.txt").write_text('# lossless first\nfold_norms,\nquantize("int8")\n')
     options = ("-p", f"@{tmp_path / 'pipeline.txt'}", "--dump", tmp_path / "dump", "--target", "eager")
     result = succeed("compile", model, *options, "-o", tmp_path / "new" / "small")
-    stages = ["00_lift.py", "01_fold_norms.py", "02_quantize.py", "report.json"]
+    stages = ["00_lift.py", "01_fold_norms.py", "02_quantize.py", "generated", "report.json"]
     assert sorted(file.name for file in (tmp_path / "dump").iterdir()) == stages
+    assert "def forward" in (tmp_path / "dump" / "generated" / "step_last" / "forward.py").read_text()
     assert load(tmp_path / "new" / "small").pipeline == 'fold_norms(), quantize("int8")'
     assert "lifting" in result.stderr
     assert "lifting" not in result.stdout

@@ -17,11 +17,14 @@ from slim.codegen.cpp.decoding import GreedyCall, greedy_call
 from slim.codegen.cpp.emit import Unit, emit
 from slim.codegen.cpp.packing import hold
 from slim.codegen.executables import Ends, Feedback
+from slim.codegen.inputs import check_kind, check_shape, check_writable
 from slim.codegen.regions.lower import lower
 from slim.codegen.regions.schedule import Foreign, Schedule
 from slim.codegen.regions.views import Buffer, Size, View
 from slim.compiler.program import Program, where
 from slim.compiler.report import Form, Skip
+
+_CPU = torch.device("cpu")
 
 
 class CppExecutable:
@@ -197,21 +200,13 @@ class BoundCall:
         buffer = executable.schedule.inputs[index]
         sizes = executable.shapes[index]
         wanted = tuple(size if isinstance(size, int) else self.dims[position] for size, position in sizes)
-        if tuple(tensor.shape) != wanted:
-            reason = f"its shape is {list(tensor.shape)}, and beside the other inputs it must be {list(wanted)}"
-            raise errors.BadInput(argument=buffer.name, reason=reason)
+        check_shape(buffer, tensor, wanted)
         if not executable.used[index]:
             return
-        if tensor.device.type != "cpu":
-            raise errors.BadInput(
-                argument=buffer.name, reason=f"it lies on {tensor.device}, and the code runs on the CPU"
-            )
-        if tensor.dtype != buffer.dtype:
-            reason = f"it is {tensor.dtype}, and the program was compiled for {buffer.dtype}"
-            raise errors.BadInput(argument=buffer.name, reason=reason)
+        check_kind(buffer, tensor, _CPU)
         if not tensor.is_contiguous():
             if executable.mutated[index]:
-                raise errors.BadInput(argument=buffer.name, reason="a cache that is written to must be contiguous")
+                check_writable(buffer, tensor)
             self.inputs[index] = tensor = tensor.contiguous()
         self.io[index] = tensor.data_ptr()
 

@@ -38,8 +38,9 @@ def attention(lowering: Lowering, node: fx.Node) -> Value:
     # [B, S, H, E] in memory, as the projection that follows reads it
     out = lowering.temp((batch, queries, heads, width), dtype).view().permute((0, 2, 1, 3))
     region = Attention(
-        node, q, k, lowering.rows(argument(node, "v"), F32), out, argument(node, "scale"), argument(node, "causal"),
-        argument(node, "window"), argument(node, "softcap"), rope, key_mask=_rows(lowering, node, "key_mask"),
+        node, q, k, lowering.rows(argument(node, "v"), lowering.floats), out, argument(node, "scale"),
+        argument(node, "causal"), argument(node, "window"), argument(node, "softcap"), rope,
+        key_mask=_rows(lowering, node, "key_mask"),
         sinks=_floats(lowering, node, "sinks"), slopes=_floats(lowering, node, "slopes"),
     )  # fmt: skip
     if node.target is slim.attention.default:
@@ -56,7 +57,7 @@ def _rotated(lowering: Lowering, node: Any) -> tuple[View, tuple[View, View, boo
     value = lowering.value(node)
     if isinstance(value.body, Lane) and isinstance(value.body.anchor, Rotation):
         return value.body.anchor.x, value.body.anchor.angles
-    return lowering.rows(node, F32), None
+    return lowering.rows(node, lowering.floats), None
 
 
 def _rows(lowering: Lowering, node: fx.Node, name: str) -> View | None:
@@ -94,8 +95,8 @@ def _bias(lowering: Lowering, node: fx.Node, shape: tuple[Any, ...]) -> View | N
 def rope(lowering: Lowering, node: fx.Node) -> Value:
     """slim.rope: left to the attention that reads it, or two pointwise regions over halves of the channels."""
     shape, dtype = lowering.type(node)
-    x = lowering.rows(node.args[0], F32)
-    cos, sin = (lowering.rows(angle, F32) for angle in node.args[1:3])
+    x = lowering.rows(node.args[0], lowering.floats)
+    cos, sin = (lowering.rows(angle, lowering.floats) for angle in node.args[1:3])
     interleaved = bool(argument(node, "interleaved"))
     if _attention_rotates(node):
         return Value(Lane(Rotation(x, cos, sin, interleaved)), shape, dtype)

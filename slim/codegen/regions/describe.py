@@ -28,10 +28,10 @@ def describe(schedule: Schedule) -> str:
         >>> print(describe(lower(program)))
         linear rms(embedding) x [q_proj.weight f32[64,64]; k_proj.weight f32[32,64]] -> linear, linear_1
     """
-    return "\n".join(_line(region) for region in schedule.regions)
+    return "\n".join(line(region) for region in schedule.regions)
 
 
-def _line(region: Region) -> str:
+def line(region: Region) -> str:
     if isinstance(region, Linear):
         return f"linear {_source(region.source)} x [{'; '.join(_part(part) for part in region.parts)}]"
     if isinstance(region, Attention):

@@ -198,6 +198,20 @@ def triangle(lowering: Lowering, node: fx.Node) -> Value:
 # -- quantised weights that no product reads ---------------------------------------------------------------------------
 
 
+@handles(slim.quantize.default)
+def quantize(lowering: Lowering, node: fx.Node) -> Value:
+    """slim.quantize as pointwise work."""
+    shape, dtype = lowering.type(node)
+    x = lowering.value(node.args[0])
+    axis, group = argument(node, "axis"), argument(node, "group_size")
+    body = op("round", op("div", cast(x.body, F32), _spread(lowering, node.args[1], shape, axis, group)))
+    zero_point = argument(node, "zero_point")
+    if zero_point is not None:
+        body = op("add", body, _spread(lowering, zero_point, shape, axis, group))
+    low, high = (const(argument(node, name), F32) for name in ("low", "high"))
+    return Value(cast(op("min", op("max", body, low), high), I64), shape, dtype)
+
+
 @handles(slim.dequantize.default)
 def dequantize(lowering: Lowering, node: fx.Node) -> Value:
     """slim.dequantize as pointwise work: for tables, of which rows are picked."""

@@ -32,7 +32,7 @@ def expert_linear(lowering: Lowering, node: fx.Node) -> Value:
     """slim.expert_linear: row t of x [T, n] by W[expert[t]] of W [E, m, n]."""
     x, _, bias, expert = node.args
     plain = _source(lowering, x)
-    source = Source(plain.view, plain.norm, lowering.rows(expert))
+    source = Source(plain.view, plain.norm, lowering.rows(expert), plain.scale)
     return _product(lowering, node, source, bias)
 
 
@@ -55,7 +55,11 @@ def _bias(lowering: Lowering, bias: Any, source: Source, shape: tuple[Size, ...]
 
 
 def _source(lowering: Lowering, x: Any) -> Source:
-    """The rows that ``x`` holds, with the norm that makes them still to be done."""
+    """The rows that ``x`` holds, with the norm that makes them, or their rounding to int8, still to be done."""
+    if x.op != "get_attr" and x.target is slim.dequantize.default and lowering.wants.int8_rows:
+        rounded = _int8_rows(lowering, x)
+        if rounded is not None:
+            return rounded
     value = lowering.value(x)
     if isinstance(value.body, Lane) and isinstance(value.body.anchor, Norm):
         norm = value.body.anchor
@@ -64,6 +68,28 @@ def _source(lowering: Lowering, x: Any) -> Source:
                 norm.x = Load(lowering.store(Value(norm.x, norm.shape), fresh=True))
             return Source(norm.x.view, norm)
     return Source(lowering.rows(x))
+
+
+def _int8_rows(lowering: Lowering, node: fx.Node) -> Source | None:
+    """The rows of x where ``node`` is x rounded to int8 and back, with one scale a row or one for all."""
+    q, scale = node.args[:2]
+    if q.target is not slim.quantize.default or q.args[1] is not scale:  # type: ignore[union-attr]
+        return None
+    options = [(argument(each, "zero_point"), argument(each, "group_size")) for each in (q, node)]  # type: ignore[arg-type]
+    whole = (argument(q, "low"), argument(q, "high")) == (-128, 127)  # type: ignore[arg-type]
+    if options != [(None, None)] * 2 or not whole or argument(q, "axis") != argument(node, "axis"):  # type: ignore[arg-type]
+        return None
+    lead = lowering.shape(node)[:-1]
+    steps = lowering.shape(scale)  # type: ignore[arg-type]
+    if argument(node, "axis") is not None and not (len(steps) == len(lead) and all(map(same, steps, lead))):
+        return None
+    plain = _source(lowering, q.args[0])  # type: ignore[union-attr]
+    if argument(node, "axis") is not None:
+        view = lowering.view(scale)
+    else:
+        held = lowering.view(scale)
+        view = View(held.buffer, lead, (0,) * len(lead), held.offset)
+    return Source(plain.view, plain.norm, plain.expert, view)
 
 
 # -- weights -----------------------------------------------------------------------------------------------------------
@@ -76,7 +102,7 @@ def matrix(lowering: Lowering, weight: Any) -> Matrix:
     if weight.op == "get_attr":
         name = str(weight.target)
         kind = FLOAT_FORMATS.get(lowering.program.weights.dtype(name))
-        if kind is not None:
+        if kind in lowering.wants.formats:
             return Matrix(kind, lowering.weight(name), None, m, n)
     quantized = _quantized(lowering, weight, m, n) if weight.target is slim.dequantize.default else None
     if quantized is not None:
@@ -88,22 +114,28 @@ def matrix(lowering: Lowering, weight: Any) -> Matrix:
 
 
 def _quantized(lowering: Lowering, node: fx.Node, m: int, n: int) -> Matrix | None:
-    """A symmetric int8 or int4 weight with one scale a row, or by groups of a row."""
+    """A symmetric int8, int4 or fp8 weight with one scale a row, or by groups of a row."""
     stored: Any = node.args[0]
     scale: Any = node.args[1]
-    kind = "int8"
+    kind = "fp8" if stored.meta["val"].dtype == torch.float8_e4m3fn else "int8"
     unpack = getattr(slim, "unpack_int4", None)
     if unpack is not None and stored.target is unpack.default:
         kind, stored = "int4", stored.args[0]
-    if stored.op != "get_attr" or scale.op != "get_attr" or argument(node, "zero_point") is not None:
+    plain = stored.op == "get_attr" and scale.op == "get_attr" and argument(node, "zero_point") is None
+    if not plain or kind not in lowering.wants.formats:
         return None
     rank = len(lowering.shape(node))
     axis, group = argument(node, "axis"), argument(node, "group_size")
     rows = lowering.shape(scale)
-    if group is None and axis == rank - 2 and rows == lowering.shape(node)[:-1]:
+    by_row = group is None and axis == rank - 2 and rows == lowering.shape(node)[:-1]
+    by_group = group is not None and axis == rank - 1 and n % group == 0 and group % 16 == 0
+    if not lowering.wants.packed and (by_row or by_group):
+        data, held = (lowering.weight(str(weight.target)) for weight in (stored, scale))
+        return Matrix(kind, data, held, m, n, int(group or 0))
+    if by_row:
         held = lowering.weight(str(scale.target), packing="f32")
         return Matrix(kind, lowering.weight(str(stored.target), (kind, 0, None)), held, m, n)
-    if group is not None and axis == rank - 1 and n % group == 0 and group % 16 == 0:
+    if by_group:
         packing = (kind, int(group), str(scale.target))
         return Matrix(kind, lowering.weight(str(stored.target), packing), None, m, n, int(group))
     return None

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+import sympy
 import torch
 from torch import fx
 
@@ -53,15 +55,34 @@ def handles(*targets: Any) -> Callable[[Handler], Handler]:
     return register
 
 
+@dataclass(frozen=True)
+class Wants:
+    """What an emitter's kernels take.
+
+    Attributes:
+        wide: memory between regions holds any float as float32; otherwise as the type that the Program says.
+        packed: quantised weights come in a layout of the kernels' own, with the scales of groups inside.
+        formats: of weights that a product reads as they are stored.
+        int8_rows: whether a product multiplies rows that the Program quantised as integers.
+        pitched: masks among the inputs, bool [B, T], are read where they lie, rows as far apart as they are.
+    """
+
+    wide: bool = True
+    packed: bool = True
+    formats: frozenset[str] = frozenset({"f32", "bf16", "f16", "int8", "int4"})
+    int8_rows: bool = False
+    pitched: bool = False
+
+
 class Unsupported(Exception):
     """A node has no kernel; the text is the reason that the report gives."""
 
 
-def lower(program: Program) -> Schedule:
+def lower(program: Program, wants: Wants = Wants()) -> Schedule:
     """Cuts ``program`` into regions; what has no kernel becomes a ``Foreign`` region with the reason."""
     from slim.codegen.regions import attention, indexing, reductions, shapes  # noqa: F401  they register handlers
 
-    return Lowering(program).run()
+    return Lowering(program, wants).run()
 
 
 class Lowering:
@@ -71,8 +92,9 @@ class Lowering:
         values: node -> what it is: a Value, a size, or a tuple of them.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, wants: Wants) -> None:
         self.program = program
+        self.wants = wants
         self.schedule = Schedule()
         self.values: dict[fx.Node, Any] = {}
         self.node: fx.Node = next(iter(program.graph.nodes))
@@ -133,8 +155,13 @@ class Lowering:
             for dim, size in enumerate(shape):
                 if not isinstance(size, int):
                     self.schedule.dims.setdefault(str(size), (len(self.schedule.inputs), dim))
+            view = buffer.view()
+            if self.wants.pitched and dtype == torch.bool and len(shape) == 2:
+                pitch = sympy.Symbol(f"{buffer.name}_pitch", integer=True, positive=True)
+                self.schedule.pitches[str(pitch)] = len(self.schedule.inputs)
+                view = View(buffer, shape, (pitch, 1))
             self.schedule.inputs.append(buffer)
-            self.values[node] = Value(Load(buffer.view()), shape, dtype)
+            self.values[node] = Value(Load(view), shape, dtype)
 
     # -- lowering a node -----------------------------------------------------------------------------------------------
 
@@ -167,9 +194,17 @@ class Lowering:
     # -- putting values into memory ------------------------------------------------------------------------------------
 
     def temp(self, shape: Sequence[Size], dtype: torch.dtype, name: str | None = None) -> Buffer:
-        """New memory of the run's own; floats are held as float32."""
-        held = F32 if dtype.is_floating_point else dtype
-        return Buffer("temp", name or self.node.name, held, tuple(shape))
+        """New memory of the run's own."""
+        return Buffer("temp", name or self.node.name, self.held(dtype), tuple(shape))
+
+    def held(self, dtype: torch.dtype) -> torch.dtype:
+        """The type in which numbers of ``dtype`` lie between regions."""
+        return F32 if dtype.is_floating_point and self.wants.wide else dtype
+
+    @property
+    def floats(self) -> torch.dtype | None:
+        """The only type of floats that kernels read between regions; None where they read any."""
+        return F32 if self.wants.wide else None
 
     def view(self, node: Any) -> View:
         """``node`` in memory, strided as it comes."""
@@ -258,8 +293,8 @@ class Lowering:
             if not isinstance(result, torch.Tensor):
                 raise TypeError(f"{node} returns {type(result).__name__}, which no region can hold")
             shape = tuple(self.size(size) for size in result.shape)
-            held = F32 if result.dtype.is_floating_point else result.dtype
-            buffer = Buffer("foreign", f"{node.name}_{index}" if index else node.name, held, shape)
+            name = f"{node.name}_{index}" if index else node.name
+            buffer = Buffer("foreign", name, self.held(result.dtype), shape)
             outs.append(buffer)
             values.append(Value(Load(buffer.view()), shape, result.dtype))
         self.emit(Foreign(node, args, kwargs, dtypes, tuple(outs), reason))

@@ -142,10 +142,10 @@ class Matrix:
     """A weight [m, n], or a stack of them [E, m, n].
 
     Attributes:
-        format: "f32", "bf16", "f16", "int8" or "int4".
-        data: of a quantised format the packed buffer.
-        scale: one scale a row [.., m], where the packed data does not hold them.
-        group: numbers of a row that share a scale inside the packed data; 0 for one scale a row.
+        format: "f32", "bf16", "f16", "int8", "int4" or "fp8" (e4m3).
+        data: of a quantised format the packed buffer, or what PyTorch keeps: two int4 numbers a byte.
+        scale: one scale a row [.., m], or one a group [.., m, n / group]; None where the packed data holds them.
+        group: numbers of a row that share a scale; 0 for one scale a row.
     """
 
     format: str
@@ -157,7 +157,7 @@ class Matrix:
 
     @property
     def is_quantized(self) -> bool:
-        return self.format.startswith("int")
+        return self.format in ("int8", "int4", "fp8")
 
 
 @dataclass(eq=False)
@@ -174,17 +174,18 @@ class Product:
 class Source:
     """The input rows of a linear: the rows of ``view``, normalised first where ``norm`` says so.
 
-    With ``expert`` [rows], row r is multiplied by matrix ``expert[r]`` of a stack.
+    With ``expert`` [rows], row r is multiplied by matrix ``expert[r]`` of a stack. With ``scale``, of the shape of the
+    rows, they are rounded to int8 in its steps: clamp(round(x / scale), -128, 127).
     """
 
     view: View
     norm: Norm | None = None
     expert: View | None = None
+    scale: View | None = None
 
     def buffers(self) -> Iterator[Buffer]:
         yield self.view.buffer
-        if self.expert is not None:
-            yield self.expert.buffer
+        yield from (view.buffer for view in (self.expert, self.scale) if view is not None)
         if self.norm is not None:
             yield from self.norm.reads()
 
@@ -226,6 +227,12 @@ class Attention(Region):
     Attributes:
         rope: (cos, sin, interleaved) by which q and new k are still to be rotated; None where they are.
         start: how many tokens the cache holds; None without a cache.
+        k_scale, v_scale: of an int8 cache, or one with two four-bit numbers a byte (each plus 8): [B, G, C], the scale
+            of each token in each head; None where the cache holds floats.
+        pages: int32 [B, most]: where the tokens of page j lie; the caches, and their scales, are then
+            [pages, G, page_size, D]. None where they are contiguous.
+        blocks: int32 [H or 1, query blocks, most]: the blocks of keys, of ``block`` each, that a block of as many
+            queries looks at, in rising order, then -1. None for all.
     """
 
     node: fx.Node
@@ -245,19 +252,24 @@ class Attention(Region):
     bias: View | None = None
     sinks: View | None = None
     slopes: View | None = None
+    k_scale: View | None = None
+    v_scale: View | None = None
+    pages: View | None = None
+    blocks: View | None = None
+    block: int = 0
 
     def reads(self) -> Iterator[Buffer]:
         rope = self.rope[:2] if self.rope else ()
-        optional = (self.k_cache, self.v_cache, self.key_mask, self.bias, self.sinks, self.slopes)
+        cache = (self.k_cache, self.v_cache, self.k_scale, self.v_scale, self.pages)
+        optional = (*cache, self.key_mask, self.bias, self.sinks, self.slopes, self.blocks)
         for view in (self.q, self.k, self.v, *rope, *optional):
             if view is not None:
                 yield view.buffer
 
     def writes(self) -> Iterator[Buffer]:
         yield self.out.buffer
-        if self.k_cache is not None and self.v_cache is not None:
-            yield self.k_cache.buffer
-            yield self.v_cache.buffer
+        cache = (self.k_cache, self.v_cache, self.k_scale, self.v_scale)
+        yield from (view.buffer for view in cache if view is not None)
 
 
 @dataclass(eq=False)
@@ -291,6 +303,7 @@ class Schedule:
 
     Attributes:
         dims: name of each symbolic dimension -> (input, dimension) where a call finds it.
+        pitches: name of a distance between rows -> the input that has it; see ``Wants.pitched``.
         inputs, outputs: in the Program's order.
     """
 
@@ -299,6 +312,7 @@ class Schedule:
     outputs: list[Buffer] = field(default_factory=list)
     weights: list[Buffer] = field(default_factory=list)
     dims: dict[str, tuple[int, int]] = field(default_factory=dict)
+    pitches: dict[str, int] = field(default_factory=dict)
 
     @property
     def foreign(self) -> list[Foreign]:

@@ -1,0 +1,30 @@
+"""Every kernel of a 1B Llama compiles for GPUs that are not here, in every weight format, and fits their registers."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[3]
+ARCHS = ("sm_80", "sm_90", "gfx942")
+SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # bytes that a block may have
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("passes", ["", 'quantize("int8")', 'quantize("int4", group_size=32)'])
+def test_every_kernel_of_a_1b_llama_compiles_without_spills(passes: str):
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TRITON_")}
+    command = [sys.executable, "-m", "tests.codegen.triton.ahead_models", passes, *ARCHS]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.partition("RESULT ")[2])
+    kinds = {each["kernel"] for each in found}
+    assert {"linear_one_row", "linear_tiles", "attention_decode", "attention_prefill", "choose"} <= kinds
+    assert {each["arch"] for each in found} == set(ARCHS)
+    assert [each for each in found if each["spills"]] == []
+    assert [each for each in found if each["shared"] > SHARED[each["arch"]]] == []

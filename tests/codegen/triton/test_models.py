@@ -1,0 +1,42 @@
+"""Whole architectures as Triton kernels, by the interpreter: the same as eager, with a cache and without."""
+
+import pytest
+import torch
+
+import slim
+from benchmarks import zoo
+from slim.compiler.lift import lift
+from slim.runtime.compiled import CompiledModel
+from tests.compiled import difference, pair
+
+# One of each kind of block; the other architectures of the coverage table are these in other combinations.
+CAUSAL = (
+    "gemma2", "qwen3", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "mixtral", "gpt_oss", "deepseek_v3",
+)  # fmt: skip
+GREEDY = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+TOKENS = torch.tensor([[0, 0, 17, 5, 9], [3, 44, 71, 8, 20]])
+MASK = (TOKENS != 0).long()
+
+pytestmark = pytest.mark.slow  # Triton's interpreter takes its time
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_a_language_model_says_the_same_as_eager(name: str):
+    _, eager = pair(name)
+    kernels = CompiledModel(eager.program, "cuda", report=slim.compiler.report.PipelineReport())
+    tokens, mask = TOKENS.to(kernels.device), MASK.to(kernels.device)
+    got, wanted = kernels(tokens, attention_mask=mask).logits, eager(TOKENS, attention_mask=MASK).logits
+    assert difference(got.cpu(), wanted, MASK) < 1e-4
+    texts = [model.generate(TOKENS, attention_mask=MASK, **GREEDY).cpu() for model in (kernels, eager)]
+    assert torch.equal(*texts)
+    assert not any(form.foreign for form in kernels.report.forms.values())
+
+
+def test_an_encoder_says_the_same_as_eager():
+    program = lift(zoo.build_encoder("bert"))
+    inputs = {"input_ids": TOKENS.flip(1), "attention_mask": MASK.flip(1)}
+    wanted = CompiledModel(program, "eager")(**inputs)
+    kernels = CompiledModel(program, "cuda")
+    got = kernels(**{name: value.to(kernels.device) for name, value in inputs.items()})
+    for a, b in zip(got.values(), wanted.values(), strict=True):
+        assert difference(a.cpu(), b, inputs["attention_mask"] if b.dim() == 3 else None) < 1e-4
