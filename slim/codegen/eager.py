@@ -20,7 +20,7 @@ from slim.codegen.executables import Ends, Feedback
 from slim.compiler.program import Program
 from slim.compiler.report import Form
 from slim.compiler.rules import argument
-from slim.compiler.uses import DEQUANTIZE, EMBEDDING, EXPERTS, LINEAR, RESTORING, UNPACK
+from slim.compiler.uses import DEQUANTIZE, EMBEDDING, EXPERTS, LINEAR, RESTORING, UNPACKS
 
 aten, slim = torch.ops.aten, torch.ops.slim
 
@@ -223,6 +223,6 @@ def _is_symmetric(weight: Any) -> bool:
 def _stored(weight: Any) -> tuple[Any, Any, torch.dtype]:
     """(numbers, packed where they are held packed; scale; the type they stand for) of a dequantised weight."""
     q, scale = weight.args[:2]
-    if _is_grouped(weight) and isinstance(q, fx.Node) and q.target is UNPACK:
+    if _is_grouped(weight) and isinstance(q, fx.Node) and q.target is UNPACKS["int4"]:
         q = q.args[0]
     return q, scale, weight.meta["val"].dtype

@@ -54,6 +54,13 @@ class Facts:
     notes: list[str] = field(default_factory=list)
 
 
+_UNPACKS = (
+    torch.ops.slim.unpack_int4.default,
+    torch.ops.slim.unpack_int3.default,
+    torch.ops.slim.unpack_nf4.default,
+)
+
+
 class Program:
     """A model as slim sees it. Running ``module()`` eagerly is its meaning; whatever is generated must match it."""
 
@@ -96,10 +103,17 @@ class Program:
     def parameters(self) -> int:
         """Numbers the model holds, tied weights once; buffers, scales and zero points are not counted."""
         q, dq = torch.ops.slim.quantize.default, torch.ops.slim.dequantize.default
-        grids = {self.weight_of(argument) for node in self.nodes(q, dq) for argument in node.args[1:3]}
-        pairs = {self.weight_of(node.args[0]) for node in self.nodes(torch.ops.slim.unpack_int4.default)}
+        unpacked = {self.weight_of(node.args[0]): node for node in self.nodes(*_UNPACKS)}
+        grids = {
+            self.weight_of(argument.args[0] if argument.target in _UNPACKS else argument)
+            for node in self.nodes(q, dq)
+            for argument in node.args[1:3]
+            if isinstance(argument, fx.Node)
+        }
         counted = [name for name in self.weights if name not in grids | self.facts.constants]
-        return sum(self.weights.numel(name) * (2 if name in pairs else 1) for name in counted)
+        return sum(
+            unpacked[name].meta["val"].numel() if name in unpacked else self.weights.numel(name) for name in counted
+        )
 
     @property
     def nbytes(self) -> int:

@@ -15,8 +15,12 @@ LINEAR = torch.ops.aten.linear.default
 EXPERTS = torch.ops.slim.expert_linear.default
 EMBEDDING = torch.ops.aten.embedding.default
 DEQUANTIZE = torch.ops.slim.dequantize.default
-UNPACK = torch.ops.slim.unpack_int4.default
-RESTORING = frozenset({DEQUANTIZE, UNPACK})  # what stands between a quantised weight and its readers
+UNPACKS = {  # number format -> what widens its packed numbers to int8
+    "int4": torch.ops.slim.unpack_int4.default,
+    "int3": torch.ops.slim.unpack_int3.default,
+    "nf4": torch.ops.slim.unpack_nf4.default,
+}
+RESTORING = frozenset({DEQUANTIZE, *UNPACKS.values()})  # what stands between a quantised weight and its readers
 ATTENTION = frozenset({torch.ops.slim.attention.default, torch.ops.slim.cached_attention.default})
 
 
@@ -37,7 +41,7 @@ class Use(NamedTuple):
 
 
 def uses(value: fx.Node) -> list[Use]:
-    """The readers of a weight node, seen through ``slim.dequantize`` and ``slim.unpack_int4``."""
+    """The readers of a weight node, seen through ``slim.dequantize`` and what unpacks its numbers."""
     found: list[Use] = []
     for reader in value.users:
         if reader.target in RESTORING:

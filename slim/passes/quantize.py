@@ -17,7 +17,7 @@ from slim.compiler.options import literal
 from slim.compiler.passes_base import FLOAT_WEIGHTS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
-from slim.compiler.uses import ATTENTION, DEQUANTIZE, EXPERTS, LINEAR, UNPACK, Role, reached, uses, weight_nodes
+from slim.compiler.uses import ATTENTION, DEQUANTIZE, EXPERTS, LINEAR, UNPACKS, Role, reached, uses, weight_nodes
 
 aten = torch.ops.aten
 
@@ -202,7 +202,7 @@ def quantize_weight(program: Program, node: fx.Node, weights: str = "int8", grou
     q, program.weights[f"{name}_scale"] = round_to_nearest(program.weights[name], weights, group)
     program.weights[name] = pack_int4(q) if weights == "int4" else q
     node.meta["val"] = program.typer.value(node, program.weights)
-    numbers = program.insert(first, UNPACK, node, like=first) if weights == "int4" else node
+    numbers = program.insert(first, UNPACKS["int4"], node, like=first) if weights == "int4" else node
     scale = program.weight_node(f"{name}_scale")
     grain: dict[str, Any] = dict(axis=len(scale.meta["val"].shape) - 1, group_size=group or None)
     restored = program.insert(first, DEQUANTIZE, numbers, scale, like=first, **grain, dtype=dtype)

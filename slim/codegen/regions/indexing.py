@@ -242,6 +242,7 @@ def _spread(lowering: Lowering, grid: Any, shape: Sequence[Size], axis: int | No
     return cast(expand(lowering.remapped(value, placed, lambda leaf: leaf.reshape(placed)), shape), F32)
 
 
+@handles(slim.unpack_int4.default)
 def unpack_int4(lowering: Lowering, node: fx.Node) -> Value:
     """slim.unpack_int4: column 2j is the low nibble of byte j, 2j + 1 the high one, each as value + 8."""
     shape, dtype = lowering.type(node)
@@ -253,7 +254,3 @@ def unpack_int4(lowering: Lowering, node: fx.Node) -> Value:
     shift = op("mul", op("mod", column, const(2, I64)), const(4, I64))
     nibble = op("and", op("shr", cast(held, I64), shift), const(15, I64))
     return Value(op("sub", nibble, const(8, I64)), shape, dtype)
-
-
-if hasattr(slim, "unpack_int4"):
-    handles(slim.unpack_int4.default)(unpack_int4)

@@ -12,6 +12,7 @@ from slim.codegen.regions.scalars import F32, Gather, Lane, Load, Scalar, Value,
 from slim.codegen.regions.schedule import Linear, Matrix, Norm, Part, Product, Source
 from slim.codegen.regions.views import Size, View, same
 from slim.compiler.rules import argument
+from slim.compiler.uses import UNPACKS
 
 if TYPE_CHECKING:
     from slim.codegen.regions.lower import Lowering
@@ -118,9 +119,9 @@ def _quantized(lowering: Lowering, node: fx.Node, m: int, n: int) -> Matrix | No
     stored: Any = node.args[0]
     scale: Any = node.args[1]
     kind = "fp8" if stored.meta["val"].dtype == torch.float8_e4m3fn else "int8"
-    unpack = getattr(slim, "unpack_int4", None)
-    if unpack is not None and stored.target is unpack.default:
-        kind, stored = "int4", stored.args[0]
+    for packed, unpack in UNPACKS.items():
+        if stored.target is unpack:
+            kind, stored = packed, stored.args[0]
     plain = stored.op == "get_attr" and scale.op == "get_attr" and argument(node, "zero_point") is None
     if not plain or kind not in lowering.wants.formats:
         return None

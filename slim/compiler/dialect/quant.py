@@ -1,4 +1,4 @@
-"""Quantise and dequantise with the meaning of ONNX QuantizeLinear and DequantizeLinear; four-bit numbers, two a byte.
+"""Quantise and dequantise with the meaning of ONNX QuantizeLinear and DequantizeLinear; numbers of three and four bits.
 
 The shape of ``scale`` says the granularity: [] per tensor, [n] along ``axis``, x's leading dimensions up to and with
 ``axis`` (one scale a row of each expert: [E, m] for x [E, m, n]), or x's shape with ``axis`` divided by ``group_size``
@@ -111,6 +111,51 @@ def _unpack_int4_fake(packed: Tensor) -> Tensor:
     return packed.new_empty(*packed.shape[:-1], 2 * packed.shape[-1], dtype=torch.int8)
 
 
+def pack_int3(q: Tensor) -> Tensor:
+    """What ``unpack_int3`` makes ``q``, int8 [..., n] of -4..3 with 8 dividing n, of: uint8 [..., 3 n / 8]."""
+    codes = (q + 4).to(torch.int32).unflatten(-1, (-1, 8))
+    words = (codes << _SHIFTS.to(q.device)).sum(-1, dtype=torch.int32)
+    return torch.stack([words & 255, words >> 8 & 255, words >> 16], dim=-1).flatten(-2).to(torch.uint8)
+
+
+def _unpack_int3(packed: Tensor) -> Tensor:
+    """uint8 [..., 3 n / 8] as int8 [..., n]: three bytes, low one first, are 24 bits; number j of 8 is bits 3j to
+    3j + 2, less 4."""
+    low, mid, high = packed.to(torch.int32).unflatten(-1, (-1, 3)).unbind(-1)
+    words = low | mid << 8 | high << 16
+    return (words[..., None] >> _SHIFTS.to(packed.device) & 7).flatten(-2).to(torch.int8).sub_(4)
+
+
+def _unpack_int3_fake(packed: Tensor) -> Tensor:
+    return packed.new_empty(*packed.shape[:-1], packed.shape[-1] // 3 * 8, dtype=torch.int8)
+
+
+_SHIFTS = torch.arange(0, 24, 3, dtype=torch.int32)
+
+# Dettmers et al., QLoRA, 2023: the 16 levels of NF4, in steps of 1/127, so that integer kernels can multiply them.
+NF4 = (-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127)
+
+
+def pack_nf4(codes: Tensor) -> Tensor:
+    """What ``unpack_nf4`` makes levels of: codes, [..., n] of 0..15 with n even, as uint8 [..., n / 2]."""
+    return pack_int4(codes.to(torch.int8) - 8)
+
+
+def _unpack_nf4(packed: Tensor) -> Tensor:
+    """uint8 [..., n / 2] as int8 [..., n]: the nibbles, in the order of ``unpack_int4``, each as its level of NF4."""
+    codes = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    return torch.tensor(NF4, dtype=torch.int8, device=packed.device)[codes.int()]
+
+
+def _token_scale(x: Tensor) -> Tensor:
+    """float32 [...] for x [..., n]: the step that sends the largest magnitude of each row to 127; never zero."""
+    return (x.abs().amax(-1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def _token_scale_fake(x: Tensor) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.float32)
+
+
 _GRAIN = "int? axis=None, int? group_size=None"
 define(
     f"quantize(Tensor x, Tensor scale, Tensor? zero_point=None, *, {_GRAIN}, int low=-128, int high=127) -> Tensor",
@@ -124,3 +169,6 @@ define(
     _dequantize_fake,
 )
 define("unpack_int4(Tensor packed) -> Tensor", _unpack_int4, _unpack_int4_fake, differentiable=False)
+define("unpack_int3(Tensor packed) -> Tensor", _unpack_int3, _unpack_int3_fake, differentiable=False)
+define("unpack_nf4(Tensor packed) -> Tensor", _unpack_nf4, _unpack_int4_fake, differentiable=False)
+define("token_scale(Tensor x) -> Tensor", _token_scale, _token_scale_fake)
