@@ -142,7 +142,7 @@ class Quantize(Pass):
             try:
                 grid.groups(int(node.meta["val"].shape[-1]))
             except errors.BadInput as error:
-                report.skipped.append(Skip(name, error.reason))
+                report.skipped.append(Skip(name, f"its {error.reason}"))
                 continue
             found[node] = grid
         return found

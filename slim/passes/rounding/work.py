@@ -51,6 +51,7 @@ class Work:
     def __init__(self, program: Program, ctx: Context, report: Report, recipe: Recipe, grids: Grids) -> None:
         self.program, self.ctx, self.report, self.recipe, self.grids = program, ctx, report, recipe, grids
         self.sites = self._sites()
+        self._told: set[str] = set()
 
     def run(self) -> None:
         """Rounds everything; where data are needed, each block is seen behind blocks that are rounded already."""
@@ -66,7 +67,7 @@ class Work:
             for value in self.ctx.track("quantising", self.sites):
                 self._put(value, self._make(value, None))
         for node in [node for node in self.grids if str(node.target) not in self.report.matched]:
-            self._install(node, self._rounded(node, None, None))  # tables that no linear reads
+            self._install(node, self._rounded(node, None, None, False))  # tables that no linear reads
 
     def _sites(self) -> dict[fx.Node, list[fx.Node]]:
         """Value -> the linears that read it and whose weights are to be rounded, all in the order of the graph."""
@@ -94,13 +95,14 @@ class Work:
         site, dtype = str(_weight(linears[0]).target), value.meta["val"].dtype
         made: dict[str, Tensor] = {}
         columns = None
-        if self.recipe.outliers and statistics is not None and self._plain(linears):
+        if self.recipe.outliers and statistics is not None and self._plain(linears, "outlier columns"):
             columns = outlier_columns(statistics, self.recipe.outliers)
             made[f"{site}_columns"] = columns
             if self.recipe.activations:
                 made[f"{site}_keep"] = torch.ones(len(statistics.absmax), dtype=dtype).index_fill_(0, columns, 0)
+        corrects = bool(self.recipe.correction) and self._plain(linears, "corrections")
         for node in self._weights(linears):
-            made |= self._rounded(node, statistics, columns)
+            made |= self._rounded(node, statistics, columns, corrects)
         if self.recipe.static and statistics is not None:
             absmax = statistics.absmax if columns is None else statistics.absmax.index_fill(0, columns, 0)
             made[f"{site}_step"] = (absmax.max() / 127).clamp_min(torch.finfo(torch.float32).tiny)
@@ -111,10 +113,17 @@ class Work:
         nodes = dict.fromkeys(_weight(linear) for linear in linears)
         return [node for node in nodes if node in self.grids and str(node.target) not in self.report.matched]
 
-    @staticmethod
-    def _plain(linears: Sequence[fx.Node]) -> bool:
-        """Whether something can be added beside the linears: experts would need it one by one."""
-        return all(linear.target is not EXPERTS for linear in linears)
+    def _plain(self, linears: Sequence[fx.Node], what: str) -> bool:
+        """Whether something can be added beside the linears: experts would need one for each."""
+        if all(linear.target is not EXPERTS for linear in linears):
+            return True
+        self._note(f"experts get no {what}")
+        return False
+
+    def _note(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            self.report.notes.append(text)
 
     def _rounded(self, node: fx.Node, statistics: SiteStatistics | None, columns: Tensor | None) -> dict[str, Tensor]:
         """What stands for one weight."""
@@ -124,15 +133,23 @@ class Work:
         if columns is not None:
             made[f"{name}_outliers"] = weight[:, columns].contiguous()
             weight = weight.index_fill(1, columns, 0)
-        method = self.recipe.method or default_method(grid, statistics is not None)
+        method = self._method(grid, statistics)
         rounded = round_weight(weight, grid, method, statistics)
-        if self.recipe.correction and statistics is not None and weight.dim() == 2:
-            assert statistics.gram is not None
+        if corrects and statistics is not None and statistics.gram is not None:
             error = weight.float() - rounded.restored()
             outer, inner = low_rank_correction(error, statistics.gram, self.recipe.correction)
             made |= {f"{name}_inner": inner.to(weight.dtype), f"{name}_outer": outer.to(weight.dtype)}
         parts = zip(_SUFFIXES, rounded.packed(), strict=True)
         return made | {f"{name}{suffix}": part for suffix, part in parts if part is not None}
+
+    def _method(self, grid: Grid, statistics: SiteStatistics | None) -> Method:
+        """What the user asked for, or the best there is; the report says which."""
+        method = self.recipe.method or default_method(grid, data=statistics is not None)
+        note = f"{grid.format} by {method}"
+        if self.recipe.method is None and statistics is None and self._gains(grid):
+            note += f", without calibration data; with it, by {default_method(grid, data=True)}"
+        self._note(note)
+        return method
 
     # -- into the graph ------------------------------------------------------------------------------------------------
 
