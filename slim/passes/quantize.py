@@ -26,7 +26,7 @@ class Quantize(Pass):
     """Holds the weights of linears in 8, 4 or 3 bits, and rounds what enters them to int8 where that is asked.
 
     A weight W [m, n] becomes numbers under W's name and a scale under ``<name>_scale``; what read W reads
-    ``slim.dequantize(numbers, scale)`` in W's own type. docs/ir.md has the formats. With ``activations="int8"`` the rows
+    ``slim.dequantize(numbers, scale)`` in W's own type; docs/ir.md has the formats. With ``activations="int8"`` rows
     that enter become ``slim.dequantize(slim.quantize(x, s), s)``, and kernels multiply integers. Weights on disk are
     read, quantised and dropped one at a time; calibration goes through the model a block at a time, each seeing the
     blocks before it quantised.

@@ -125,7 +125,9 @@ class Work:
             self._told.add(text)
             self.report.notes.append(text)
 
-    def _rounded(self, node: fx.Node, statistics: SiteStatistics | None, columns: Tensor | None) -> dict[str, Tensor]:
+    def _rounded(
+        self, node: fx.Node, statistics: SiteStatistics | None, columns: Tensor | None, corrects: bool
+    ) -> dict[str, Tensor]:
         """What stands for one weight."""
         name, grid = str(node.target), self.grids[node]
         weight = self.program.weights[name]
