@@ -115,24 +115,27 @@ def matrix(lowering: Lowering, weight: Any) -> Matrix:
 
 
 def _quantized(lowering: Lowering, node: fx.Node, m: int, n: int) -> Matrix | None:
-    """A symmetric int8, int4 or fp8 weight with one scale a row, or by groups of a row."""
-    stored: Any = node.args[0]
+    """A quantised weight with one scale a row, or by groups of a row; with zero points a row is a group too."""
+    zero: Any = argument(node, "zero_point")
+    (kind, stored), (zero_kind, points) = _numbers(node.args[0]), ("", None) if zero is None else _numbers(zero)
     scale: Any = node.args[1]
-    kind = "fp8" if stored.meta["val"].dtype == torch.float8_e4m3fn else "int8"
-    for packed, unpack in UNPACKS.items():
-        if stored.target is unpack:
-            kind, stored = packed, stored.args[0]
-    plain = stored.op == "get_attr" and scale.op == "get_attr" and argument(node, "zero_point") is None
+    plain = all(weight is None or weight.op == "get_attr" for weight in (stored, scale, points))
     if not plain or kind not in lowering.wants.formats:
+        return None
+    if points is not None and (lowering.wants.packed or kind not in ("int4", "int3")):
         return None
     rank = len(lowering.shape(node))
     axis, group = argument(node, "axis"), argument(node, "group_size")
     rows = lowering.shape(scale)
     by_row = group is None and axis == rank - 2 and rows == lowering.shape(node)[:-1]
-    by_group = group is not None and axis == rank - 1 and n % group == 0 and group % 16 == 0
+    if by_row and points is not None:
+        by_row, axis, group = False, rank - 1, n
+    step = 32 if kind == "int3" else 16
+    by_group = group is not None and axis == rank - 1 and n % group == 0 and group % step == 0
     if not lowering.wants.packed and (by_row or by_group):
         data, held = (lowering.weight(str(weight.target)) for weight in (stored, scale))
-        return Matrix(kind, data, held, m, n, int(group or 0))
+        zeros = None if points is None else lowering.weight(str(points.target))
+        return Matrix(kind, data, held, m, n, int(group or 0), zeros, zero_kind)
     if by_row:
         held = lowering.weight(str(scale.target), packing="f32")
         return Matrix(kind, lowering.weight(str(stored.target), (kind, 0, None)), held, m, n)
@@ -140,6 +143,14 @@ def _quantized(lowering: Lowering, node: fx.Node, m: int, n: int) -> Matrix | No
         packing = (kind, int(group), str(scale.target))
         return Matrix(kind, lowering.weight(str(stored.target), packing), None, m, n, int(group))
     return None
+
+
+def _numbers(value: Any) -> tuple[str, Any]:
+    """(the format of numbers, the weight that holds them)."""
+    for packed, unpack in UNPACKS.items():
+        if value.target is unpack:
+            return packed, value.args[0]
+    return "fp8" if value.meta["val"].dtype == torch.float8_e4m3fn else "int8", value
 
 
 # -- regions -----------------------------------------------------------------------------------------------------------
@@ -157,11 +168,12 @@ def together(anchors: list[Any]) -> list[Any]:
 
 
 def _joinable(a: Product, b: Product) -> bool:
-    same_kind = (a.matrix.format, a.matrix.m, a.matrix.n, a.matrix.group) == (
+    same_kind = (a.matrix.format, a.matrix.m, a.matrix.n, a.matrix.group, a.matrix.zero_format) == (
         b.matrix.format,
         b.matrix.m,
         b.matrix.n,
         b.matrix.group,
+        b.matrix.zero_format,
     )
     return a.source == b.source and same_kind and (a.matrix.scale is None) == (b.matrix.scale is None)
 
