@@ -175,7 +175,10 @@ def test_every_format_is_multiplied(format: str, group: int, n: int, rows: tuple
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows", ROWS)
 def test_half_precision_rows(format: str, dtype: torch.dtype, rows: tuple[int, ...]) -> None:
-    Case(rows, 96, dtype).normed("rms").part(format, 16, 32 if format.startswith("int") else 0).check()
+    case = Case(rows, 96, dtype)
+    if rows != ROWS[-1]:  # there the norm is a kernel of its own
+        case.normed("rms")
+    case.part(format, 16, 32 if format.startswith("int") else 0).check()
 
 
 @pytest.mark.parametrize(("kind", "offset"), [("rms", 0.0), ("rms", 1.0), ("layer", 0.0)])
