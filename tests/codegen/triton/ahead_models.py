@@ -46,26 +46,38 @@ def _unit(made: Program) -> Unit:
     return emit(lower(made, WANTS), PROCESSORS)
 
 
-# format -> (bits of a number, group, type in memory)
-FORMATS = {"int8": (8, 0, torch.int8), "int4": (4, 32, torch.uint8), "fp8": (8, 0, torch.float8_e4m3fn)}
+# format -> (bits of a number, group, format of zero points, type in memory)
+FORMATS = {
+    "int8": (8, 0, "", torch.int8), "int4": (4, 32, "", torch.uint8), "fp8": (8, 0, "", torch.float8_e4m3fn),
+    "int3": (3, 64, "", torch.uint8), "nf4": (4, 64, "", torch.uint8), "int4-int4": (4, 32, "int4", torch.uint8),
+    "int3-int8": (3, 32, "int8", torch.uint8),
+}  # fmt: skip
 
 
 def gate_and_up(format: str) -> Program:
     """The linear of the same Llama whose kernels hold most at once, its weights in a format."""
-    bits, group, dtype = FORMATS[format]
+    bits, group, zeros, dtype = FORMATS[format]
     n, m = SHAPE["hidden_size"], SHAPE["intermediate_size"]
     weights: dict[str, Any] = {"gain": torch.ones(n, dtype=torch.bfloat16)}
     lines = ['n = slim.rms_norm.default(x, weights["gain"], eps=1e-5)']
+
+    def numbers(name: str, kind: str, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> str:
+        weights[name] = torch.zeros(shape[0], shape[1] * bits // 8, dtype=torch.uint8).view(dtype)
+        if kind not in UNPACKS:
+            return f'weights["{name}"]'
+        lines.append(f'{name}_numbers = slim.unpack_{kind}.default(weights["{name}"])')
+        return f"{name}_numbers"
+
     for name in ("gate", "up"):
-        weights[name] = torch.zeros(m, n * bits // 8, dtype=torch.uint8).view(dtype)
-        options, scale = f"axis=1, group_size={group}", torch.ones(m, n // group if group else 1, dtype=torch.float16)
-        weights[f"{name}_scale"] = scale if group else scale[:, 0].float()
-        numbers = f'weights["{name}"]'
-        if format in UNPACKS:
-            lines.append(f"q{name} = slim.unpack_{format}.default({numbers})")
-            numbers = f"q{name}"
-        arguments = f'{numbers}, weights["{name}_scale"], {options if group else "axis=0"}, dtype=torch.bfloat16'
-        lines += [f"w{name} = slim.dequantize.default({arguments})", f"{name} = aten.linear.default(n, w{name})"]
+        grid = (m, n // group) if group else (m,)
+        weights[f"{name}_scale"] = torch.ones(grid, dtype=torch.float16 if group else torch.float32)
+        arguments = [numbers(name, format.partition("-")[0], (m, n), bits, dtype), f'weights["{name}_scale"]']
+        if zeros:
+            kind = {"int4": (4, torch.uint8), "int8": (8, torch.int8)}[zeros]
+            arguments.append(numbers(f"{name}_zero", zeros, (m, n // group), *kind))
+        arguments += [f"axis=1, group_size={group}" if group else "axis=0", "dtype=torch.bfloat16"]
+        lines.append(f"w{name} = slim.dequantize.default({', '.join(arguments)})")
+        lines.append(f"{name} = aten.linear.default(n, w{name})")
     lines += ["a = aten.silu.default(gate)", "y = aten.mul.Tensor(a, up)", "return (y,)"]
     return program("\n".join(lines), weights, inputs=f"x: bf16[B, S, {n}]")
 
@@ -88,27 +100,23 @@ def launched(unit: Unit) -> Iterator[tuple[Kernel, dict[str, int]]]:
                 yield kernel, given
 
 
-def main(arch: str) -> None:
+def facts(kernel: Kernel, arch: str, sizes: dict[str, int] | None = None) -> dict[str, Any]:
+    """What it takes."""
+    made = compile_for(kernel, arch, sizes=sizes)
+    return {"kernel": kernel.name, **{name: getattr(made, name) for name in ("arch", "registers", "spills", "shared")}}
+
+
+def main(*archs: str) -> None:
     units = llama()
     kernels = {"choose": choose(SHAPE["vocab_size"], torch.bfloat16, 2, 0, True)}
     kernels |= {kernel.code: kernel for unit in units for kernel in unit.kernels.values()}
-    found: list[dict[str, Any]] = []
-
-    def take(kernel: Kernel, format: str, sizes: dict[str, int] | None = None) -> None:
-        made = compile_for(kernel, arch, sizes=sizes)
-        facts = {name: getattr(made, name) for name in ("registers", "spills", "shared")}
-        found.append({"kernel": kernel.name, "format": format, "special": bool(sizes), **facts})
-
-    for kernel in kernels.values():
-        take(kernel, "bf16")
+    wanted = [("bf16", kernel) for kernel in kernels.values()]
     for format in FORMATS:
-        for kernel in _unit(gate_and_up(format)).kernels.values():
-            if kernel.code not in kernels:
-                take(kernel, format)
-    if arch == "sm_90":
-        for unit in units:
-            for kernel, sizes in launched(unit):
-                take(kernel, "bf16", sizes)
+        made = _unit(gate_and_up(format)).kernels.values()
+        wanted += [(format, kernel) for kernel in made if kernel.code not in kernels]
+    found = [{"format": format, **facts(kernel, arch)} for arch in archs for format, kernel in wanted]
+    for unit in units:
+        found += [{"format": "bf16", **facts(kernel, "sm_90", sizes)} for kernel, sizes in launched(unit)]
     print("RESULT", json.dumps(found))
 
 
