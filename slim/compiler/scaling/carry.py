@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from slim.compiler.program import Program
 from slim.compiler.rules import argument
 
 aten, slim = torch.ops.aten, torch.ops.slim
@@ -52,7 +53,38 @@ class Stops(Exception):
     """Why a scale does not pass."""
 
 
-Carrying = Mapping[fx.Node, "Carried | tuple[Carried, ...]"]
+class Carrying(dict[fx.Node, "Carried | tuple[Carried, ...]"]):
+    """What each node carries, as far as the graph was followed.
+
+    Attributes:
+        stopped: label -> why its number must be 1. An operation that one argument's scale passes takes any values of
+            the others, but not their scales: those are stopped, and the rest goes on.
+    """
+
+    def __init__(self, program: Program) -> None:
+        super().__init__()
+        self._program = program
+        self.stopped: dict[int, str] = {}
+
+    def stop(self, node: object, reason: str) -> None:
+        """Whatever ``node`` carries ends here."""
+        carried = self.get(node, ()) if isinstance(node, fx.Node) else ()
+        for part in carried if isinstance(carried, tuple) else (carried,):
+            self.stop_all(part.labels.unique().tolist(), reason)
+
+    def stop_all(self, labels: Iterable[int], reason: str) -> None:
+        for label in labels:
+            self.stopped.setdefault(label, reason)
+
+    def one(self, node: object) -> Carried:
+        carried = self[node]  # type: ignore[index]
+        assert isinstance(carried, Carried)
+        return carried
+
+    def constant(self, node: object) -> Tensor | None:
+        """The value of a weight; None where ``node`` is none."""
+        name = self._program.weight_of(node)
+        return None if name is None else self._program.weights[name]
 
 
 def carry(node: fx.Node, carrying: Carrying) -> Carried | tuple[Carried, ...]:
@@ -62,10 +94,8 @@ def carry(node: fx.Node, carrying: Carrying) -> Carried | tuple[Carried, ...]:
         Stops: with the reason.
     """
     if node.target is operator.getitem:
-        whole = carrying[_node(node.args[0])]
-        assert isinstance(whole, tuple)
-        return whole[int(node.args[1])]  # type: ignore[call-overload, no-any-return]
-    rule = _RULES.get(node.target)
+        return carrying[node.args[0]][node.args[1]]  # type: ignore[index]
+    rule = RULES.get(node.target)
     if rule is None:
         raise Stops(f"it goes to {node.target}")
     try:
@@ -84,15 +114,15 @@ def _node(value: object) -> fx.Node:
 
 
 def _only(node: fx.Node, carrying: Carrying, name: str) -> Carried:
-    """What argument ``name`` carries, as long as no other carries anything."""
-    source = argument(node, name)
-    others = [other for other in node.all_input_nodes if other in carrying and other is not source]
+    """What argument ``name`` carries; what others carry is stopped."""
+    source, reason = argument(node, name), f", as something else than its {name}"
     places = [value for value in (*node.args, *node.kwargs.values()) if value is source]
-    if others or len(places) != 1 or source not in carrying:
-        raise _Unfit(f", as something else than its {name}")
-    carried = carrying[source]
-    assert isinstance(carried, Carried)
-    return carried
+    if source not in carrying or len(places) != 1:
+        raise _Unfit(reason)
+    for other in node.all_input_nodes:
+        if other is not source:
+            carrying.stop(other, f"it goes to {node.target}{reason}")
+    return carrying.one(source)
 
 
 def _rank(node: fx.Node) -> int:
@@ -142,13 +172,14 @@ def reshaped_labels(labels: Tensor, before: Sequence[Any], after: Sequence[Any])
     right = next((i for i in range(shared - left) if before[-1 - i] != after[-1 - i]), shared - left)
     inner, outer = before[left : len(before) - right], after[left : len(after) - right]
     lead, middle, end = (labels.shape[part] for part in _cut(left, len(before) - right))
-    first = next((i for i, size in enumerate(middle) if size > 1), len(middle))
-    kept = math.prod(inner[first:])
-    start = next((i for i in range(len(outer), -1, -1) if math.prod(outer[i:]) == kept), None)
-    if start is None or not all(isinstance(size, int) for size in (*inner[first:], *outer[start:])):
-        return None
-    whole = labels.expand(*lead, *middle[:first], *inner[first:], *end)
-    return whole.reshape(*lead, *[1] * start, *outer[start:], *end)
+    depends = next((i for i, size in enumerate(middle) if size > 1), len(middle))
+    for first in range(depends, -1, -1):  # dimensions before may join: the four heads that carry the same in [4, 16]
+        kept = math.prod(inner[first:])
+        start = next((i for i in range(len(outer), -1, -1) if math.prod(outer[i:]) == kept), None)
+        if start is not None and all(isinstance(size, int) for size in (*inner[first:], *outer[start:])):
+            whole = labels.expand(*lead, *middle[:first], *inner[first:], *end)
+            return whole.reshape(*lead, *[1] * start, *outer[start:], *end)
+    return None
 
 
 def _cut(start: int, stop: int) -> tuple[slice, slice, slice]:
@@ -219,11 +250,26 @@ def _repeat_interleaved(node: fx.Node, carrying: Carrying) -> Carried:
 def _indexed(node: fx.Node, carrying: Carrying) -> Carried:
     """Rows picked along leading dimensions, in front of those that labels depend on."""
     carried, picked = _only(node, carrying, "self"), _list(node.args[1])
+    if None in picked:
+        return _indexed_by_constant(node, carried, picked, carrying)
     untouched = carried.labels.dim() - len(picked)
-    if any(index is None for index in picked) or carried.tail > untouched:
+    if carried.tail > untouched:
         raise _Unfit(", which picks channels")
     labels = carried.labels.reshape(carried.labels.shape[len(picked) :])
     return carried.of(_aligned(labels, _rank(node)))
+
+
+def _indexed_by_constant(node: fx.Node, carried: Carried, picked: list[Any], carrying: Carrying) -> Carried:
+    """x[:, :, index], with a list of numbers for the index."""
+    (dim, *others) = [place for place, index in enumerate(picked) if index is not None]
+    if others or _rank(_node(picked[dim])) != 1:
+        raise _Unfit(", which picks along several dimensions")
+    if carried.labels.shape[dim] == 1:
+        return carried
+    index = carrying.constant(picked[dim])
+    if index is None:
+        raise _Unfit(", which picks channels")
+    return carried.of(carried.labels.index_select(dim, index.cpu().long() % carried.labels.shape[dim]))
 
 
 def _picked(node: fx.Node, carrying: Carrying) -> Carried:
@@ -246,19 +292,12 @@ def _summed(node: fx.Node, carrying: Carrying) -> Carried:
 
 def _product(node: fx.Node, carrying: Carrying) -> Carried:
     """By anything that carries nothing; two that carry the same make a square."""
-    a, b = node.args[:2]
-    found = [carrying[value] for value in (a, b) if isinstance(value, fx.Node) and value in carrying]
-    rank = _rank(node)
-    first = found[0]
-    assert isinstance(first, Carried)
-    labels = _aligned(first.labels, rank)
-    if len(found) == 1:
-        return first.of(labels)
-    second = found[1]
-    assert isinstance(second, Carried)
-    if not torch.equal(labels, _aligned(second.labels, rank)):
+    both = [carrying.one(value) for value in node.args[:2] if value in carrying]
+    labels = [_aligned(carried.labels, _rank(node)) for carried in both]
+    if not torch.equal(labels[0], labels[-1]):
         raise _Unfit(", which multiplies different channels")
-    return first.of(labels, first.power + second.power, first.bends or second.bends)
+    power = sum(carried.power for carried in both)
+    return Carried(labels[0], power, any(carried.bends for carried in both))
 
 
 def _quotient(node: fx.Node, carrying: Carrying) -> Carried:
@@ -268,18 +307,17 @@ def _quotient(node: fx.Node, carrying: Carrying) -> Carried:
 
 def _sum(node: fx.Node, carrying: Carrying) -> Carried:
     """Of two that carry the same."""
-    both = [value for value in node.args[:2] if isinstance(value, fx.Node) and value in carrying]
-    other = next((value for value in node.args[:2] if value not in both), None)
+    both = [carrying.one(value) for value in node.args[:2] if value in carrying]
     if len(both) < 2:
-        name = other.target if isinstance(other, fx.Node) and other.op == "call_function" else other
-        raise _Unfit(f", with {name}" if name is not None else "")
-    a, b = (carrying[value] for value in both)
-    assert isinstance(a, Carried)
-    assert isinstance(b, Carried)
-    labels = _aligned(a.labels, _rank(node))
-    if a.power != b.power or not torch.equal(labels, _aligned(b.labels, _rank(node))):
+        raise _Unfit(f", with {next(_shown(value) for value in node.args[:2] if value not in carrying)}")
+    labels = [_aligned(carried.labels, _rank(node)) for carried in both]
+    if both[0].power != both[1].power or not torch.equal(*labels):
         raise _Unfit(", which adds different channels")
-    return a.of(labels, bends=a.bends or b.bends)
+    return Carried(labels[0], both[0].power, both[0].bends or both[1].bends)
+
+
+def _shown(value: object) -> str:
+    return str(value.target) if isinstance(value, fx.Node) else str(value)
 
 
 def _homogeneous(node: fx.Node, carrying: Carrying) -> Carried:
@@ -293,6 +331,11 @@ def _raised(node: fx.Node, carrying: Carrying) -> Carried:
     if isinstance(exponent, fx.Node) or exponent == 0:
         raise _Unfit(f", by {exponent}")
     return carried.of(carried.labels, carried.power * exponent, bends=True)
+
+
+def _squared(node: fx.Node, carrying: Carrying) -> Carried:
+    carried = _only(node, carrying, "self")
+    return carried.of(carried.labels, carried.power * 2, bends=True)
 
 
 def _masked(node: fx.Node, carrying: Carrying) -> Carried:
@@ -323,7 +366,7 @@ def _mixed(node: fx.Node, carrying: Carrying) -> Carried:
 
 
 Rule = Callable[[fx.Node, Carrying], "Carried | tuple[Carried, ...]"]
-_RULES: dict[Any, Rule] = {
+RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.alias.default,
                      aten.neg.default), _same),
     **dict.fromkeys((aten.transpose.int, aten.permute.default, aten.t.default, aten.unsqueeze.default,
@@ -331,7 +374,7 @@ _RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.reshape.default, aten.view.default, aten._unsafe_view.default), _reshaped),
     **dict.fromkeys((aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.unbind.int), _split),
     **dict.fromkeys((aten.sum.dim_IntList, aten.mean.dim), _summed),
-    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar), _product),
+    **dict.fromkeys((aten.mul.Tensor, aten.mul.Scalar, aten.multiply.Tensor), _product),
     **dict.fromkeys((aten.div.Tensor, aten.div.Scalar), _quotient),
     **dict.fromkeys((aten.add.Tensor, aten.sub.Tensor), _sum),
     **dict.fromkeys((aten.relu.default, aten.leaky_relu.default, aten.abs.default), _homogeneous),
@@ -344,6 +387,7 @@ _RULES: dict[Any, Rule] = {
     aten.index.Tensor: _indexed,
     aten.index_select.default: _picked,
     aten.pow.Tensor_Scalar: _raised,
+    aten.square.default: _squared,
     aten.masked_fill.Scalar: _masked,
     slim.attention.default: _attended,
 }  # fmt: skip

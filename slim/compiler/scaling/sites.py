@@ -8,6 +8,7 @@ columns by it. A channel that also goes anywhere else keeps its scale. Nothing i
 from __future__ import annotations
 
 import heapq
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -16,9 +17,11 @@ from torch import Tensor, fx
 
 from slim.compiler.program import Program
 from slim.compiler.report import Skip
+from slim.compiler.rules import argument
 from slim.compiler.scaling.absorb import LINEARS, NORMS, Absorber, absorber
-from slim.compiler.scaling.carry import Carried, Stops, carry
+from slim.compiler.scaling.carry import RULES, Carried, Carrying, Stops, carry
 from slim.compiler.scaling.scaled import scale_weight
+from slim.compiler.uses import ATTENTION
 
 FIXED = -1  # the number of a channel that no scale can be put on
 
@@ -116,7 +119,7 @@ def scale_sites(program: Program) -> tuple[list[ScaleSite], list[Skip]]:
 
     No linear is a reader of two sites.
     """
-    flows = [_Flow(found) for node in program.nodes(*NORMS, *LINEARS) if (found := absorber(node)) is not None]
+    flows = [_Flow(program, found) for node in program.nodes(*NORMS, *LINEARS) if (found := absorber(node)) is not None]
     sites: list[tuple[fx.Node, ScaleSite]] = []
     covered: set[fx.Node] = set()
     for flow in sorted(flows, key=lambda flow: (flow.bends, flow.absorber.node)):
@@ -140,23 +143,20 @@ def _skips(linears: Sequence[fx.Node], flows: Sequence[_Flow]) -> Iterator[Skip]
 
 
 def _origin(linear: fx.Node) -> str:
-    """What made a linear's input, seen through what only moves it."""
-    value = linear.args[0]
-    while isinstance(value, fx.Node) and value.op == "call_function":
-        source = value.args[0] if value.args else None
-        if not isinstance(source, fx.Node) or len(value.all_input_nodes) != 1 or value.target not in _MOVES:
-            break
-        value = source
-    assert isinstance(value, fx.Node)
-    return f"input {value.target}" if value.op == "placeholder" else str(value.target)
-
-
-_aten = torch.ops.aten
-_MOVES = frozenset({
-    _aten.reshape.default, _aten.view.default, _aten.transpose.int, _aten.permute.default, _aten.slice.Tensor,
-    _aten.clone.default, _aten._to_copy.default, _aten.unsqueeze.default, _aten.expand.default,
-    _aten.repeat_interleave.self_int,
-})  # fmt: skip
+    """What of a linear's input no scale passes, seen through all that a scale does pass."""
+    waiting, seen = [linear.args[0]], set()
+    while waiting:
+        value = waiting.pop()
+        if not isinstance(value, fx.Node) or value in seen or value.op != "call_function":
+            continue
+        seen.add(value)
+        if value.target in ATTENTION:
+            waiting.append(argument(value, "v"))
+        elif value.target in RULES or value.target is operator.getitem:
+            waiting += reversed(value.all_input_nodes)
+        elif isinstance(value.meta["val"], Tensor):
+            return str(value.target)
+    return "the model's inputs"
 
 
 # -- following ---------------------------------------------------------------------------------------------------------
@@ -174,13 +174,14 @@ class _Arrival:
 class _Flow:
     """Where the channels of one norm or linear go."""
 
-    def __init__(self, absorber: Absorber) -> None:
+    def __init__(self, program: Program, absorber: Absorber) -> None:
         self.absorber = absorber
         self.arrivals: list[_Arrival] = []
+        self.carrying = Carrying(program)
         value = absorber.node.meta["val"]
         self.width = int(value.shape[-1])
-        self.stopped: dict[int, str] = {}  # channel -> why it keeps its scale
-        self._follow(Carried(torch.arange(self.width).view(*[1] * (value.dim() - 1), -1)))
+        self.carrying[absorber.node] = Carried(torch.arange(self.width).view(*[1] * (value.dim() - 1), -1))
+        self._follow()
         self._check_absorber()
         self._check_readers()
 
@@ -195,39 +196,39 @@ class _Flow:
                 return next((self.stopped[channel] for channel in arrival.columns.tolist()), None)
         return None
 
-    def _follow(self, start: Carried) -> None:
-        carrying: dict[fx.Node, Carried | tuple[Carried, ...]] = {self.absorber.node: start}
+    @property
+    def stopped(self) -> dict[int, str]:
+        """Channel -> why it keeps its scale."""
+        return self.carrying.stopped
+
+    def _follow(self) -> None:
         waiting = list(self.absorber.node.users)
         heapq.heapify(waiting)  # nodes compare by their place, so that all arguments are known before their reader
         seen = set(waiting)
         while waiting:
             node = heapq.heappop(waiting)
             try:
-                if not self._arrives(node, carrying):
-                    carrying[node] = carry(node, carrying)
+                if not self._arrives(node):
+                    self.carrying[node] = carry(node, self.carrying)
             except Stops as stop:
                 for source in node.all_input_nodes:
-                    self._stop(carrying.get(source), str(stop))
-            for user in node.users if node in carrying else ():
+                    self.carrying.stop(source, str(stop))
+            for user in node.users if node in self.carrying else ():
                 if user not in seen:
                     seen.add(user)
                     heapq.heappush(waiting, user)
 
-    def _stop(self, carried: Carried | tuple[Carried, ...] | None, reason: str) -> None:
-        for part in carried if isinstance(carried, tuple) else (carried,) if carried is not None else ():
-            for channel in part.labels.unique().tolist():
-                self.stopped.setdefault(channel, reason)
-
-    def _arrives(self, node: fx.Node, carrying: dict[fx.Node, Carried | tuple[Carried, ...]]) -> bool:
+    def _arrives(self, node: fx.Node) -> bool:
         """Whether ``node`` is a linear, whose columns take the scale up."""
         if node.op == "output":
             raise Stops("it is a result of the model")
         if node.target not in LINEARS:
             return False
-        carried = carrying.get(node.args[0])  # type: ignore[arg-type]
-        if not isinstance(carried, Carried) or any(other in carrying for other in node.all_input_nodes[1:]):
+        rows, *others = node.all_input_nodes
+        if rows is not node.args[0] or rows not in self.carrying or any(other in self.carrying for other in others):
             raise Stops(f"it goes to {node.target}, and not as its rows")
-        columns = carried.columns(int(node.args[0].meta["val"].shape[-1]))  # type: ignore[union-attr]
+        carried = self.carrying.one(rows)
+        columns = carried.columns(int(rows.meta["val"].shape[-1]))
         if columns is None:
             raise Stops(f"it goes to {node.target}, with another scale for each row")
         self.arrivals.append(_Arrival(node, columns, carried))
@@ -239,12 +240,12 @@ class _Flow:
         for weight in self.absorber.weights():
             reason = _not_alone(weight, [self.absorber.node])
             if reason:
-                self._stop_all(range(self.width), reason)
+                self.carrying.stop_all(range(self.width), reason)
 
     def _check_readers(self) -> None:
         powers = {arrival.carried.power for arrival in self.arrivals}
         if len(powers) > 1:
-            self._stop_all(range(self.width), f"its readers see it in different powers: {sorted(powers)}")
+            self.carrying.stop_all(range(self.width), f"its readers see it in different powers: {sorted(powers)}")
         readers = {arrival.node: arrival for arrival in self.arrivals}
         for arrival in self.arrivals:
             matrix = arrival.node.args[1]
@@ -253,11 +254,7 @@ class _Flow:
             if reason is None and any(not torch.equal(readers[u].columns, arrival.columns) for u in matrix.users):
                 reason = f"{matrix.target} is read with different scales"
             if reason:
-                self._stop_all(arrival.columns.tolist(), reason)
-
-    def _stop_all(self, channels: Sequence[int], reason: str) -> None:
-        for channel in channels:
-            self.stopped.setdefault(channel, reason)
+                self.carrying.stop_all(arrival.columns.tolist(), reason)
 
     def site(self) -> ScaleSite | None:
         """The channels that may be scaled; None where there are none."""
