@@ -133,17 +133,26 @@ def scale_sites(program: Program) -> tuple[list[ScaleSite], list[Skip]]:
 
 def _skips(linears: Sequence[fx.Node], flows: Sequence[_Flow]) -> Iterator[Skip]:
     found: dict[Skip, None] = {}
+    by_start = {flow.absorber.node: flow for flow in flows}
     for node in linears:
-        reasons = [(flow.absorber.name, reason) for flow in flows if (reason := flow.reason(node)) is not None]
-        if not reasons and isinstance(node.args[1], fx.Node):
-            name = str(node.args[1].target) if node.args[1].op == "get_attr" else node.name
-            reasons = [(name, f"what enters it comes from {_origin(node)}, which no scale passes")]
-        found |= dict.fromkeys(Skip(*reason) for reason in reasons[:1])
+        reached = next((Skip(flow.absorber.name, reason) for flow in flows if (reason := flow.reason(node))), None)
+        found[reached or _unreached(node, by_start)] = None
     yield from found
 
 
-def _origin(linear: fx.Node) -> str:
-    """What of a linear's input no scale passes, seen through all that a scale does pass."""
+def _unreached(linear: fx.Node, flows: dict[fx.Node, _Flow]) -> Skip:
+    """Why no scale comes to ``linear``: what of its input none passes, or how one was stopped that began there."""
+    origin = _origin(linear)
+    if origin in flows and flows[origin].stopped:
+        return Skip(flows[origin].absorber.name, next(iter(flows[origin].stopped.values())))
+    matrix = linear.args[1]
+    name = str(matrix.target) if isinstance(matrix, fx.Node) and matrix.op == "get_attr" else linear.name
+    source = "the model's inputs" if origin is None else origin.target
+    return Skip(name, f"what enters it comes from {source}, which no scale passes")
+
+
+def _origin(linear: fx.Node) -> fx.Node | None:
+    """What of a linear's input no scale passes, seen through all that a scale may pass; None for the inputs."""
     waiting, seen = [linear.args[0]], set()
     while waiting:
         value = waiting.pop()
@@ -155,8 +164,8 @@ def _origin(linear: fx.Node) -> str:
         elif value.target in RULES or value.target is operator.getitem:
             waiting += reversed(value.all_input_nodes)
         elif isinstance(value.meta["val"], Tensor):
-            return str(value.target)
-    return "the model's inputs"
+            return value
+    return None
 
 
 # -- following ---------------------------------------------------------------------------------------------------------
@@ -177,6 +186,7 @@ class _Flow:
     def __init__(self, program: Program, absorber: Absorber) -> None:
         self.absorber = absorber
         self.arrivals: list[_Arrival] = []
+        self.refused: dict[fx.Node, str] = {}  # where scales stopped -> why
         self.carrying = Carrying(program)
         value = absorber.node.meta["val"]
         self.width = int(value.shape[-1])
@@ -191,6 +201,8 @@ class _Flow:
 
     def reason(self, linear: fx.Node) -> str | None:
         """Why no channel that reaches ``linear`` can be scaled; None where none reaches it."""
+        if linear in self.refused:
+            return self.refused[linear]
         for arrival in self.arrivals:
             if arrival.node is linear:
                 return next((self.stopped[channel] for channel in arrival.columns.tolist()), None)
@@ -211,6 +223,7 @@ class _Flow:
                 if not self._arrives(node):
                     self.carrying[node] = carry(node, self.carrying)
             except Stops as stop:
+                self.refused[node] = str(stop)
                 for source in node.all_input_nodes:
                     self.carrying.stop(source, str(stop))
             for user in node.users if node in self.carrying else ():
