@@ -70,7 +70,8 @@ def cuts(program: Program, values: Sequence[fx.Node], grain: Grain = "block") ->
     if grain == "site":
         return [nodes[first] for first in dict.fromkeys(first for first, _ in spans[1:])]
     marks = [place[node] for node in program.attention_nodes()]
-    if len(marks) < 2:
+    latest = len(marks) > 1  # of equals: an attention layer's stretch ends where the next one's begins
+    if not latest:
         marks = [last for _, last in spans][_SITES - 1 :: _SITES]
         marks = marks if marks and marks[-1] == spans[-1][1] else [*marks, len(nodes)]
     sizes = _alive(program, nodes, place)
@@ -78,7 +79,7 @@ def cuts(program: Program, values: Sequence[fx.Node], grain: Grain = "block") ->
     for before, after in itertools.pairwise(marks):
         allowed = [i for i in range(before + 1, min(after, len(nodes) - 1) + 1) if not _inside(i, spans)]
         if allowed:
-            found.append(nodes[min(allowed, key=lambda i: sizes[i])])
+            found.append(nodes[min(allowed, key=lambda i: (sizes[i], -i if latest else i))])
     return found
 
 
