@@ -180,13 +180,19 @@ class Source:
     """The input rows of a linear: the rows of ``view``, normalised first where ``norm`` says so.
 
     With ``expert`` [rows], row r is multiplied by matrix ``expert[r]`` of a stack. With ``scale``, of the shape of the
-    rows, they are rounded to int8 in its steps: clamp(round(x / scale), -128, 127).
+    rows, they are rounded to int8 in its steps: clamp(round(x / scale), -128, 127). With ``own_step`` the step of a row
+    is what slim.token_scale says of it, and whoever loads the row finds it.
     """
 
     view: View
     norm: Norm | None = None
     expert: View | None = None
     scale: View | None = None
+    own_step: bool = False
+
+    @property
+    def is_rounded(self) -> bool:
+        return self.own_step or self.scale is not None
 
     def buffers(self) -> Iterator[Buffer]:
         yield self.view.buffer
