@@ -80,9 +80,8 @@ class _Body:
             lines.append("x_k = x_k.to(tl.int32)")
         lines += [*units(matrix.format, self.sweep.n, self.input.ragged), *self._parted()]
         if matrix.group:
-            share = matrix.group // self.piece
             lines.append(f"piece = start // {self.piece} + tl.arange(0, BLOCK_K // {self.piece})")
-            lines.append(f"group = (piece // {share})[None, :]")
+            lines.append(f"group = (piece // {matrix.group // self.piece})[None, :]")
         for lane, each in enumerate(self._matrices):
             lines += self._added(lane, each)
         return [f"for start in tl.range({bounds}, BLOCK_K, num_stages=STAGES):", *indented(lines)]
@@ -116,10 +115,9 @@ class _Body:
         lines, total = self._products(lane, matrix)
         mask = f", mask=(piece < {self.sweep.n // self.piece})[None, :], other=0" if self.input.ragged else ""
         if self._shifts:
-            offset = str(PACKINGS[matrix.format].offset)
-            if matrix.zero is not None:
-                offset = f"({zero_points(lane, matrix, 'group', mask)} + {offset})"
-            total = f"{total} - {offset} * sums[None, :]"
+            offset = PACKINGS[matrix.format].offset
+            found, points = zero_points(lane, matrix, mask, offset) if matrix.zero is not None else ([], str(offset))
+            lines, total = [*lines, *found], f"{total} - {points} * sums[None, :]"
         if not matrix.group:
             return [*lines, f"y{lane} += {total}"]
         convert = ".to(tl.float32)" if self.integer else ""
@@ -130,7 +128,8 @@ class _Body:
         ragged, kind = self.input.ragged, "tl.int32" if self.integer else "tl.float32"
         if matrix.format == "int3":
             terms = [f"(bits >> {3 * i} & 7).to({kind}) * x{i}[None, :]" for i in range(8)]
-            return [*packed(lane, matrix.format, ragged), f"p = {' + '.join(terms)}"], "p"
+            added = [f"p += {term}" for term in terms[1:]]
+            return [*packed(lane, matrix.format, ragged), f"p = {terms[0]}", *added], "p"
         if matrix.format in ("int4", "nf4"):
             low, high = "(bits & 15)", "(bits >> 4)" if matrix.format == "nf4" or self.integer else "(bits & 0xF0)"
             if matrix.format == "nf4":

@@ -72,7 +72,7 @@ class Sweep:
     @property
     def is_integer(self) -> bool:
         """Whether both sides are integers, so that sums are exact."""
-        return self.source.scale is not None and self.matrix.format in INTEGERS
+        return self.source.is_rounded and self.matrix.format in INTEGERS
 
     def ragged(self, configs: Sequence[Config], block: str) -> bool:
         """Whether some block of ``configs`` sticks out over the end: masks cost, so they are only where this is."""

@@ -142,14 +142,17 @@ class Tile:
         """``steps`` and ``points``: what the groups of a block have, as wide as what is loaded of it."""
         even = matrix.group & -matrix.group  # the largest power of two that divides it
         if self.block_k <= even:  # the block lies in one group
-            return [f"group = start // {matrix.group}", *(f"{n} = {load}" for n, load in _of_group(lane, matrix, ""))]
+            lines, loads = _of_group(lane, matrix, "")
+            return [f"group = start // {matrix.group}", *lines, *(f"{name} = {load}" for name, load in loads)]
         piece = min(even, self.least_k)
         count = f"BLOCK_K // {piece}"
         lines = [
             f"piece = start // {piece} + tl.arange(0, {count})", f"group = (piece // {matrix.group // piece})[None, :]",
         ]  # fmt: skip
         mask = f", mask=(piece < {matrix.n // piece})[None, :], other=0" if self.input.ragged else ""
-        for name, load in _of_group(lane, matrix, mask):
+        more, loads = _of_group(lane, matrix, mask)
+        lines += more
+        for name, load in loads:
             wide = f"tl.broadcast_to({load}[:, :, None], (BLOCK_N, {count}, {piece}))"
             lines.append(f"{name} = tl.reshape({wide}, (BLOCK_N, BLOCK_K))")
         return lines
@@ -172,12 +175,13 @@ class Tile:
         return lines
 
 
-def _of_group(lane: int, matrix: Matrix, mask: str) -> list[tuple[str, str]]:
-    """(name, text) of the scale of ``group``, and of its zero point, in float32."""
+def _of_group(lane: int, matrix: Matrix, mask: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Statements, and (name, text) of the scale of ``group`` and of its zero point, in float32."""
     found = [(f"steps{lane}", f"tl.load(scale{lane} + group{mask}).to(tl.float32)")]
-    if matrix.zero is not None:
-        found.append((f"points{lane}", f"{zero_points(lane, matrix, 'group', mask)}.to(tl.float32)"))
-    return found
+    if matrix.zero is None:
+        return [], found
+    lines, points = zero_points(lane, matrix, mask)
+    return lines, [*found, (f"points{lane}", f"{points}.to(tl.float32)")]
 
 
 # -- configurations ----------------------------------------------------------------------------------------------------
