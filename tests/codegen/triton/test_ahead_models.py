@@ -26,7 +26,7 @@ def test_every_kernel_of_a_1b_llama_compiles_without_spills():
     assert {each["format"] for each in found} >= {"bf16", "int8", "int4", "int3", "nf4", "fp8"}
     for arch, format in {(each["arch"], each["format"]) for each in found}:
         kinds = {each["kernel"] for each in found if (each["arch"], each["format"]) == (arch, format)}
-        assert kinds >= (MODEL if format == "bf16" else WEIGHT)
+        assert kinds >= (MODEL if format == "bf16" else {*WEIGHT, "round_rows"} if "of" in format else WEIGHT)
     assert {each["arch"] for each in found} == set(SHARED)
     assert [each for each in found if each["spills"]] == []
     assert [each for each in found if each["shared"] > SHARED[each["arch"]]] == []
