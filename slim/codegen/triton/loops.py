@@ -10,17 +10,13 @@ from slim.codegen.regions.schedule import Norm, Pointwise, Reduce, Scan, TopK
 from slim.codegen.regions.views import Size, View, coalesce
 from slim.codegen.triton.kernel import Config, Form, Kernel, Stage
 from slim.codegen.triton.text import Axis, Index, ScalarText, Text, number
-from slim.codegen.triton.writer import Target, Writer, power_of_two, writes
+from slim.codegen.triton.writer import Target, Writer, indented, power_of_two, writes
 
 _SHORT = 32  # columns up to which rows are not worth a program each
 
 
 def _one(kernel: Kernel) -> Stage:
     return Stage([Form([kernel])])
-
-
-def indented(lines: Sequence[str]) -> list[str]:
-    return [f"    {line}" for line in lines]
 
 
 def decompose(writer: Writer, shape: Sequence[Size], index: str, prefix: str) -> list[str]:

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 
 from slim.codegen.regions.schedule import Matrix
 from slim.codegen.triton.kernel import Config, Kernel
-from slim.codegen.triton.loops import indented
 from slim.codegen.triton.source import Input
 from slim.codegen.triton.sweep import Results, Row, Sum, Sweep, choose, columns, gather, is_split, span
 from slim.codegen.triton.text import Axis
 from slim.codegen.triton.weights import PACKINGS, moved, packed, rows_of, to_float, units, zero_points
-from slim.codegen.triton.writer import Target, Writer, power_of_two
+from slim.codegen.triton.writer import Target, Writer, indented, power_of_two
 
 
 def one_row(sweep: Sweep, target: Target) -> Kernel:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 from slim.codegen.regions.schedule import Source
 from slim.codegen.regions.views import View
-from slim.codegen.triton.loops import indented
 from slim.codegen.triton.rounding import step_of
 from slim.codegen.triton.sweep import Row, place
 from slim.codegen.triton.text import Axis, Index, ScalarText, number
-from slim.codegen.triton.writer import Writer
+from slim.codegen.triton.writer import Writer, indented
 
 
 class Input:
@@ -68,7 +67,9 @@ class Input:
         return lines
 
     def squared(self) -> list[str]:
-        return ["squares += x_k * x_k"] if self.is_late else []
+        if not self.is_late:
+            return []
+        return ["square += tl.sum(x_k * x_k, 1, keep_dims=True)" if self.block else "squares += x_k * x_k"]
 
     def scaled(self) -> list[str]:
         """What a norm does to ``x_k`` before it is multiplied."""
@@ -113,10 +114,11 @@ class Input:
         return [*lines, f"inverse = {self._inverse(self.sum('square'))}"]
 
     def squares(self) -> list[str]:
-        """Where the sum of squares grows."""
+        """Where the sum of squares grows: of several rows a number each, of one a number for each column of a block."""
         if not self.is_late:
             return []
-        return [f"squares = tl.zeros({'(BLOCK_M, BLOCK_K)' if self.block else '(BLOCK_K,)'}, tl.float32)"]
+        name, shape = ("square", "(BLOCK_M, 1)") if self.block else ("squares", "(BLOCK_K,)")
+        return [f"{name} = tl.zeros({shape}, tl.float32)"]
 
     def late(self) -> list[str]:
         """``inverse``, from the sum of squares ``square``."""

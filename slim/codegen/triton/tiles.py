@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from slim.codegen.regions.schedule import Matrix
 from slim.codegen.triton.kernel import Config, Kernel
-from slim.codegen.triton.loops import indented
 from slim.codegen.triton.source import Input
 from slim.codegen.triton.sweep import Results, Row, Sum, Sweep, choose, columns, gather, is_split, span
 from slim.codegen.triton.text import Axis
 from slim.codegen.triton.weights import rows_of, tile, to_float, units, zero_points
-from slim.codegen.triton.writer import DTYPES, Target, Writer, power_of_two
+from slim.codegen.triton.writer import DTYPES, Target, Writer, indented, power_of_two
 
 FLOATS = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
 _STORED = {"fp32": "tl.float32", "bf16": "tl.bfloat16", "fp16": "tl.float16", "i8": "tl.int8"}
@@ -90,9 +89,7 @@ class Tile:
         lines += [f"y{lane} = tl.zeros((BLOCK_M, BLOCK_N), {kind})" for lane in range(sweep.lanes)]
         for lane in range(sweep.lanes):
             lines += rows_of(lane, sweep.matrix, "at[:, None]")
-        if self.input.is_late:
-            lines.append("square = tl.zeros((BLOCK_M, 1), tl.float32)")
-        return lines
+        return [*lines, *self.input.squares()]
 
     def loop(self, bounds: str) -> list[str]:
         lines = [*self.input.columns(), *self._x()]
@@ -109,11 +106,7 @@ class Tile:
             same = _STORED.get(stored) == self.dtype
             convert = "" if same else f".to(tl.float32).to({self.dtype})"
             return [f"x_k = {self.input.raw()}{convert}"]
-        lines = self.input.block_of()
-        lines = [
-            line.replace("squares += x_k * x_k", "square += tl.sum(x_k * x_k, 1, keep_dims=True)") for line in lines
-        ]
-        return [*lines, *([f"x_k = x_k.to({self.dtype})"] if self.dtype != "tl.float32" else [])]
+        return [*self.input.block_of(), *([f"x_k = x_k.to({self.dtype})"] if self.dtype != "tl.float32" else [])]
 
     def _added(self, lane: int, matrix: Matrix) -> list[str]:
         steps = self._steps(lane, matrix) if matrix.group else []
