@@ -66,6 +66,7 @@ class Wants:
         packed: quantised weights come in a layout of the kernels' own, with the scales of groups inside.
         formats: of weights that a product reads as they are stored.
         int8_rows: whether a product multiplies rows that the Program quantised as integers.
+        requantises: whether what linears store is rounded to int8 at once, where linears alone read it so, in one step.
         own_steps: whether it finds the step of such a row, where that is slim.token_scale of the row, as it loads it.
         pitched: masks among the inputs, bool [B, T], are read where they lie, rows as far apart as they are.
     """
@@ -74,6 +75,7 @@ class Wants:
     packed: bool = True
     formats: frozenset[str] = frozenset({"f32", "bf16", "f16", "int8", "int4"})
     int8_rows: bool = False
+    requantises: bool = False
     own_steps: bool = False
     pitched: bool = False
 
@@ -126,6 +128,12 @@ class Lowering:
         value = self.values[node]
         assert isinstance(value, Value), node
         return value
+
+    def once(self, node: fx.Node) -> fx.Node:
+        """``node``, lowered now where it was left to those who read it."""
+        if node not in self.values:
+            self.values[node] = self._lowered(node)
+        return node
 
     def type(self, node: fx.Node) -> tuple[tuple[Size, ...], torch.dtype]:
         """(shape, dtype) that the Program says."""

@@ -21,7 +21,7 @@ from slim.codegen.triton.attention_parts import (
 )
 from slim.codegen.triton.kernel import Config, Kernel
 from slim.codegen.triton.rotation import Turn
-from slim.codegen.triton.writer import Target, Writer
+from slim.codegen.triton.writer import Target, Writer, indented
 
 _APPEND: tuple[Config, ...] = tuple(
     dict(BLOCK_S=tokens, num_warps=warps) for tokens, warps in ((16, 4), (32, 4), (64, 8), (8, 2), (4, 1))
@@ -141,7 +141,7 @@ class _Prefill:
             return self._listed()
         lines, edges = self._bounds()
         for begin, end, edge in edges:
-            lines += [f"for first in range({begin}, {end}, BLOCK_N):", *_indented(self._tile(edge))]
+            lines += [f"for first in range({begin}, {end}, BLOCK_N):", *indented(self._tile(edge))]
         return lines
 
     def _bounds(self) -> tuple[list[str], list[tuple[str, str, bool]]]:
@@ -171,7 +171,7 @@ class _Prefill:
         body = [f"{first} + tile * BLOCK_N % {region.block}", *self._tile(edge=True)]
         return [
             *block_list(self.writer, region, "h", "tl.minimum(start + m, keys - 1)"),
-            f"for tile in range(0, count * ({region.block} // BLOCK_N)):", *_indented(body),
+            f"for tile in range(0, count * ({region.block} // BLOCK_N)):", *indented(body),
         ]  # fmt: skip
 
     def _tile(self, edge: bool) -> list[str]:
@@ -229,7 +229,3 @@ def _least(values: Sequence[str]) -> str:
     for value in values[1:]:
         result = f"tl.minimum({result}, {value})"
     return result
-
-
-def _indented(lines: Sequence[str]) -> list[str]:
-    return [f"    {line}" for line in lines]
