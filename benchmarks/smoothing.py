@@ -3,7 +3,7 @@
     python -m benchmarks.smoothing [MODEL] [--tokens N]
 
 Prints nats a token over the float model, and the error of int8 products over all sites. Text: the first half of the
-demo model's held-out text; calibration: 32 passages of the second.
+demo model's held-out text; calibration: 16 passages of the second.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from slim.runtime.perplexity import reading_length, score, windows
 
 DEMO = Path(__file__).resolve().parents[1] / "examples" / "demo_model"
 TEXT = DEMO / "heldout.txt"
-PASSAGES, LETTERS = 32, 1500
+PASSAGES, LETTERS = 16, 1500
 SMOOTHING: dict[str, tuple[Pass, ...]] = {
     "none": (),
     "alpha 0.5": (SmoothQuant(0.5),),
@@ -71,7 +71,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("model", nargs="?", type=Path, default=DEMO)
-    parser.add_argument("--tokens", type=int, default=20_000)
+    parser.add_argument("--tokens", type=int, default=8_000)
     options = parser.parse_args()
     bench = Bench(options.model, options.tokens)
     exact = bench.nats(())
