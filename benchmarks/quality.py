@@ -49,14 +49,12 @@ def main() -> None:
             install.install(environment)
         return
     rows = [row for row in ROWS if not options.only or any(fnmatchcase(row.key, text) for text in options.only)]
-    results = json.loads(options.output.read_text()) if options.output.exists() else {}
     with tempfile.TemporaryDirectory(prefix="slim-quality-") as scratch:
         for name in options.models:
             case = CASES[name]()
             for row, found in _measured(case, rows, Path(scratch), options.threads):
                 print(report.line(name, row, found), flush=True)
-                results.setdefault(name, {})[row.key] = found
-                _keep(results, options.output)
+                _keep(name, row, found, options.output)
 
 
 def _options() -> argparse.Namespace:
@@ -69,16 +67,18 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _keep(results: dict[str, Any], output: Path) -> None:
-    """Writes JSON and tables anew; another run may read them meanwhile."""
+def _keep(model: str, row: Row, found: dict[str, Any], output: Path) -> None:
+    """Adds a row to what the file holds, and writes the tables anew."""
     output.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(output.read_text()) if output.exists() else {}
+    results.setdefault(model, {})[row.key] = found
     for path, text in (
         (output, json.dumps(results, indent=1) + "\n"),
         (output.with_suffix(".md"), report.tables(results)),
     ):
         partial = path.with_name(f".{path.name}.partial")
         partial.write_text(text)
-        partial.replace(path)
+        partial.replace(path)  # whole, or not at all
 
 
 def _measured(case: Case, rows: list[Row], scratch: Path, threads: int) -> Iterator[tuple[Row, dict[str, Any]]]:

@@ -45,6 +45,7 @@ def _grouped(table: str, bits: int) -> list[Row]:
     """Integers in groups of 32 along the row."""
     held = f'"int{bits}", group_size=32, head=False, exclude={{odd}}'
     rows = [_slim(table, "default", f"quantize({held})")]
+    rows.append(_slim(table, "default, asymmetric", f"quantize({held}, symmetric=False)"))
     rows += [_slim(table, method, f'quantize({held}, method="{method}")') for method in ("rtn", "gptq", "awq", "hqq")]
     rows += [_compressor(table, method, method=method, bits=bits, group=32) for method in ("rtn", "gptq", "awq")]
     rows += [_compressor(table, f"{m}, asymmetric", method=m, bits=bits, group=32, zeros=True) for m in ("gptq", "awq")]
@@ -64,13 +65,13 @@ def _rounded(table: str, planted: float = 0.0) -> list[Row]:
         )
         for alpha in ("0.5", '"search"')
     ]
-    rows += [
-        _compressor(table, "rtn", planted, method="rtn", bits=8, inputs=True),
-        _compressor(table, "gptq", planted, method="gptq", bits=8, inputs=True),
-        _compressor(table, "SmoothQuant 0.5, gptq", planted, method="gptq", bits=8, inputs=True, smooth=0.5),
-        _compressor(table, "SmoothQuant 0.8, gptq", planted, method="gptq", bits=8, inputs=True, smooth=0.8),
-        _ao(table, "int8 dynamic", planted, method="w8a8"),
-    ]  # fmt: skip
+    rows.append(_compressor(table, "rtn", planted, method="rtn", bits=8, inputs=True))
+    if not planted:
+        rows.append(_compressor(table, "gptq", method="gptq", bits=8, inputs=True))
+    for alpha in (0.5, 0.8):
+        told: Any = dict(method="rtn", bits=8, inputs=True, smooth=alpha)
+        rows.append(_compressor(table, f"SmoothQuant {alpha}", planted, **told))
+    rows.append(_ao(table, "int8 dynamic", planted, method="w8a8"))
     return rows
 
 
