@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
-from slim.compiler.blocks import row_blocks
 from slim.compiler.passes_base import FLOAT_WEIGHTS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
 from slim.compiler.rules import argument
+from slim.compiler.scaling import by_rows, scale_weight, settle
 from slim.compiler.uses import EXPERTS, LINEAR
-from slim.compiler.weights import Deferred
 
 aten, slim = torch.ops.aten, torch.ops.slim
 
@@ -60,6 +59,7 @@ class FoldNorms(Pass):
                 continue
             _fold(program, site)
             report.matched.append(name)
+        settle(program)
         report.notes += [
             f"{name} is new: its linear had no bias to hold the norm's shift" for name in program.facts.added
         ]
@@ -166,53 +166,16 @@ def _fold(program: Program, site: _Site) -> None:
         offset = float(argument(site.norm, "offset") or 0.0)
         factor = program.weights[str(gain.target)].float() + offset
         for matrix in site.matrices:
-            _scale_columns(program, str(matrix.target), factor)
+            scale_weight(program, str(matrix.target), columns=factor)
         program.facts.retired[str(gain.target)] = 1.0 - offset
     _bare(program, site.norm)
-
-
-def _scale_columns(program: Program, name: str, factor: Tensor) -> None:
-    value = program.weights.raw(name)
-    program.weights[name] = _scaled(value, factor) if isinstance(value, Tensor) else _Scaled(value, factor)
-
-
-def _scaled(weight: Tensor, factor: Tensor) -> Tensor:
-    factor = factor.to(weight.device)
-    return _by_rows(weight, weight.shape, weight.dtype, lambda rows: rows.float() * factor)
-
-
-def _by_rows(weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype, of: Callable[[Tensor], Tensor]) -> Tensor:
-    """``of(weight)``, worked out a block of rows at a time, each rounded to ``dtype`` at once."""
-    out = torch.empty(shape, dtype=dtype, device=weight.device)
-    for rows in row_blocks(weight.shape):
-        out[rows] = of(weight[rows]).to(dtype)
-    return out
-
-
-@dataclass(frozen=True, eq=False)
-class _Scaled:
-    """A weight on disk whose columns are scaled whenever it is read."""
-
-    value: Deferred
-    factor: Tensor
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.value.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.value.shape
-
-    def load(self) -> Tensor:
-        return _scaled(self.value.load(), self.factor)
 
 
 def _fold_shift(program: Program, site: _Site, shift: Tensor) -> None:
     done: set[fx.Node] = set()
     for matrix in site.matrices:
         weight = program.weights[str(matrix.target)]
-        moved = _by_rows(weight, weight.shape[:-1], torch.float32, lambda rows: rows.float() @ shift)
+        moved = _times(weight, shift)
         for reader in (r for r in site.readers if r.args[1] is matrix):
             bias = _node(argument(reader, "bias"))
             if bias is None:
@@ -223,6 +186,10 @@ def _fold_shift(program: Program, site: _Site, shift: Tensor) -> None:
             done.add(bias)
             reader.args = (*reader.args[:2], bias, *reader.args[3:])
             reader.kwargs = {key: value for key, value in reader.kwargs.items() if key != "bias"}
+
+
+def _times(weight: Tensor, shift: Tensor) -> Tensor:
+    return by_rows(weight, weight.shape[:-1], torch.float32, lambda rows: weight[rows].float() @ shift)
 
 
 def _new_bias(program: Program, matrix: fx.Node, value: Tensor) -> fx.Node:

@@ -67,8 +67,8 @@ def _sweeps(region: Linear, source: Source) -> list[Sweep]:
     for part in region.parts:
         matrices = tuple(product.matrix for product in part.products)
         first = matrices[0]
-        scales = first.scale.dtype if first.scale is not None else None
-        key = (first.format, first.group, len(matrices), first.data.dtype, scales)
+        types = [buffer.dtype if buffer is not None else None for buffer in (first.data, first.scale)]
+        key = (first.format, first.group, first.zero_format, len(matrices), *types)
         found.setdefault(key, []).append(Branch(part, matrices))
     like = region.source.view.buffer.dtype
     return [Sweep(region, source, tuple(branches), like) for branches in found.values()]
