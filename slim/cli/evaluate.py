@@ -43,8 +43,8 @@ def evaluate(
     with Steps() as steps:
         compiled = open_model(model, target, steps)
         require_generative(compiled, model)
+        from slim.compiler.tokenizer import load_tokenizer
         from slim.runtime import perplexity
-        from slim.runtime.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(compiled.program.facts.source)
         steps.stage("cutting the text")

@@ -47,7 +47,7 @@ def generate(
     with Steps() as steps:
         compiled = open_model(model, target, steps)
         require_generative(compiled, model)
-        from slim.runtime.tokenizer import load_tokenizer
+        from slim.compiler.tokenizer import load_tokenizer
 
         tokenizer = load_tokenizer(compiled.program.facts.source)
         tokens = tokenizer(prompt, return_tensors="pt").input_ids

@@ -125,6 +125,7 @@ class Context:
         probe: what the change is measured on; None means a probe made for the Program.
         progress: told of every step of anything that may take long.
         calibration: what the user gave, for passes that need activations.
+        batches: the calibration data as read for the Program, once a pass has asked.
         collected: what passes collected, by name; the pipeline drops what a pass does not preserve.
         probed: the probe and what the Program makes of it after the last pass, where the pipeline measured that.
     """
@@ -135,6 +136,7 @@ class Context:
     probe: Probe | None = None
     progress: Progress = _silent
     calibration: Any = None
+    batches: Any = None
     collected: dict[str, Any] = field(default_factory=dict)
     probed: tuple[Probe, Any] | None = None
 

@@ -23,6 +23,8 @@ from slim.errors.passes import (
     BadPassOption,
     BadPipelineText,
     ContradictoryOptions,
+    NeedsCalibration,
+    NonFiniteActivation,
     NotLossless,
     PassFailed,
     PassMatchedNothing,
@@ -45,8 +47,8 @@ from slim.errors.targets import BadEnvironment, BuildFailed, KernelFailed, Targe
 __all__ = [
     "ArtifactCorrupt", "ArtifactVersion", "BadEnvironment", "BadIR", "BadInput", "BadPassOption", "BadPipelineText",
     "BuildFailed", "CacheMismatch", "CacheUnsupported", "CheckpointCorrupt", "ContradictoryOptions", "EmptyPrompt",
-    "ExportUnsupported", "KernelFailed", "LiftFailed", "ModelNotFound", "NoTokenizer", "NonFiniteWeight",
-    "NotGenerative", "NotLossless", "PassFailed", "PassMatchedNothing", "PassOrder", "PromptTooLong", "SaveFailed",
-    "SlimError", "TargetUnavailable", "TokenOutOfRange", "UnknownPass", "UnknownTarget", "UnreadableFile",
-    "UnsupportedGenerateOption", "UnsupportedModel", "VerificationFailed",
+    "ExportUnsupported", "KernelFailed", "LiftFailed", "ModelNotFound", "NeedsCalibration", "NoTokenizer",
+    "NonFiniteActivation", "NonFiniteWeight", "NotGenerative", "NotLossless", "PassFailed", "PassMatchedNothing",
+    "PassOrder", "PromptTooLong", "SaveFailed", "SlimError", "TargetUnavailable", "TokenOutOfRange", "UnknownPass",
+    "UnknownTarget", "UnreadableFile", "UnsupportedGenerateOption", "UnsupportedModel", "VerificationFailed",
 ]  # fmt: skip

@@ -67,6 +67,28 @@ class PassOrder(SlimError, ValueError):
     reason: str
 
 
+class NeedsCalibration(SlimError, ValueError):
+    """A pass needs to see activations, and there is nothing to run the model on."""
+
+    message = "{pass_name} needs calibration data, and there is none"
+    hint = (
+        "pass calibration=[...] to slim.compile (texts, token ids [B, S] or a DataLoader), or --calibration FILE to "
+        "`slim compile`: some ten thousand tokens of the kind that the model will read."
+    )
+
+    pass_name: str
+
+
+class NonFiniteActivation(SlimError, ValueError):
+    """A value inside the model is NaN or infinite on the calibration data, which every statistic would inherit."""
+
+    message = "on the calibration data, channel {channel} of what enters '{site}' is not finite"
+    hint = "the model overflows on this text: load it in float32 or bfloat16, or calibrate on other text."
+
+    site: str
+    channel: int
+
+
 class PassMatchedNothing(SlimError, ValueError):
     """A pass found nothing to change, which is never what its user meant."""
 

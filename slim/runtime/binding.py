@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, fx
 
 from slim import errors
+from slim.compiler.inputs import evaluate
 from slim.compiler.program import Program, where
 from slim.compiler.rules import argument
 from slim.compiler.types import Input
 from slim.runtime.cache import Slot
-from slim.runtime.inputs import evaluate
 from slim.runtime.tokenwise import check_tokenwise
 
 aten, slim = torch.ops.aten, torch.ops.slim

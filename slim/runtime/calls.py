@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from slim import errors
+from slim.compiler.inputs import checked_mask, checked_positions, checked_tokens
 from slim.runtime.architecture import loss_function, number_real_tokens
 from slim.runtime.cache import KVCache, Slot
-from slim.runtime.inputs import checked_mask, checked_positions, checked_tokens
 
 if TYPE_CHECKING:
     from slim.runtime.compiled import CompiledModel

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from slim import errors
 from slim.codegen import Executable, Target, select
+from slim.compiler.inputs import position_limit, vocabulary
 from slim.compiler.program import Program
 from slim.runtime import calls, generation
 from slim.runtime.architecture import counts_real_tokens, rebuild_config, rebuild_generation_config
 from slim.runtime.binding import bind_cache, cache_slots, check_cacheable
 from slim.runtime.cache import KVCache, KVCacheConfig, Slot
-from slim.runtime.inputs import position_limit, vocabulary
 from slim.runtime.loop import Plan
 from slim.runtime.steps import CachedDecoder, Decoder, RecomputingDecoder, Step
 

@@ -18,7 +18,7 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from slim import errors
-from slim.runtime.inputs import checked_mask, checked_positions, checked_tokens
+from slim.compiler.inputs import checked_mask, checked_positions, checked_tokens
 from slim.runtime.loop import Loop, Plan
 from slim.runtime.steps import Decoder
 

@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from slim import errors
+from slim.compiler.tokenizer import load_tokenizer
 from slim.runtime import perplexity
 from slim.runtime.perplexity import Passage, Score, pieces, reading_length, score, windows
-from slim.runtime.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -85,7 +85,9 @@ class Stored:
         if self.packed:
             lines.append(f"{self.tile} = tl.interleave({self.tile} & 15, {self.tile} >> 4).to(tl.int8) - 8")
         if TYPES[self.view.buffer.dtype] != self.dtype:
-            whole = ".to(tl.float32)" if self.scale is not None else ""  # the interpreter makes bfloat16 of floats alone
+            whole = (
+                ".to(tl.float32)" if self.scale is not None else ""
+            )  # the interpreter makes bfloat16 of floats alone
             lines.append(f"{self.tile} = {self.tile}{whole}.to({self.dtype})")
         return [*lines, *self._scales(mask)]
 

@@ -1,0 +1,115 @@
+"""What is kept of a site's rows: sums over all tokens, of O(features^2) numbers at most, and a sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from slim import errors
+
+_SEED = 0
+
+
+@dataclass(frozen=True, eq=False)
+class SiteStatistics:
+    """What the rows x [n] that enter a linear looked like, over all calibration tokens, in float32.
+
+    Attributes:
+        count: rows; those of pad tokens are left out.
+        absmax: the largest |x_j|, [n].
+        absmean: E|x_j|, [n].
+        mean: E x_j, [n].
+        gram: E[x x^T], uncentred, [n, n]; None where it was not asked for.
+        cross: E[x_dense x^T], [n, n], where x_dense are the same rows in the model before the walk changed it.
+        rows: a sample, [r, n], the same whenever the data are.
+    """
+
+    count: int
+    absmax: Tensor
+    absmean: Tensor
+    mean: Tensor
+    gram: Tensor | None = None
+    cross: Tensor | None = None
+    rows: Tensor | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parts that are there, by name."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to keep of each site beside the sums over channels."""
+
+    gram: bool = False
+    rows: int = 0
+    cross: bool = False
+
+
+class Accumulator:
+    """The sums of one site so far.
+
+    Args:
+        site: for messages.
+    """
+
+    def __init__(self, site: str, width: int, wanted: Wanted) -> None:
+        self.site, self.width, self.wanted = site, width, wanted
+        self.count = 0
+        self._absmax, self._abssum, self._sum = (torch.zeros(width) for _ in range(3))
+        self._gram = torch.zeros(width, width) if wanted.gram else None
+        self._cross = torch.zeros(width, width) if wanted.cross else None
+        self._rows, self._keys = torch.zeros(0, width), torch.zeros(0)
+        self._generator = torch.Generator().manual_seed(_SEED)
+
+    @property
+    def nbytes(self) -> int:
+        parts = (self._absmax, self._abssum, self._sum, self._gram, self._cross, self._rows)
+        return sum(part.nbytes for part in parts if part is not None)
+
+    def add(self, rows: Tensor, dense: Tensor | None = None) -> None:
+        """Counts ``rows`` [r, n] in; ``dense`` are the same rows of the model as it was.
+
+        Raises:
+            NonFiniteActivation: where a number is not finite.
+        """
+        rows = rows.float()
+        magnitude = rows.abs()
+        largest = magnitude.amax(0) if len(rows) else self._absmax
+        if not bool(torch.isfinite(largest).all()):
+            channel = int((~torch.isfinite(largest)).nonzero()[0])
+            raise errors.NonFiniteActivation(site=self.site, channel=channel)
+        self.count += len(rows)
+        torch.maximum(self._absmax, largest, out=self._absmax)
+        self._abssum += magnitude.sum(0)
+        self._sum += rows.sum(0)
+        if self._gram is not None:
+            self._gram.addmm_(rows.T, rows)
+        if self._cross is not None and dense is not None:
+            self._cross.addmm_(dense.float().T, rows)
+        if self.wanted.rows:
+            self._sample(rows)
+
+    def _sample(self, rows: Tensor) -> None:
+        """Every row gets a random key, and those with the largest keys stay: a fair sample of rows seen so far."""
+        keys = torch.cat([self._keys, torch.rand(len(rows), generator=self._generator)])
+        best = keys.topk(min(self.wanted.rows, len(keys))).indices.sort().values
+        self._keys, self._rows = keys[best], torch.cat([self._rows, rows])[best]
+
+    def finish(self) -> SiteStatistics:
+        """The means. Raises BadInput where no row was ever seen."""
+        if self.count == 0:
+            reason = f"none of its tokens reaches {self.site}"
+            raise errors.BadInput(argument="calibration", reason=reason)
+        share = 1.0 / self.count
+        return SiteStatistics(
+            self.count,
+            self._absmax,
+            self._abssum * share,
+            self._sum * share,
+            None if self._gram is None else self._gram.mul_(share),
+            None if self._cross is None else self._cross.mul_(share),
+            self._rows if self.wanted.rows else None,
+        )
