@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from slim import errors
+from slim.compiler.blocks import row_blocks
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -201,6 +202,10 @@ class Weights(MutableMapping[str, Tensor]):
 def check_finite(name: str, tensor: Tensor, *, mask: bool = False) -> None:
     """Raises NonFiniteWeight where a floating-point weight holds NaN or, unless it is a mask, infinity."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
+        return
+    if tensor.dtype.itemsize == 1:  # no operation knows float8
+        for rows in row_blocks(tensor.shape):
+            check_finite(name, tensor[rows].float(), mask=mask)
         return
     # min and max propagate NaN and need no temporary of the tensor's size
     low, high = torch.aminmax(tensor.detach())

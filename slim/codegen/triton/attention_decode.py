@@ -243,7 +243,7 @@ class _Decode:
 
 
 def block_list(writer: Writer, region: Attention, head: str, query: str) -> list[str]:
-    """``list_at``, the blocks of keys that the query number ``query`` looks at, ``listed`` in registers, their ``count``."""
+    """``list_at``: the blocks of keys that query number ``query`` sees; ``listed`` in registers; their ``count``."""
     assert region.blocks is not None
     most = int(region.blocks.shape[2])
     each_head = region.blocks.shape[0] != 1
@@ -251,7 +251,8 @@ def block_list(writer: Writer, region: Attention, head: str, query: str) -> list
     entry = f"tl.arange(0, {power_of_two(most)})"
     mask = f", mask={entry} < {most}, other=-1" if power_of_two(most) != most else ""
     return [
-        f"list_at = {place}", f"listed = tl.load(list_at + {entry}{mask})", "count = tl.sum((listed >= 0).to(tl.int32), 0)",
+        f"list_at = {place}", f"listed = tl.load(list_at + {entry}{mask})",
+        "count = tl.sum((listed >= 0).to(tl.int32), 0)",
     ]  # fmt: skip
 
 

@@ -91,6 +91,8 @@ class _Prefill:
     def _configs(self) -> list[Config]:
         width = max(padded(self.g.width), padded(self.g.value_width)) * self.g.bytes // 2
         choices = next(choices for limit, choices in _TILES if width <= limit)
+        if width <= 64 and self.region.key_mask is not None:  # the mask takes registers too
+            choices = (*choices[3:], *choices[:3])
         found: list[Config] = []
         limit = self.region.block & -self.region.block if self.region.blocks is not None else 128
         for m, n, warps, stages in choices:

@@ -155,10 +155,9 @@ ROWS = [(1,), (2, 3), (3, 90)]
 @pytest.mark.parametrize(("format", "group", "n"), FORMATS)
 @pytest.mark.parametrize("rows", ROWS)
 def test_every_format_is_multiplied(format: str, group: int, n: int, rows: tuple[int, ...]) -> None:
-    ran = Case(rows, n).part(format, 9, group).check()
-    assert [kernel.name for kernel in ran] == [
-        {(1,): "linear_one_row", (2, 3): "linear_few_rows"}.get(rows, "linear_tiles")
-    ]
+    ran = [kernel.name for kernel in Case(rows, n).part(format, 9, group).check()]
+    copied = [] if format in FLOATS else ["dequantize_weight"]  # many rows read a copy in their own type
+    assert ran == {(1,): ["linear_one_row"], (2, 3): ["linear_few_rows"], (3, 90): [*copied, "linear_tiles"]}[rows]
 
 
 @pytest.mark.parametrize("format", ["f32", "bf16", "f16", "int8", "int4", "fp8"])

@@ -13,8 +13,8 @@ from tests.compiled import difference, pair
 CAUSAL = (
     "gemma2", "qwen3", "phi3", "gpt2", "gpt_neox", "opt", "bloom", "mixtral", "gpt_oss", "deepseek_v3",
 )  # fmt: skip
-GREEDY = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-TOKENS = torch.tensor([[0, 0, 17, 5, 9], [3, 44, 71, 8, 20]])
+GREEDY = {"max_new_tokens": 2, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+TOKENS = torch.tensor([[0, 17, 5], [3, 44, 71]])
 MASK = (TOKENS != 0).long()
 
 pytestmark = pytest.mark.slow  # Triton's interpreter takes its time

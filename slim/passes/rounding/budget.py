@@ -1,0 +1,5 @@
+"""PLACEHOLDER"""
+
+
+def within_budget(*a):
+    raise NotImplementedError
