@@ -12,6 +12,7 @@ from slim import errors
 
 _DAMPING = 0.01  # of the mean diagonal, as in GPTQ's own code
 _RETRIES = 10
+_TABLE = 10.0  # of the mean diagonal: measured, see docs/quantize.md
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +46,20 @@ class Curvature:
                 raise errors.BadInput(argument=name, reason=f"it is a square matrix, not {list(value.shape)}")
             if not bool(torch.isfinite(value).all()):
                 raise errors.BadInput(argument=name, reason="it holds NaN or infinity: the calibration data overflow")
+
+    def without(self, columns: Tensor) -> Curvature:
+        """For a weight whose ``columns`` are kept elsewhere: what enters them is not there."""
+        kept = torch.ones(self.width, dtype=self.gram.dtype, device=self.gram.device).index_fill_(0, columns, 0)
+        both = kept[:, None] * kept
+        return Curvature(self.gram * both, None if self.cross is None else self.cross * both, self.damping)
+
+    def for_table(self) -> Curvature:
+        """For a matrix whose rows are also looked up, as embeddings are: their own errors count as well.
+
+        What a row of a table is added to goes through the whole model, and no direction is known to matter less.
+        """
+        own = _TABLE * self.gram.diagonal().mean() * torch.eye(self.width, dtype=self.gram.dtype)
+        return Curvature(self.gram + own.to(self.gram.device), self.cross, self.damping)
 
     @property
     def width(self) -> int:

@@ -66,9 +66,10 @@ def _error(groups: Tensor, grid: Grid, scales: Scales, importance: Tensor | None
 def better(best: Scales, least: Tensor, option: Scales, error: Tensor) -> tuple[Scales, Tensor]:
     """Group by group, the one of two with the smaller error; the first where they are equal."""
     wins = error < least
-    pairs = zip(best, option, strict=True)
-    chosen = Scales(*(None if old is None or new is None else torch.where(wins, new, old) for old, new in pairs))
-    return chosen, torch.where(wins, error, least)
+    scale = torch.where(wins, option.scale, best.scale)
+    if option.zero is None or best.zero is None:
+        return Scales(scale), torch.where(wins, error, least)
+    return Scales(scale, torch.where(wins, option.zero, best.zero)), torch.where(wins, error, least)
 
 
 def refit(target: Tensor, gram: Tensor, steps: Tensor, scales: Scales) -> Scales:

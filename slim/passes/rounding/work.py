@@ -16,8 +16,10 @@ from slim.compiler.statistics import SiteStatistics, walk
 from slim.compiler.uses import EXPERTS, Role, uses
 from slim.passes.rounding import install
 from slim.passes.rounding.correct import low_rank_correction, outlier_columns
+from slim.passes.rounding.curvature import Curvature
 from slim.passes.rounding.grid import Grid, Stored
 from slim.passes.rounding.methods import Method, default_method, round_weight, with_data
+from slim.passes.rounding.select import is_shared
 
 Grids = Mapping[fx.Node, Grid]
 
@@ -94,15 +96,17 @@ class Work:
         linears = self.sites[value]
         site, dtype = str(_weight(linears[0]).target), value.meta["val"].dtype
         made: dict[str, Tensor] = {}
+        curvature = None if statistics is None or statistics.gram is None else Curvature(statistics.gram)
         columns = None
         if self.recipe.outliers and statistics is not None and self._plain(linears, "outlier columns"):
-            columns = outlier_columns(statistics, self.recipe.outliers)
+            columns = outlier_columns(statistics.absmax, self.recipe.outliers)
             made[f"{site}_columns"] = columns
+            curvature = None if curvature is None else curvature.without(columns)
             if self.recipe.activations:
                 made[f"{site}_keep"] = torch.ones(len(statistics.absmax), dtype=dtype).index_fill_(0, columns, 0)
         corrects = bool(self.recipe.correction) and self._plain(linears, "corrections")
         for node in self._weights(linears):
-            made |= self._rounded(node, statistics, columns, corrects)
+            made |= self._rounded(node, curvature, columns, corrects)
         if self.recipe.static and statistics is not None:
             absmax = statistics.absmax if columns is None else statistics.absmax.index_fill(0, columns, 0)
             made[f"{site}_step"] = (absmax.max() / 127).clamp_min(torch.finfo(torch.float32).tiny)
@@ -126,7 +130,7 @@ class Work:
             self.report.notes.append(text)
 
     def _rounded(
-        self, node: fx.Node, statistics: SiteStatistics | None, columns: Tensor | None, corrects: bool
+        self, node: fx.Node, curvature: Curvature | None, columns: Tensor | None, corrects: bool
     ) -> dict[str, Tensor]:
         """What stands for one weight."""
         name, grid = str(node.target), self.grids[node]
@@ -135,20 +139,21 @@ class Work:
         if columns is not None:
             made[f"{name}_outliers"] = weight[:, columns].contiguous()
             weight = weight.index_fill(1, columns, 0)
-        method = self._method(grid, statistics)
-        rounded = round_weight(weight, grid, method, statistics)
-        if corrects and statistics is not None and statistics.gram is not None:
+        if curvature is not None and is_shared(node):
+            curvature = curvature.for_table()
+        rounded = round_weight(weight, grid, self._method(grid, curvature), curvature)
+        if corrects and curvature is not None:
             error = weight.float() - rounded.restored()
-            outer, inner = low_rank_correction(error, statistics.gram, self.recipe.correction)
+            outer, inner = low_rank_correction(error, curvature, self.recipe.correction)
             made |= {f"{name}_inner": inner.to(weight.dtype), f"{name}_outer": outer.to(weight.dtype)}
         parts = zip(_SUFFIXES, rounded.packed(), strict=True)
         return made | {f"{name}{suffix}": part for suffix, part in parts if part is not None}
 
-    def _method(self, grid: Grid, statistics: SiteStatistics | None) -> Method:
+    def _method(self, grid: Grid, curvature: Curvature | None) -> Method:
         """What the user asked for, or the best there is; the report says which."""
-        method = self.recipe.method or default_method(grid, data=statistics is not None)
+        method = self.recipe.method or default_method(grid, data=curvature is not None)
         note = f"{grid.format} by {method}"
-        if self.recipe.method is None and statistics is None and self._gains(grid):
+        if self.recipe.method is None and curvature is None and self._gains(grid):
             note += f", without calibration data; with it, by {default_method(grid, data=True)}"
         self._note(note)
         return method
