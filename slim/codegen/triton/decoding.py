@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slim.codegen.executables import Ends, Feedback
-from slim.codegen.regions.linears import FLOAT_FORMATS
+from slim.codegen.regions.matrices import FLOAT_FORMATS
 from slim.codegen.triton import modules
 from slim.codegen.triton.graphs import Replay
 from slim.codegen.triton.kernel import Kernel, Pointer
