@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slim import errors
 from slim.passes.rounding.curvature import Curvature
 
 
@@ -29,12 +28,9 @@ def low_rank_correction(error: Tensor, curvature: Curvature, rank: int) -> tuple
     are the leading directions of the results of the error, inner is the error as seen along them. No inverse is taken.
     Source: Zhang et al., QERA, 2024, whose closed form has the same product.
 
-    Raises:
-        BadInput: for a rank that is not below both sides of the matrix.
+    A rank beyond the smaller side of the matrix is that side.
     """
-    if not 0 < rank < min(error.shape):
-        reason = f"a product of rank {rank} beside a matrix of {list(error.shape)} saves nothing"
-        raise errors.BadInput(argument="rank", reason=reason)
+    rank = min(rank, *error.shape)
     wide, moments = error.double(), curvature.moments.double()
     m, n = error.shape
     if m <= n:

@@ -12,7 +12,7 @@ from slim import errors
 
 _DAMPING = 0.01  # of the mean diagonal, as in GPTQ's own code
 _RETRIES = 10
-_TABLE = 10.0  # of the mean diagonal: measured, see docs/quantize.md
+_TABLE = 1.0  # of the mean diagonal: measured, see docs/quantize.md
 
 
 @dataclass(frozen=True, eq=False)

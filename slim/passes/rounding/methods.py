@@ -17,7 +17,7 @@ from slim.passes.rounding.grid import Grid, Rounded, Scales, spread
 from slim.passes.rounding.hqq import hqq
 from slim.passes.rounding.scales import refit, search
 
-Method = Literal["rtn", "hqq", "gptq", "awq", "best"]
+Method = Literal["rtn", "hqq", "gptq", "awq", "best", "search"]
 Result = tuple[Tensor, Scales]  # steps [m, n] and what they are multiplied with
 
 with_data: frozenset[Method] = frozenset({"gptq", "awq", "best"})
@@ -30,17 +30,18 @@ def default_method(grid: Grid, data: bool) -> Method:
     """What ``method=None`` means: see docs/quantize.md for what was measured."""
     if grid.format == "fp8":
         return "rtn"
-    return "best" if data else "rtn" if grid.format == "int8" else "hqq"
+    return "best" if data else "rtn" if grid.format == "int8" else "search"
 
 
 def round_weight(weight: Tensor, grid: Grid, method: Method, curvature: Curvature | None = None) -> Rounded:
     """``weight`` [m, n] or [E, m, n] in the numbers of ``grid``; rows of a large one are taken a few at a time.
 
     Args:
-        method: "rtn": scales that span each group, numbers to nearest. "hqq": scales fitted to the weights. "awq":
+        method: "rtn": scales that span each group, numbers to nearest. "search": the scales with the least squared
+            error, weighted by the inputs if they are known. "hqq": scales fitted to the weights. "awq":
             clipping judged by the inputs (``awq_factors`` is its other half). "gptq": numbers that make up for each
             other's errors. "best": scales found for the inputs, gptq, then descent of numbers and refit of scales.
-        curvature: of the rows that meet the weight; the last three need it. All experts share one.
+        curvature: of the rows that meet the weight; it is needed by the last three. All experts share one.
 
     Raises:
         BadInput: a group that does not divide the rows, a weight that is not finite, a curvature of another width, or
@@ -104,6 +105,11 @@ def _hqq(weight: Tensor, grid: Grid, kept: torch.dtype, curvature: Curvature | N
     return _nearest(weight, grid, hqq(weight, grid, search(weight, grid, kept, shrinks=(1.0,))))
 
 
+def _search(weight: Tensor, grid: Grid, kept: torch.dtype, curvature: Curvature | None) -> Result:
+    importance = None if curvature is None else curvature.moments.diagonal()
+    return _nearest(weight, grid, search(weight, grid, kept, importance))
+
+
 def _awq(weight: Tensor, grid: Grid, kept: torch.dtype, curvature: Curvature | None) -> Result:
     assert curvature is not None
     return _nearest(weight, grid, clipped(weight, grid, kept, curvature))
@@ -132,4 +138,5 @@ _METHODS: dict[Method, Callable[[Tensor, Grid, torch.dtype, Curvature | None], R
     "awq": _awq,
     "gptq": _gptq,
     "best": _best,
+    "search": _search,
 }

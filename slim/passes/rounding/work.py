@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from slim.compiler.passes_base import Context
 from slim.compiler.program import Program
 from slim.compiler.report import Report
-from slim.compiler.statistics import SiteStatistics, walk
+from slim.compiler.statistics import Grain, SiteStatistics, collect, walk
 from slim.compiler.uses import EXPERTS, Role, uses
 from slim.passes.rounding import install
 from slim.passes.rounding.correct import low_rank_correction, outlier_columns
@@ -57,19 +57,39 @@ class Work:
 
     def run(self) -> None:
         """Rounds everything; where data are needed, each block is seen behind blocks that are rounded already."""
-        recipe, notes = self.recipe, self.report.notes
         if self._needs_data():
-            blocks = walk(self.program, list(self.sites), self.ctx, asked_by=recipe.asked_by, gram=True, notes=notes)
-            for block in blocks:
-                for value in block.values:
-                    if not block.restored:
-                        block.results |= self._make(value, block.statistics[value])
-                    self._put(value, block.results)
+            self._run_with_data()
         else:
             for value in self.ctx.track("quantising", self.sites):
                 self._put(value, self._make(value, None))
         for node in [node for node in self.grids if str(node.target) not in self.report.matched]:
             self._install(node, self._rounded(node, None, None, False))  # tables that no linear reads
+
+    def _run_with_data(self) -> None:
+        """Tables first, because all else comes behind them; then site by site where errors are made up for.
+
+        What makes up for errors before a site must see its own site's rows as they have become: statistics of a whole
+        block would let o make up for what q, k and v have made up for already.
+        """
+        asked_by, notes = self.recipe.asked_by, self.report.notes
+        meant = self.program.copy() if self._aims() else None
+        tables = [value for value, linears in self.sites.items() if any(map(is_shared, map(_weight, linears)))]
+        for value, statistics in collect(self.program, tables, self.ctx, asked_by=asked_by, gram=True).items():
+            self._put(value, self._make(value, statistics))
+        values = [value for value in self.sites if value not in tables]
+        grain: Grain = "block" if meant is None else "site"
+        blocks = walk(
+            self.program, values, self.ctx, asked_by=asked_by, gram=True, meant=meant, grain=grain, notes=notes
+        )
+        for block in blocks:
+            for value in block.values:
+                if not block.restored:
+                    block.results |= self._make(value, block.statistics[value])
+                self._put(value, block.results)
+
+    def _aims(self) -> bool:
+        """Whether anything is rounded by a method that makes up for what was rounded before it."""
+        return any((self.recipe.method or default_method(grid, data=True)) == "best" for grid in self.grids.values())
 
     def _sites(self) -> dict[fx.Node, list[fx.Node]]:
         """Value -> the linears that read it and whose weights are to be rounded, all in the order of the graph."""
@@ -96,7 +116,9 @@ class Work:
         linears = self.sites[value]
         site, dtype = str(_weight(linears[0]).target), value.meta["val"].dtype
         made: dict[str, Tensor] = {}
-        curvature = None if statistics is None or statistics.gram is None else Curvature(statistics.gram)
+        curvature = (
+            None if statistics is None or statistics.gram is None else Curvature(statistics.gram, statistics.cross)
+        )
         columns = None
         if self.recipe.outliers and statistics is not None and self._plain(linears, "outlier columns"):
             columns = outlier_columns(statistics.absmax, self.recipe.outliers)

@@ -18,7 +18,7 @@ GRIDS = [
     Grid("int8"), Grid("int8", 16), Grid("int4", 16), Grid("int4", 16, symmetric=False), Grid("int4"),
     Grid("int3", 8), Grid("int3", 8, symmetric=False), Grid("nf4", 16), Grid("fp8"), Grid("fp8", 16),
 ]  # fmt: skip
-METHODS = ["rtn", "hqq", "awq", "gptq", "best"]
+METHODS = ["rtn", "search", "hqq", "awq", "gptq", "best"]
 
 
 def generator(seed):
@@ -189,6 +189,7 @@ def test_methods_lose_less_in_their_order():
         weight, seen = torch.randn(64, 128, generator=generator(seed)), curvature(128, seed)
         for method in METHODS:
             sums[method] += loss(weight, round_weight(weight, Grid("int3", 32), method, seen), seen)
+    assert sums["search"] < 0.9 * sums["rtn"]
     assert sums["awq"] < 0.85 * sums["rtn"]
     assert sums["gptq"] < 0.6 * sums["rtn"]
     assert sums["best"] < 0.6 * sums["gptq"]
@@ -200,8 +201,11 @@ def test_hqq_fits_the_bulk_of_a_group_with_outliers():
     bulk = torch.ones(64, dtype=torch.bool)
     bulk[::16] = False
     for grid in (Grid("int3", 16), Grid("int3", 16, symmetric=False), Grid("int4", 16)):
-        plain, fitted = ((round_weight(weight, grid, m).restored() - weight)[:, bulk].norm() for m in ("rtn", "hqq"))
-        assert fitted < 0.95 * plain
+        wrong = [(round_weight(weight, grid, method).restored() - weight).abs() for method in ("rtn", "hqq")]
+        plain, fitted = (each[:, bulk].norm() for each in wrong)
+        assert fitted < plain
+        lost = [each.unflatten(1, (4, 16)).pow(0.7).sum(-1) for each in wrong]
+        assert (lost[1] <= lost[0] * (1 + 1e-4)).all()
 
 
 def exhaustive(target, gram, scale, low, high):
