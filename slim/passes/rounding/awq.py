@@ -59,7 +59,7 @@ def _restored(weight: Tensor, grid: Grid, scales: Scales) -> Tensor:
 
 
 def clipped(weight: Tensor, grid: Grid, kept: torch.dtype, curvature: Curvature) -> Scales:
-    """The clipping of each group of ``weight`` [m, n], at 1, 0.95, ... 0.55 of its extremes, that its inputs mind least.
+    """The clipping of each group of ``weight`` [m, n], at 1, 0.95, ... 0.55 of its extremes, that inputs mind least.
 
     The error of a group is judged by the second moments of the inputs it meets. Source: Lin et al., AWQ, 2023.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -90,11 +91,11 @@ def within_budget(
     """The grid of each weight with which all weights of ``program`` take ``budget`` bytes at most.
 
     A weight that was to be int8 may get int8, int4 or int3; another its own format or a wider one. The damage is the
-    share of what the weight puts out that a search of scales would lose: of its outputs over the calibration data
-    where there are some, of its own size where there are none.
+    share of what the weight puts out over the calibration data that a search of scales would lose; of a table that is
+    only looked up, the share of its own size.
 
     Raises:
-        BadPassOption: where even the cheapest formats do not fit.
+        BadPassOption: where even the cheapest formats do not fit. NeedsCalibration.
     """
     nodes = list(grids)
     choices = [_choices(node, grids[node]) for node in nodes]
@@ -106,7 +107,7 @@ def within_budget(
     chosen = allocate(options, budget - rest)
     if chosen is None:
         least = rest + sum(min(site).cost for site in options)
-        reason = f"{short_bytes(budget)} do not hold the weights, which take {short_bytes(round(least))} at the least"
+        reason = f"{budget:,} bytes do not hold the weights, which take {math.ceil(least):,} bytes at the least"
         raise errors.BadPassOption(pass_name=asked_by, option="budget", reason=reason)
     found = {node: site[index] for node, site, index in zip(nodes, choices, chosen, strict=True)}
     counts = {name: sum(grid.format == name for grid in found.values()) for name in (*_LADDER, "nf4", "fp8")}
@@ -145,14 +146,12 @@ def _bytes(node: fx.Node, grid: Grid) -> float:
 def _curvatures(
     program: Program, ctx: Context, nodes: Sequence[fx.Node], asked_by: str
 ) -> dict[fx.Node, Curvature | None]:
-    """Of the first site that each weight is read at; None without calibration data, and for tables."""
+    """Of the first site that each weight is read at; None for tables."""
     sites: dict[fx.Node, fx.Node] = {}
     for node in nodes:
         for use in uses(node):
             if use.role in (Role.LINEAR, Role.EXPERTS) and isinstance(use.node.args[0], fx.Node):
                 sites.setdefault(node, use.node.args[0])
-    if ctx.calibration is None:
-        return dict.fromkeys(nodes)
     values = list(dict.fromkeys(sites.values()))
     seen = {
         value: Curvature(statistics.gram)

@@ -1,4 +1,4 @@
-"""What is kept beside rounded weights: columns as they were, and a product of low rank that undoes most of the error."""
+"""What is kept beside rounded weights: some columns as they were, and a product that undoes much of the error."""
 
 from __future__ import annotations
 

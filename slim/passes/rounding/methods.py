@@ -23,7 +23,7 @@ Result = tuple[Tensor, Scales]  # steps [m, n] and what they are multiplied with
 with_data: frozenset[Method] = frozenset({"gptq", "awq", "best"})
 
 _NUMBERS_AT_ONCE = 1 << 22  # of a weight whose columns are rounded one by one: 16 MB, and some times that to work in
-_ROUNDS, _SWEEPS = 2, 2
+_ROUNDS, _SWEEPS = 3, 3
 
 
 def default_method(grid: Grid, data: bool) -> Method:
