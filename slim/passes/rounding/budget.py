@@ -109,11 +109,11 @@ def within_budget(
         least = rest + sum(min(site).cost for site in options)
         reason = f"{budget:,} bytes do not hold the weights, which take {math.ceil(least):,} bytes at the least"
         raise errors.BadPassOption(pass_name=asked_by, option="budget", reason=reason)
-    found = {node: site[index] for node, site, index in zip(nodes, choices, chosen, strict=True)}
-    counts = {name: sum(grid.format == name for grid in found.values()) for name in (*_LADDER, "nf4", "fp8")}
+    picked = {node: site[index] for node, site, index in zip(nodes, choices, chosen, strict=True)}
+    counts = {name: sum(grid.format == name for grid in picked.values()) for name in (*_LADDER, "nf4", "fp8")}
     shares = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
     report.notes.append(f"formats for {short_bytes(budget)}: {shares}")
-    return found
+    return picked
 
 
 def _choices(node: fx.Node, own: Grid) -> list[Grid]:

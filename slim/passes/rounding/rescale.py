@@ -46,7 +46,7 @@ def move_scales(program: Program, ctx: Context, grids: Mapping[fx.Node, Grid], a
 
 def _grid_of(program: Program, site: ScaleSite, grids: Mapping[fx.Node, Grid]) -> Grid | None:
     """What all readers of a site are rounded to; None where they differ, or the site cannot be scaled as a whole."""
-    found = {grids.get(reader.node.args[1]) for reader in site.readers}  # type: ignore[call-overload]
+    found = {grids.get(reader.node.args[1]) for reader in site.readers}  # type: ignore[arg-type]
     whole = all(bool((reader.columns != FIXED).all()) for reader in site.readers)
     return found.pop() if len(found) == 1 and len(site.values) == 1 and whole else None
 
