@@ -72,6 +72,7 @@ def prepared(program: Program) -> Callable[[Path], None]:
     if not matrices:
         refuse(FORMAT, "no weight is quantised; format='transformers' writes it as it is")
     _check_roundings(program)
+    _check_additions(program, matrices)
     state: dict[str, Lazy | Matrix] = {**_plain(program, matrices), **matrices}
     dtype = main_dtype(state)
     state = fitted(model, facts, state, FORMAT, lambda shape, value: _full(shape, value, dtype))
@@ -199,6 +200,17 @@ def _check_roundings(program: Program) -> None:
                     refuse(FORMAT, f"{reason}; leave out the pass that rounds it")
 
 
+def _check_additions(program: Program, matrices: Mapping[str, Matrix]) -> None:
+    """Refuses what stands beside a quantised weight and is added to its product."""
+    for matrix in matrices.values():
+        for _, piece in matrix.pieces:
+            own = {piece.name, piece.scale, *(str(weight.target) for weight in stored_in(piece.zero))}
+            extra = [name for name in program.weights if name.startswith(f"{piece.name}_") and name not in own]
+            if extra:
+                reason = f"{piece.name} has outlier columns or a correction beside it ({', '.join(extra)})"
+                refuse(FORMAT, f"{reason}, which compressed-tensors cannot hold; quantise it without, or exclude it")
+
+
 def _plain(program: Program, matrices: Mapping[str, Matrix]) -> dict[str, Lazy]:
     """All other weights, under the original names; quantised tables as the numbers that they stand for."""
     weights = program.weights
@@ -247,7 +259,10 @@ def _held(program: Program, matrix: Matrix) -> dict[str, Lazy]:
     weights, scheme, (rows, columns) = program.weights, matrix.scheme, matrix.shape
     first = matrix.pieces[0][1]
     grid = (rows, matrix.groups)
-    scale_dtype = functools.reduce(torch.promote_types, (weights.dtype(piece.scale) for _, piece in matrix.pieces))
+    kinds = [weights.dtype(piece.scale) for _, piece in matrix.pieces]
+    if first.zero is not None and matrix.dtype == torch.float32:
+        kinds.append(torch.float32)  # where transformers restores weights as it reads them, it does so in this type
+    scale_dtype = functools.reduce(torch.promote_types, kinds)
 
     def whole(read: Callable[[Quantised], Tensor], dtype: torch.dtype, width: int) -> Lazy:
         return Lazy(dtype, (rows, width), lambda: _joined(matrix, read, dtype, width))

@@ -7,9 +7,9 @@ import pytest
 
 import slim
 from benchmarks.outliers import PlantOutliers
+from benchmarks.simulated import RoundToInt8
 from slim.passes import SmoothQuant
 from slim.runtime.perplexity import score, windows
-from tests.simulated import RoundToInt8
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "demo_model"
 TOKENS = 6000

@@ -201,6 +201,16 @@ def test_every_architecture_of_linears_is_read_back(package, name, numbers, grou
     check_same(program, tmp_path / "out")
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_scales_of_half_precision_are_read_back_in_full(package, symmetric, tmp_path):
+    program = held("llama", "int4", 16, symmetric)
+    for name in [name for name in program.weights if name.endswith("_scale")]:
+        program.weights[name] = program.weights[name].half()
+    program.infer()
+    exported(program, tmp_path / "out")
+    check_same(program, tmp_path / "out")
+
+
 @pytest.mark.parametrize("pipeline", ['quantize("int8", embeddings=True)', 'quantize("int4", group_size=8)'])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_the_pass_makes_is_read_back_in_the_type_of_the_model(package, pipeline, dtype, tmp_path):
@@ -376,10 +386,10 @@ def test_zero_points_are_not_mixed_with_what_transformers_would_misread(tmp_path
     refused(program, tmp_path, "q_proj.weight has zero points.*quantised alike")
 
 
-def test_weights_that_a_pass_added_are_refused(tmp_path):
+def test_what_stands_beside_a_quantised_weight_is_refused(tmp_path):
     program = held("llama", "int8")
-    program.weights["model.layers.0.mlp.up_proj.weight_low_rank"] = torch.zeros(2, 2)
-    refused(program, tmp_path, "no place for model.layers.0.mlp.up_proj.weight_low_rank")
+    program.weights["model.layers.0.mlp.up_proj.weight_outliers"] = torch.zeros(2, 2)
+    refused(program, tmp_path, r"up_proj.weight has outlier columns or a correction beside it \(.*weight_outliers\)")
 
 
 def test_dequantising_into_a_format_of_integers_is_contradictory(tmp_path):

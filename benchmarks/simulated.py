@@ -1,4 +1,4 @@
-"""W8A8 as the IR says it, round to nearest: a test's own, so that what it measures depends on no quantisation pass."""
+"""W8A8 as the IR says it, round to nearest, by no pass of slim: what migration alone is measured with."""
 
 from __future__ import annotations
 
