@@ -1,11 +1,15 @@
-"""Programs that round activations to int8: what the kernels write is what the IR says, and nothing is rounded twice."""
+"""Programs of quantised weights and rounded activations: what the kernels write is what the IR says."""
 
 import pytest
 import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 
+from slim.codegen.regions.describe import describe
 from slim.codegen.triton.device import host
 from slim.codegen.triton.executable import TritonExecutable
 from slim.compiler.dialect import quant
+from tests.codegen.test_cpp_formats import FORMATS, PACKED, ROUNDINGS, linear
 from tests.programs import program
 
 ROWS = [(1, 1), (1, 5), (2, 140)]
@@ -73,3 +77,25 @@ def test_what_one_step_rounds_is_stored_as_int8_by_the_linear_that_makes_it():
     gate, down = executable.schedule.regions
     assert next(iter(gate.writes())).dtype == torch.int8
     assert next(iter(down.reads())).dtype == torch.int8
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(
+    kind=st.sampled_from(FORMATS), m=st.integers(1, 40), groups=st.integers(1, 3),
+    group=st.sampled_from([0, 16, 32, 48, 96, 128]), zeros=st.sampled_from(["", "int8", "packed"]),
+    rows=st.sampled_from([1, 2, 17, 40, 260]), rounding=st.sampled_from(list(ROUNDINGS)),
+)  # fmt: skip
+def test_a_linear_of_any_format_equals_the_ir(
+    kind: str, m: int, groups: int, group: int, zeros: str, rows: int, rounding: str
+):
+    if kind == "int3" and group % 32:
+        group *= 2
+    zeros = {"packed": kind}.get(zeros, zeros) if group and kind in ("int4", "int3") else ""
+    groups = 8 if zeros in PACKED else groups  # packed zero points come by the byte
+    made = linear(kind, m, group * groups or 8 * groups, group, zeros, rounding)
+    x = torch.randn(rows, group * groups or 8 * groups)
+    (wanted,) = made.run(x)
+    executable = TritonExecutable(made, host())
+    assert f"[w {kind}" in describe(executable.schedule), "the weight is read as it is stored"
+    got = executable(x.to(host().place))[0].cpu()
+    assert float((got - wanted).abs().max() / wanted.abs().max().clamp_min(1e-6)) < 1e-5
