@@ -37,6 +37,7 @@ from slim.codegen.regions.scalars import (
 from slim.codegen.regions.schedule import Foreign, Norm, Pointwise, Product, Region, Schedule
 from slim.codegen.regions.views import Buffer, Size, View, same
 from slim.compiler.program import Program
+from slim.compiler.rounding import done_by_attention
 from slim.compiler.types import expression
 
 log = logging.getLogger(__name__)
@@ -104,8 +105,11 @@ class Lowering:
 
     def run(self) -> Schedule:
         self._declare_inputs()
+        inside = done_by_attention(self.program)
         for node in self.program.graph.nodes:
             self.node = node
+            if node in inside:
+                continue
             if node.op == "call_function":
                 self.values[node] = self._lowered(node)
             elif node.op == "output":
