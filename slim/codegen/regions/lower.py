@@ -99,16 +99,16 @@ class Lowering:
         self.schedule = Schedule()
         self.values: dict[fx.Node, Any] = {}
         self.node: fx.Node = next(iter(program.graph.nodes))
+        self.inside = done_by_attention(program)  # nodes that attention makes up for
         self.writer: dict[Buffer, int] = {}  # buffer -> the region that wrote it last
         self._weights: dict[str, Buffer] = {}
         self._stored: dict[int, tuple[Scalar, View]] = {}  # id of a body -> that body, and where its numbers lie
 
     def run(self) -> Schedule:
         self._declare_inputs()
-        inside = done_by_attention(self.program)
         for node in self.program.graph.nodes:
             self.node = node
-            if node in inside:
+            if node in self.inside:
                 continue
             if node.op == "call_function":
                 self.values[node] = self._lowered(node)
@@ -189,7 +189,8 @@ class Lowering:
 
     def _readers(self, node: fx.Node) -> list[fx.Node]:
         """The nodes that read numbers of ``node``, not just its size."""
-        return [user for user in node.users if isinstance(user.meta["val"], (torch.Tensor, tuple, list))]
+        readers = [user for user in node.users if isinstance(user.meta["val"], (torch.Tensor, tuple, list))]
+        return [user for user in readers if user not in self.inside]
 
     def _only_linears(self, node: fx.Node) -> bool:
         linear = torch.ops.aten.linear.default
