@@ -180,7 +180,7 @@ class _Lowering:
         else:
             start = argument(node, "start")
             seen = self._share(node, eager_ops.seen_cached_keys, mask, start, window, sizes=(q,))
-            caches = argument(node, "k_cache"), argument(node, "v_cache")
+            caches = [argument(node, name) for name in ("k_cache", "v_cache", "k_scale", "v_scale")]
             self._replace(node, eager_ops.cached_attention, seen, q, k, v, *caches, start, window, *tail)
 
     def _share(self, node: fx.Node, function: Any, *args: Any, sizes: tuple[fx.Node, ...] = ()) -> fx.Node:

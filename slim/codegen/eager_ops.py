@@ -10,6 +10,7 @@ from torch import Tensor
 
 from slim.compiler.blocks import row_blocks
 from slim.compiler.dialect.attention import attend_to, visibility
+from slim.compiler.dialect.kv import held, hold
 from slim.compiler.dialect.experts import _expert_linear as expert_linear
 from slim.compiler.dialect.norm import _rms_norm
 from slim.compiler.dialect.quant import _unpack_int3, _unpack_int4, _unpack_nf4
@@ -118,6 +119,8 @@ def cached_attention(
     v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     start: int,
     window: int | None,
     sinks: Tensor | None,
@@ -127,12 +130,12 @@ def cached_attention(
 ) -> Tensor:
     """``slim.cached_attention``, which is causal, knowing which keys are seen."""
     end = start + q.shape[2]
-    k_cache[:, :, start:end] = k
-    v_cache[:, :, start:end] = v
-    if start == 0:
-        return attention(seen, q, k, v, None, sinks, slopes, scale, softcap, True)
+    hold(k, k_cache, k_scale, start)
+    hold(v, v_cache, v_scale, start)
     first = _first_key(start, window)
-    keys, values = k_cache[:, :, first:end], v_cache[:, :, first:end]
+    keys, values = held(k_cache, k_scale, first, end, k.dtype), held(v_cache, v_scale, first, end, v.dtype)
+    if start == 0:
+        return attention(seen, q, keys, values, None, sinks, slopes, scale, softcap, True)
     return attend_to(seen, q, keys, values, None, sinks, slopes, scale=scale, softcap=softcap, offset=start - first)
 
 

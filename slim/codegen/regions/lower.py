@@ -38,6 +38,7 @@ from slim.codegen.regions.scalars import (
 from slim.codegen.regions.schedule import Foreign, Norm, Pointwise, Product, Region, Schedule
 from slim.codegen.regions.views import Buffer, Size, View, same
 from slim.compiler.program import Program
+from slim.compiler.rounding import done_by_attention
 from slim.compiler.types import expression
 from slim.compiler.uses import LINEAR
 
@@ -104,7 +105,8 @@ class Lowering:
         self.schedule = Schedule()
         self.values: dict[fx.Node, Any] = {}
         self.node: fx.Node = next(iter(program.graph.nodes))
-        self.absorbed = absorbed(program, wants)
+        self.inside = done_by_attention(program)  # nodes that attention makes up for
+        self.absorbed = absorbed(program, wants) | self.inside
         self.writer: dict[Buffer, int] = {}  # buffer -> the region that wrote it last
         self._weights: dict[str, Buffer] = {}
         self._stored: dict[int, tuple[Scalar, View]] = {}  # id of a body -> that body, and where its numbers lie
@@ -190,15 +192,20 @@ class Lowering:
 
     def _settled(self, node: fx.Node, value: Any) -> Any:
         """``value``, in memory if more than one node reads it and computing it twice would cost."""
-        if not isinstance(value, Value) or _is_free(value.body) or len(readers(node)) < 2:
+        if not isinstance(value, Value) or _is_free(value.body) or len(self._readers(node)) < 2:
             return value
         if isinstance(value.body, Lane) and isinstance(value.body.anchor, Norm) and self._only_linears(node):
             return value
         return Value(Load(self.store(value)), value.shape, value.dtype)
 
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that read numbers of ``node`` and are not part of what attention does."""
+        return [user for user in readers(node) if user not in self.inside]
+
     def _only_linears(self, node: fx.Node) -> bool:
         """Whether linears alone read ``node``, rounded or not."""
-        return all(user in self.absorbed or (user.target is LINEAR and user.args[0] is node) for user in readers(node))
+        reading = self._readers(node)
+        return all(user in self.absorbed or (user.target is LINEAR and user.args[0] is node) for user in reading)
 
     # -- putting values into memory ------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slim.codegen.regions.schedule import Attention
-from slim.codegen.triton.attention_cache import page, stored
+from slim.codegen.triton.attention_cache import less_offset, page, stored
 from slim.codegen.triton.attention_parts import (
     LOG2E,
     Softmax,
@@ -169,6 +169,7 @@ class _Decode:
             "at = start.to(tl.int64) + tl.arange(0, 1)", "t = start + tl.arange(0, 1)",
             *page(self.writer, region, "t", None),
             *self.turn.load("k_new", region.k, "k", ["b", "g", None], None),
+            *less_offset(self.writer, region, self.g.width),
             f"v_new = tl.load({place}{masked(across(inside('e', self.g.value_width)), other='0.0')})",
             *self.k.append("1", None, writes), *self.v.append("1", None, writes),
             "s = tl.sum(q_new.to(tl.float32) * k_new.to(tl.float32), 1, keep_dims=True)",

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from slim.codegen.regions.schedule import Attention
 from slim.codegen.regions.views import Buffer, View
-from slim.codegen.triton.attention_cache import page, stored
+from slim.codegen.triton.attention_cache import less_offset, page, stored
 from slim.codegen.triton.attention_decode import block_list
 from slim.codegen.triton.attention_parts import (
     Softmax,
@@ -54,7 +54,8 @@ def _append(region: Attention, target: Target, kept: dict[str, View]) -> Kernel:
         "token = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)", f"there = token < {tokens}",
         "g = tl.program_id(1)", "b = tl.program_id(2).to(tl.int64)", f"at = token + tl.cast({begin}, tl.int64)",
         *g.channels(), *page(writer, region, "at", "there"), *turn.begin(), *turn.angles(row, rows), *k.begin(None),
-        *turn.load("k_new", region.k, "k", ["b", "g", row], rows), *k.append("BLOCK_S", "there"),
+        *turn.load("k_new", region.k, "k", ["b", "g", row], rows), *less_offset(writer, region, g.width),
+        *k.append("BLOCK_S", "there"),
     ]  # fmt: skip
     if region.k_cache is not None:
         place = address(writer, region.v, "v", ["b", "g", row, "e[None, :]"])
