@@ -4,8 +4,8 @@
     python benchmarks/kv_cache.py --shape 15m --contexts 512 --rounds 3
 
 The contexts are not read but filled with random keys and values: how fast a step is does not hang on what it sees.
-Every round measures each cache in turn (A B C, A B C); best and median of all rounds are printed. Compare numbers of one
-run only.
+Every round measures each cache in turn (A B C, A B C); best and median of all rounds are printed. Compare numbers of
+one run only.
 """
 
 from __future__ import annotations

@@ -155,7 +155,7 @@ class Stored:
             lines += [
                 f"{channels} = tl.arange(0, {half})",
                 f"low, high = tl.split(tl.reshape({n}_new.to(tl.int32) + 8, ({rows}, {half}, 2)))",
-                f"bits = (low | (high << 4)).to(tl.uint8)",
+                "bits = (low | (high << 4)).to(tl.uint8)",
             ]
             held = f"({channels} < {self.width // 2})[None, :]"
             lines.append(f"tl.store({self._at(channels)}, bits{masked(column(mask), held, writes)})")
