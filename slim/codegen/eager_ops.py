@@ -10,8 +10,8 @@ from torch import Tensor
 
 from slim.compiler.blocks import row_blocks
 from slim.compiler.dialect.attention import attend_to, visibility
-from slim.compiler.dialect.kv import held, hold
 from slim.compiler.dialect.experts import _expert_linear as expert_linear
+from slim.compiler.dialect.kv import held, hold
 from slim.compiler.dialect.norm import _rms_norm
 from slim.compiler.dialect.quant import _unpack_int3, _unpack_int4, _unpack_nf4
 from slim.compiler.dialect.rope import _rope as rope

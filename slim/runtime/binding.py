@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from slim import errors
-from slim.compiler.inputs import evaluate
 from slim.compiler.dialect.kv import bits_of
+from slim.compiler.inputs import evaluate
 from slim.compiler.program import Program, where
 from slim.compiler.rounding import pair_bits, rounded
 from slim.compiler.rules import argument

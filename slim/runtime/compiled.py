@@ -271,7 +271,9 @@ class CompiledModel:
         key = (masked, last_only)
         if key not in self._steps:
             checked = bool(self.slots)  # or it raises
-            bound = bind_cache(self.program, masked=masked, last_only=last_only, checked=checked, bits=self.kv_cache.bits)
+            bound = bind_cache(
+                self.program, masked=masked, last_only=last_only, checked=checked, bits=self.kv_cache.bits
+            )
             name = "step" + "_masked" * masked + "_last" * last_only
             self._steps[key] = Step(bound, self._lower(name, bound))
         return self._steps[key]
