@@ -17,11 +17,10 @@ from transformers import AutoTokenizer
 
 import slim
 from benchmarks.outliers import PlantOutliers
-from benchmarks.simulated import RoundToInt8
 from slim.compiler.passes_base import Context, Pass
 from slim.compiler.scaling import scale_sites
 from slim.compiler.statistics import collect
-from slim.passes import SmoothQuant
+from slim.passes import Quantize, SmoothQuant
 from slim.passes.smooth_quant import rounding_errors
 from slim.runtime.perplexity import reading_length, score, windows
 
@@ -81,7 +80,7 @@ def main() -> None:
     print("\n| outliers | smoothing | nats lost | error of products |\n| :-- | :-- | --: | --: |")
     for outliers, plant in OUTLIERS.items():
         for smoothing, smooth in SMOOTHING.items():
-            lost = bench.nats((*plant, *smooth, RoundToInt8())) - exact
+            lost = bench.nats((*plant, *smooth, Quantize("int8", activations="int8", method="rtn"))) - exact
             print(
                 f"| {outliers} | {smoothing} | {lost:+.5f} | {bench.product_error((*plant, *smooth)):.2e} |", flush=True
             )

@@ -14,7 +14,7 @@ from slim import errors
 from slim.codegen import select
 from slim.compiler.dump import Dump
 from slim.compiler.lift import lift, lift_path
-from slim.compiler.passes_base import STATISTICS, Context, Pass, Progress
+from slim.compiler.passes_base import Context, Pass, Progress
 from slim.compiler.pipeline import run_pipeline
 from slim.compiler.program import Program
 from slim.passes import as_passes
@@ -69,7 +69,7 @@ def compile(
     program = _lift(model, example_inputs)
     seconds = {"lift": time.perf_counter() - start}
     program, report = run_pipeline(program, pipeline, context)
-    if calibration is not None and not any(STATISTICS in pass_.requires for pass_ in pipeline):
+    if calibration is not None and context.batches is None:
         report.notes.append("calibration was given, and no pass of this pipeline reads it")
     start = time.perf_counter()
     compiled = CompiledModel(

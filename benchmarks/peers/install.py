@@ -17,7 +17,9 @@ ENVIRONMENTS: dict[str, list[list[str]]] = {
     "ort_genai": [["torch"], ["onnxruntime-genai", "onnxruntime", "onnx", "onnx-ir", "transformers", "safetensors"]],
     "pytorch": [["torch"], ["torchao", "transformers", "safetensors"]],
     "picture": [["matplotlib"]],
+    "llmcompressor": [["torch"], ["llmcompressor"]],
 }
+FREE = {"llmcompressor"}  # takes transformers up to 5.21 alone: nothing but torch is pinned
 BUILD = {"CMAKE_ARGS": "-DGGML_NATIVE=ON"}  # llama.cpp comes as source: use what this processor has
 
 
@@ -35,6 +37,8 @@ def install(environment: str) -> None:
     HOME.mkdir(exist_ok=True)
     (HOME / ".gitignore").write_text("*\n")
     subprocess.run([sys.executable, "-m", "venv", str(HOME / environment)], check=True)
-    pip = [str(interpreter(environment)), "-m", "pip", "install", "-c", str(ROOT / "constraints.txt")]
+    pip = [str(interpreter(environment)), "-m", "pip", "install"]
+    pinned = ["-c", str(ROOT / "constraints.txt")]
     for packages in ENVIRONMENTS[environment]:
-        subprocess.run([*pip, *packages], check=True, env=os.environ | BUILD)
+        constraints = [] if environment in FREE and packages != ["torch"] else pinned
+        subprocess.run([*pip, *constraints, *packages], check=True, env=os.environ | BUILD)

@@ -1,4 +1,4 @@
-"""The command line: ``slim compile | generate | bench | eval | inspect | passes``.
+"""The command line: ``slim compile | generate | bench | eval | export | inspect | passes``.
 
 Everything here is cheap to import, so that ``slim --help`` is quick; torch and transformers come inside the commands.
 """
@@ -10,6 +10,7 @@ import click
 from slim.cli.bench import bench
 from slim.cli.compile import compile_
 from slim.cli.evaluate import evaluate
+from slim.cli.export import export
 from slim.cli.generate import generate
 from slim.cli.inspect import inspect
 from slim.cli.passes import passes
@@ -31,5 +32,5 @@ def main() -> None:
     """
 
 
-for command in (compile_, generate, bench, evaluate, inspect, passes):
+for command in (compile_, generate, bench, evaluate, export, inspect, passes):
     main.add_command(command)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from slim.cli.calibration import calibration_option, read_calibration
 from slim.cli.progress import Steps
 from slim.cli.shell import debug_option, pipeline_option, read_pipeline_option
 from slim.cli.tables import print_table
@@ -20,23 +21,25 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("model", metavar="DIR|MODEL")
 @pipeline_option
+@calibration_option
 @click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to cost it for.")
 @debug_option
-def inspect(model: str, pipeline: str, tokens: int) -> None:
+def inspect(model: str, pipeline: str, calibration: str | None, tokens: int) -> None:
     """Print the IR as typed Python, with the lines of the model's own source, and what it costs to run.
 
     With -p the IR is that after the passes. Nothing is compiled, and without -p no weight is read.
     """
     text = read_pipeline_option(pipeline)
+    texts = None if calibration is None else read_calibration(calibration)
     with Steps() as steps:
-        program, report = _program(model, text, steps)
+        program, report = _program(model, text, texts, steps)
     click.echo(str(program))
     if report is not None:
         click.echo(f"\n{report}\n")
     print_cost(program, tokens)
 
 
-def _program(model: str, text: str, steps: Steps) -> tuple[Program, PipelineReport | None]:
+def _program(model: str, text: str, texts: list[str] | None, steps: Steps) -> tuple[Program, PipelineReport | None]:
     from slim.compiler.lift import lift_path
     from slim.compiler.passes_base import Context
     from slim.compiler.pipeline import run_pipeline
@@ -46,7 +49,8 @@ def _program(model: str, text: str, steps: Steps) -> tuple[Program, PipelineRepo
     passes = parse_pipeline(text)
     steps.stage(f"reading {model}")
     program = load(model, target="eager").program if is_artifact(model) else lift_path(model)
-    return run_pipeline(program, passes, Context(progress=steps)) if passes else (program, None)
+    context = Context(progress=steps, calibration=texts)
+    return run_pipeline(program, passes, context) if passes else (program, None)
 
 
 def print_cost(program: Program, tokens: int) -> None:

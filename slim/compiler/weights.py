@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from slim import errors
+from slim.compiler.blocks import row_blocks
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -202,11 +203,21 @@ def check_finite(name: str, tensor: Tensor, *, mask: bool = False) -> None:
     """Raises NonFiniteWeight where a floating-point weight holds NaN or, unless it is a mask, infinity."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return
-    # min and max propagate NaN and need no temporary of the tensor's size
-    low, high = torch.aminmax(tensor.detach())
+    low, high = _extremes(tensor.detach())
     if (torch.isfinite(low) and torch.isfinite(high)) or (mask and not torch.isnan(low)):
         return
     flat = tensor.detach().reshape(-1)
+    flat = flat.to(torch.float16) if flat.itemsize == 1 else flat
     nans = int(torch.isnan(flat).sum())
     kind, count = ("NaN", nans) if nans else ("infinite", int(torch.isinf(flat).sum()))
     raise errors.NonFiniteWeight(name=name, kind=kind, count=count)
+
+
+def _extremes(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """The lowest number and the highest; NaN if there is any. Needs no temporary of the tensor's size."""
+    if tensor.itemsize > 1:
+        return torch.aminmax(tensor)
+    rows = tensor.reshape(-1, tensor.shape[-1] if tensor.dim() else 1)  # of eight bits, which aminmax does not take
+    found = [torch.aminmax(rows[block].to(torch.float16)) for block in row_blocks(rows.shape)]
+    low, high = (torch.stack(part) for part in zip(*found, strict=True))
+    return low.amin(), high.amax()

@@ -256,6 +256,26 @@ def test_bad_calibration_is_refused(model: Path, tmp_path: Path, name: str, cont
     assert said in fails(tmp_path, "compile", model, *options)
 
 
+def test_a_pass_that_needs_data_says_which_option_gives_it_and_takes_it(
+    model: Path, text: Path, tmp_path: Path
+) -> None:
+    options = ("-p", 'quantize("int4", method="gptq")', "--target", "eager", "-o", tmp_path / "small")
+    assert "--calibration FILE" in fails(tmp_path, "compile", model, *options)
+    (tmp_path / "some.txt").write_text(text.read_text()[:30_000])
+    told = succeed("compile", model, *options, "--calibration", tmp_path / "some.txt").stdout
+    assert "calibration tokens" in told
+    assert "int4 by gptq" in told
+
+
+def test_a_compiled_model_is_exported_for_other_libraries(model: Path, tmp_path: Path) -> None:
+    succeed("compile", model, "-p", 'quantize("int8")', "--target", "eager", "-o", tmp_path / "small")
+    told = succeed("export", tmp_path / "small", "-o", tmp_path / "out", "--format", "compressed-tensors").stdout
+    assert f"exported to {tmp_path / 'out'}" in told
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert "compressed-tensors" in fails(tmp_path, "export", tmp_path / "small", "-o", tmp_path / "plain")
+
+
 def test_an_empty_prompt_is_refused(artifact: Path, tmp_path: Path) -> None:
     assert "the prompt is empty" in fails(tmp_path, "generate", artifact, "--prompt", "")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slim.codegen.cpp.text import FORMATS
 from slim.codegen.executables import Ends, Feedback
-from slim.codegen.regions.linears import FLOAT_FORMATS
+from slim.codegen.regions.matrices import FLOAT_FORMATS
 
 if TYPE_CHECKING:
     from slim.codegen.cpp.executable import BoundCall

@@ -14,7 +14,7 @@ from torch import Tensor
 from slim import errors
 from slim.codegen.build import host_isa, load, shared_object
 from slim.codegen.cpp.decoding import GreedyCall, greedy_call
-from slim.codegen.cpp.emit import Unit, emit
+from slim.codegen.cpp.emit import WANTS, Unit, emit
 from slim.codegen.cpp.packing import hold
 from slim.codegen.executables import Ends, Feedback
 from slim.codegen.inputs import check_kind, check_shape, check_writable
@@ -40,7 +40,7 @@ class CppExecutable:
 
     def __init__(self, program: Program) -> None:
         isa = host_isa()
-        self.schedule: Schedule = lower(program)
+        self.schedule: Schedule = lower(program, WANTS)
         unit = emit(self.schedule)
         self.code = {"program.cpp": unit.source}
         self.form = _form(self.schedule, unit)

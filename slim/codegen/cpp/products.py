@@ -18,31 +18,36 @@ def _linear(writer: Writer, region: Linear) -> list[str]:
     row = ["const i64 r = e.order[row];"] if expert is not None else ["const i64 r = row;"]
     writer.helpers.append(f"struct {NAME}_env {{ {fields} }};")
     _load_row(writer, region, row)
+    _row_step(writer, region, row)
     for index, part in enumerate(region.parts):
         _store_row(writer, part, index, row)
     matrices = [product.matrix for part in region.parts for product in part.products]
     rows = writer.sizes.text(math.prod(region.source.view.shape[:-1]))
     n = writer.sizes.text(region.source.view.shape[-1])
-    quantized = any(matrix.is_quantized for matrix in matrices)
+    packed = any(matrix.format not in _IN_PLACE for matrix in matrices)
     call = [
         *(_matrix(writer, matrix, index, expert is not None) for index, matrix in enumerate(matrices)),
         f"const {NAME}_env env{{z, p, t{', order' if expert is not None else ''}}};",
         _parts(region),
     ]
     scratch = writer.arguments.text(None)
-    group = "ACT_GROUP" if quantized else "0"
+    tail = ["ACT_GROUP" if packed else "0", scratch]
+    if region.source.is_rounded:
+        tail += [f"{NAME}_step", "true" if region.source.scale is not None else "false"]
     if expert is None:
         writer.scratch.append(f"linear_scratch({rows}, {n}, threads)")
         return [*call, f"linear(t, slim::Linear{{{rows}, {n}, {NAME}_load, &env, parts, {len(region.parts)}, "
-                       f"{group}, {scratch}}});"]  # fmt: skip
-    return _experts(writer, region, call, rows, n, group, scratch)
+                       f"{', '.join(tail)}}});"]  # fmt: skip
+    return _experts(writer, region, call, rows, n, tail)
 
 
-def _experts(writer: Writer, region: Linear, call: list[str], rows: str, n: str, group: str, scratch: str) -> list[str]:
+def _experts(writer: Writer, region: Linear, call: list[str], rows: str, n: str, tail: list[str]) -> list[str]:
     """Rows are sorted by expert; then each expert that has any is one product."""
     matrix = region.parts[0].products[0].matrix
     experts = writer.sizes.text(matrix.data.shape[0])
     assert region.source.expert is not None
+    group, scratch, *step = tail
+    rest = ", ".join([group, f"{scratch} + expert_scratch({rows}, experts)", *step])
     ids = writer.arguments.pointer(region.source.expert, writer.sizes)
     stride = writer.sizes.text(region.source.expert.strides[-1])
     writer.scratch.append(f"linear_scratch({rows}, {n}, threads) + expert_scratch({rows}, {experts})")
@@ -51,8 +56,7 @@ def _experts(writer: Writer, region: Linear, call: list[str], rows: str, n: str,
         "if (count == 0) continue;",
         "const i64* order = starts + experts + 1 + starts[expert];",
         *call,
-        f"linear(t, slim::Linear{{count, {n}, {NAME}_load, &env, parts, {len(region.parts)}, {group}, "
-        f"{scratch} + expert_scratch({rows}, experts)}});",
+        f"linear(t, slim::Linear{{count, {n}, {NAME}_load, &env, parts, {len(region.parts)}, {rest}}});",
         "t.barrier();",
     ]
     return [
@@ -66,19 +70,22 @@ def _experts(writer: Writer, region: Linear, call: list[str], rows: str, n: str,
     ]
 
 
-_FORMATS = {"f32": "float", "bf16": "bf16", "f16": "f16"}
+_IN_PLACE = {"f32": "float", "bf16": "bf16", "f16": "f16", "fp8": "fp8"}  # read as PyTorch keeps them
 
 
 def _matrix(writer: Writer, matrix: Matrix, index: int, stacked: bool) -> str:
     data = writer.arguments.text(matrix.data)
     if stacked:
-        if matrix.is_quantized:  # a stack of packed weights begins with their distance, on a cache line of its own
+        if (
+            matrix.format not in _IN_PLACE
+        ):  # a stack of packed weights begins with their distance, on a cache line of its own
             data = f"{data} + 64 + expert * *(const i64*){data}"
         else:
-            data = f"{data} + expert * {matrix.m * matrix.n} * (i64)sizeof({_FORMATS[matrix.format]})"
+            data = f"{data} + expert * {matrix.m * matrix.n} * (i64)sizeof({_IN_PLACE[matrix.format]})"
     scale = "nullptr"
     if matrix.scale is not None:
-        offset = f" + expert * {matrix.m}" if stacked else ""
+        groups = matrix.n // matrix.group if matrix.group else 1
+        offset = f" + expert * {matrix.m * groups}" if stacked else ""
         scale = f"(const float*){writer.arguments.text(matrix.scale)}{offset}"
     return f"const Matrix m{index}{{Format::{matrix.format}, {data}, {scale}, {matrix.m}, {matrix.n}, {matrix.group}}};"
 
@@ -93,8 +100,8 @@ def _parts(region: Linear) -> str:
     return f"const Part parts[] = {{{', '.join(texts)}}};"
 
 
-def _helper(writer: Writer, name: str, parameters: str, body: list[str]) -> None:
-    head = f"static void {NAME}_{name}(const void* held, i64 row, {parameters}) {{"
+def _helper(writer: Writer, name: str, parameters: str, body: list[str], result: str = "void") -> None:
+    head = f"static {result} {NAME}_{name}(const void* held, i64 row, {parameters}) {{"
     env = [f"const auto& e = *(const {NAME}_env*)held;", "const Sizes& z = e.z;", "char* const* p = e.p;",
            "Thread& t = e.t;", "(void)z, (void)p, (void)t;"]  # fmt: skip
     writer.helpers.append("\n".join([head, *indented([*env, *body]), "}"]))
@@ -114,6 +121,23 @@ def _load_row(writer: Writer, region: Linear, row: list[str]) -> None:
         result = normalised(writer, text, norm, "x[i]")
         body = [*body, *statistics, *loop_over(width, [f"x[i] = {result};"])]
     _helper(writer, "load", "float* x", [*row, *decompose(writer.sizes, lead, "r", "o"), *text.outer, *body])
+
+
+def _row_step(writer: Writer, region: Linear, row: list[str]) -> None:
+    """By what a row is rounded to int8, where the Program says so."""
+    view, scale = region.source.view, region.source.scale
+    if region.source.own_step:
+        lines = [f"return token_scale(x, {writer.sizes.text(view.shape[-1])});"]
+    elif scale is not None:
+        lead = scale.shape
+        loop = Loop([*([d] for d in range(len(lead))), []], [*(f"o{d}" for d in range(len(lead))), "i"])
+        text = writer.scalars(loop)
+        step = text.write(Load(scale))
+        index = decompose(writer.sizes, lead, "r", "o")
+        lines = ["(void)x;", *row, *index, *text.outer, *text.inner, f"return {step};"]
+    else:
+        return
+    _helper(writer, "step", "const float* x", lines, "float")
 
 
 def _store_row(writer: Writer, part: Part, index: int, row: list[str]) -> None:

@@ -18,9 +18,11 @@ COMPUTED = {F32: "float", I64: "i64", BOOL: "bool"}
 STORED = {
     torch.float64: "double", torch.float32: "float", torch.float16: "f16", torch.bfloat16: "bf16",
     torch.int64: "i64", torch.int32: "i32", torch.int16: "i16", torch.int8: "i8", torch.uint8: "u8", torch.bool: "bool",
+    torch.float8_e4m3fn: "fp8",
 }  # fmt: skip
 
-FORMATS = {"f32": 0, "bf16": 1, "f16": 2, "int8": 3, "int4": 4}  # enum Format of kernels.h, by Matrix.format
+# enum Format of kernels.h, by Matrix.format
+FORMATS = {"f32": 0, "bf16": 1, "f16": 2, "int8": 3, "int4": 4, "int3": 5, "nf4": 6, "fp8": 7}
 
 _INFIX = {
     "add": "+", "sub": "-", "mul": "*", "div": "/", "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">",

@@ -52,6 +52,8 @@ def _source(source: Source) -> str:
     name = _name(source.view)
     if source.norm is not None:
         name = f"{source.norm.kind}({name})"
+    if source.is_rounded:
+        name = f"int8({name})"
     return name if source.expert is None else f"{name} by expert {_name(source.expert)}"
 
 
@@ -62,7 +64,8 @@ def _part(part: Part) -> str:
 
 def _matrix(matrix: Matrix) -> str:
     group = f" g{matrix.group}" if matrix.group else ""
-    return f"{matrix.data.name} {matrix.format}[{matrix.m},{matrix.n}]{group}"
+    zeros = " zeros" if matrix.zero_format else ""
+    return f"{matrix.data.name} {matrix.format}[{matrix.m},{matrix.n}]{group}{zeros}"
 
 
 def _attention(region: Attention) -> str:

@@ -25,6 +25,7 @@ from slim.codegen.regions.scalars import (
     rebuild,
 )
 from slim.codegen.regions.views import Size, Strided, View, same
+from slim.compiler.dialect.quant import NF4
 from slim.compiler.rules import argument
 
 aten, slim = torch.ops.aten, torch.ops.slim
@@ -246,11 +247,54 @@ def _spread(lowering: Lowering, grid: Any, shape: Sequence[Size], axis: int | No
 def unpack_int4(lowering: Lowering, node: fx.Node) -> Value:
     """slim.unpack_int4: column 2j is the low nibble of byte j, 2j + 1 the high one, each as value + 8."""
     shape, dtype = lowering.type(node)
-    packed = lowering.plain(lowering.value(node.args[0]))
-    rank = len(shape)
-    column = Iota(Strided(shape, tuple(int(d == rank - 1) for d in range(rank))))
-    byte = op("floordiv", column, const(2, I64))
-    held = pick(packed.body, shape, {rank - 1: byte}, {d: d for d in range(rank - 1)})
+    return Value(op("sub", _nibble(lowering, node, shape), const(8, I64)), shape, dtype)
+
+
+@handles(slim.unpack_nf4.default)
+def unpack_nf4(lowering: Lowering, node: fx.Node) -> Value:
+    """slim.unpack_nf4: the nibbles, each as its level, which its four bits choose by halves."""
+    shape, dtype = lowering.type(node)
+    code = _nibble(lowering, node, shape)
+    levels: list[Scalar] = [const(level, I64) for level in NF4]
+    for bit in range(4):
+        is_set = op("ne", op("and", code, const(1 << bit, I64)), const(0, I64), dtype=torch.bool)
+        levels = [
+            op("where", is_set, high, low, dtype=I64) for low, high in zip(levels[::2], levels[1::2], strict=True)
+        ]
+    return Value(levels[0], shape, dtype)
+
+
+def _nibble(lowering: Lowering, node: fx.Node, shape: Sequence[Size]) -> Scalar:
+    """Half of a byte, 0..15."""
+    column = _column(shape)
+    byte = _byte(lowering, node, shape, op("floordiv", column, const(2, I64)))
     shift = op("mul", op("mod", column, const(2, I64)), const(4, I64))
-    nibble = op("and", op("shr", cast(held, I64), shift), const(15, I64))
-    return Value(op("sub", nibble, const(8, I64)), shape, dtype)
+    return op("and", op("shr", byte, shift), const(15, I64))
+
+
+@handles(slim.unpack_int3.default)
+def unpack_int3(lowering: Lowering, node: fx.Node) -> Value:
+    """slim.unpack_int3: eight columns in the 24 bits of three bytes, each as value + 4."""
+    shape, dtype = lowering.type(node)
+    eight, one = const(8, I64), const(1, I64)
+    column = _column(shape)
+    bit = op("mul", op("mod", column, eight), const(3, I64))
+    place = op("floordiv", bit, eight)  # of the three, where the number begins; it may end in the next
+    first = op("mul", op("floordiv", column, eight), const(3, I64))
+    after = op("min", op("add", place, one), const(2, I64))
+    low, high = (_byte(lowering, node, shape, op("add", first, each)) for each in (place, after))
+    both = op("or", low, op("shl", high, eight))
+    code = op("and", op("shr", both, op("mod", bit, eight)), const(7, I64))
+    return Value(op("sub", code, const(4, I64)), shape, dtype)
+
+
+def _column(shape: Sequence[Size]) -> Scalar:
+    last = len(shape) - 1
+    return Iota(Strided(tuple(shape), tuple(int(d == last) for d in range(len(shape)))))
+
+
+def _byte(lowering: Lowering, node: fx.Node, shape: Sequence[Size], index: Scalar) -> Scalar:
+    """Byte ``index`` of each row of what ``node`` unpacks."""
+    packed = lowering.plain(lowering.value(node.args[0]))
+    last = len(shape) - 1
+    return cast(pick(packed.body, shape, {last: index}, {d: d for d in range(last)}), I64)

@@ -1,26 +1,23 @@
-"""Matrix products: which weight formats have a kernel, what is fused around a product, what shares a sweep."""
+"""Matrix products: what is fused around a product, and what shares a sweep."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import fx
 
+from slim.codegen.regions.matrices import matrix, step_of_groups
 from slim.codegen.regions.pointwise import op
-from slim.codegen.regions.scalars import F32, Gather, Lane, Load, Scalar, Value, cast, expand, views
-from slim.codegen.regions.schedule import Linear, Matrix, Norm, Part, Product, Source
+from slim.codegen.regions.rounded import Rounding, rounding
+from slim.codegen.regions.scalars import F32, Gather, Lane, Load, Scalar, Value, cast, expand, lanes, views
+from slim.codegen.regions.schedule import Linear, Norm, Part, Product, Source
 from slim.codegen.regions.views import Size, View, same
-from slim.compiler.rules import argument
-from slim.compiler.uses import UNPACKS
 
 if TYPE_CHECKING:
     from slim.codegen.regions.lower import Lowering
 
-aten, slim = torch.ops.aten, torch.ops.slim
-
 LANES = 2  # products whose results one store may combine: gate and up
-FLOAT_FORMATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def linear(lowering: Lowering, node: fx.Node) -> Value:
@@ -33,7 +30,7 @@ def expert_linear(lowering: Lowering, node: fx.Node) -> Value:
     """slim.expert_linear: row t of x [T, n] by W[expert[t]] of W [E, m, n]."""
     x, _, bias, expert = node.args
     plain = _source(lowering, x)
-    source = Source(plain.view, plain.norm, lowering.rows(expert), plain.scale)
+    source = replace(plain, expert=lowering.rows(expert))
     return _product(lowering, node, source, bias)
 
 
@@ -57,10 +54,11 @@ def _bias(lowering: Lowering, bias: Any, source: Source, shape: tuple[Size, ...]
 
 def _source(lowering: Lowering, x: Any) -> Source:
     """The rows that ``x`` holds, with the norm that makes them, or their rounding to int8, still to be done."""
-    if x.op != "get_attr" and x.target is slim.dequantize.default and lowering.wants.int8_rows:
-        rounded = _int8_rows(lowering, x)
-        if rounded is not None:
-            return rounded
+    rounded = rounding(x) if lowering.wants.int8_rows else None
+    return _rows(lowering, x) if rounded is None else _rounded_rows(lowering, rounded, x.args[0])
+
+
+def _rows(lowering: Lowering, x: Any) -> Source:
     value = lowering.value(x)
     if isinstance(value.body, Lane) and isinstance(value.body.anchor, Norm):
         norm = value.body.anchor
@@ -71,75 +69,23 @@ def _source(lowering: Lowering, x: Any) -> Source:
     return Source(lowering.rows(x))
 
 
-def _int8_rows(lowering: Lowering, node: fx.Node) -> Source | None:
-    """The rows of x where ``node`` is x rounded to int8 and back, with one scale a row or one for all."""
-    q, scale = node.args[:2]
-    if q.target is not slim.quantize.default or q.args[1] is not scale:  # type: ignore[union-attr]
-        return None
-    options = [(argument(each, "zero_point"), argument(each, "group_size")) for each in (q, node)]  # type: ignore[arg-type]
-    whole = (argument(q, "low"), argument(q, "high")) == (-128, 127)  # type: ignore[arg-type]
-    if options != [(None, None)] * 2 or not whole or argument(q, "axis") != argument(node, "axis"):  # type: ignore[arg-type]
-        return None
-    lead = lowering.shape(node)[:-1]
-    steps = lowering.shape(scale)  # type: ignore[arg-type]
-    if argument(node, "axis") is not None and not (len(steps) == len(lead) and all(map(same, steps, lead))):
-        return None
-    plain = _source(lowering, q.args[0])  # type: ignore[union-attr]
-    if argument(node, "axis") is not None:
-        view = lowering.view(scale)
+def _rounded_rows(lowering: Lowering, rounded: Rounding, q: fx.Node) -> Source:
+    if lowering.wants.requantises and not rounded.by_row and _is_product(lowering.value(rounded.x)):
+        plain = Source(lowering.rows(lowering.once(q)))
     else:
-        held = lowering.view(scale)
-        view = View(held.buffer, lead, (0,) * len(lead), held.offset)
-    return Source(plain.view, plain.norm, plain.expert, view)
+        plain = _rows(lowering, rounded.x)
+    if rounded.is_own and lowering.wants.own_steps:
+        return replace(plain, own_step=True)
+    held = lowering.view(rounded.step)
+    if rounded.by_row:
+        return replace(plain, scale=held)
+    lead = lowering.shape(rounded.x)[:-1]
+    return replace(plain, scale=View(held.buffer, lead, (0,) * len(lead), held.offset))
 
 
-# -- weights -----------------------------------------------------------------------------------------------------------
-
-
-def matrix(lowering: Lowering, weight: Any) -> Matrix:
-    """The weight that ``weight`` reads, in the format that it is stored in where there is a kernel for that."""
-    shape = lowering.shape(weight)
-    m, n = int(shape[-2]), int(shape[-1])
-    if weight.op == "get_attr":
-        name = str(weight.target)
-        kind = FLOAT_FORMATS.get(lowering.program.weights.dtype(name))
-        if kind in lowering.wants.formats:
-            return Matrix(kind, lowering.weight(name), None, m, n)
-    quantized = _quantized(lowering, weight, m, n) if weight.target is slim.dequantize.default else None
-    if quantized is not None:
-        return quantized
-    view = lowering.view(weight)
-    if not view.is_contiguous or not same(view.offset, 0) or view.buffer.dtype not in FLOAT_FORMATS:
-        view = lowering.store(lowering.value(weight), fresh=True)
-    return Matrix(FLOAT_FORMATS[view.buffer.dtype], view.buffer, None, m, n)
-
-
-def _quantized(lowering: Lowering, node: fx.Node, m: int, n: int) -> Matrix | None:
-    """A symmetric int8, int4 or fp8 weight with one scale a row, or by groups of a row."""
-    stored: Any = node.args[0]
-    scale: Any = node.args[1]
-    kind = "fp8" if stored.meta["val"].dtype == torch.float8_e4m3fn else "int8"
-    for packed, unpack in UNPACKS.items():
-        if stored.target is unpack:
-            kind, stored = packed, stored.args[0]
-    plain = stored.op == "get_attr" and scale.op == "get_attr" and argument(node, "zero_point") is None
-    if not plain or kind not in lowering.wants.formats:
-        return None
-    rank = len(lowering.shape(node))
-    axis, group = argument(node, "axis"), argument(node, "group_size")
-    rows = lowering.shape(scale)
-    by_row = group is None and axis == rank - 2 and rows == lowering.shape(node)[:-1]
-    by_group = group is not None and axis == rank - 1 and n % group == 0 and group % 16 == 0
-    if not lowering.wants.packed and (by_row or by_group):
-        data, held = (lowering.weight(str(weight.target)) for weight in (stored, scale))
-        return Matrix(kind, data, held, m, n, int(group or 0))
-    if by_row:
-        held = lowering.weight(str(scale.target), packing="f32")
-        return Matrix(kind, lowering.weight(str(stored.target), (kind, 0, None)), held, m, n)
-    if by_group:
-        packing = (kind, int(group), str(scale.target))
-        return Matrix(kind, lowering.weight(str(stored.target), packing), None, m, n, int(group))
-    return None
+def _is_product(value: Value) -> bool:
+    """Whether a linear is still to store it."""
+    return any(isinstance(anchor, Product) for anchor in lanes(value.body))
 
 
 # -- regions -----------------------------------------------------------------------------------------------------------
@@ -170,7 +116,7 @@ def emit(lowering: Lowering, products: tuple[Product, ...], body: Scalar, out: V
     """Adds the product to a sweep over the same rows that is there already, or begins one."""
     part = Part(products, body, out)
     source = products[0].source
-    index = _sweep(lowering, source, body)
+    index = _sweep(lowering, products, body)
     if index is None:
         lowering.emit(Linear(lowering.node, source, [part]))
         return
@@ -180,8 +126,9 @@ def emit(lowering: Lowering, products: tuple[Product, ...], body: Scalar, out: V
     lowering.writer[out.buffer] = index
 
 
-def _sweep(lowering: Lowering, source: Source, body: Scalar) -> int | None:
-    """The linear over ``source`` at whose place all that ``body`` reads is known."""
+def _sweep(lowering: Lowering, products: tuple[Product, ...], body: Scalar) -> int | None:
+    """The linear over the same rows at whose place all that ``body`` reads is known."""
+    source = products[0].source
     if source.expert is not None:
         return None
     needed = max((lowering.writer.get(view.buffer, -1) for view in views(body)), default=-1)
@@ -189,8 +136,15 @@ def _sweep(lowering: Lowering, source: Source, body: Scalar) -> int | None:
     for index in range(len(regions) - 1, needed, -1):
         region = regions[index]
         if isinstance(region, Linear) and region.source == source:
-            return index
+            held = [product for part in region.parts for product in part.products]
+            return index if _groups_agree([*held, *products]) else None
     return None
 
 
-__all__ = ["emit", "expert_linear", "linear", "matrix", "together"]
+def _groups_agree(products: list[Product]) -> bool:
+    """Whether kernels can read these weights side by side: rows are cut where the groups of any of them end."""
+    step = max(step_of_groups(product.matrix.format) for product in products)
+    return all(product.matrix.group % step == 0 for product in products)
+
+
+__all__ = ["emit", "expert_linear", "linear", "together"]

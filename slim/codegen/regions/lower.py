@@ -17,6 +17,7 @@ from torch import fx
 
 from slim.codegen.regions import linears
 from slim.codegen.regions.pointwise import builder, const
+from slim.codegen.regions.rounded import absorbed, readers
 from slim.codegen.regions.scalars import (
     F32,
     I64,
@@ -38,6 +39,7 @@ from slim.codegen.regions.schedule import Foreign, Norm, Pointwise, Product, Reg
 from slim.codegen.regions.views import Buffer, Size, View, same
 from slim.compiler.program import Program
 from slim.compiler.types import expression
+from slim.compiler.uses import LINEAR
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +66,8 @@ class Wants:
         packed: quantised weights come in a layout of the kernels' own, with the scales of groups inside.
         formats: of weights that a product reads as they are stored.
         int8_rows: whether a product multiplies rows that the Program quantised as integers.
+        requantises: whether what linears store is rounded to int8 at once, where linears alone read it so, in one step.
+        own_steps: whether it finds the step of such a row, where that is slim.token_scale of the row, as it loads it.
         pitched: masks among the inputs, bool [B, T], are read where they lie, rows as far apart as they are.
     """
 
@@ -71,6 +75,8 @@ class Wants:
     packed: bool = True
     formats: frozenset[str] = frozenset({"f32", "bf16", "f16", "int8", "int4"})
     int8_rows: bool = False
+    requantises: bool = False
+    own_steps: bool = False
     pitched: bool = False
 
 
@@ -98,6 +104,7 @@ class Lowering:
         self.schedule = Schedule()
         self.values: dict[fx.Node, Any] = {}
         self.node: fx.Node = next(iter(program.graph.nodes))
+        self.absorbed = absorbed(program, wants)
         self.writer: dict[Buffer, int] = {}  # buffer -> the region that wrote it last
         self._weights: dict[str, Buffer] = {}
         self._stored: dict[int, tuple[Scalar, View]] = {}  # id of a body -> that body, and where its numbers lie
@@ -106,7 +113,7 @@ class Lowering:
         self._declare_inputs()
         for node in self.program.graph.nodes:
             self.node = node
-            if node.op == "call_function":
+            if node.op == "call_function" and node not in self.absorbed:
                 self.values[node] = self._lowered(node)
             elif node.op == "output":
                 self._outputs(node)
@@ -121,6 +128,12 @@ class Lowering:
         value = self.values[node]
         assert isinstance(value, Value), node
         return value
+
+    def once(self, node: fx.Node) -> fx.Node:
+        """``node``, lowered now where it was left to those who read it."""
+        if node not in self.values:
+            self.values[node] = self._lowered(node)
+        return node
 
     def type(self, node: fx.Node) -> tuple[tuple[Size, ...], torch.dtype]:
         """(shape, dtype) that the Program says."""
@@ -177,19 +190,15 @@ class Lowering:
 
     def _settled(self, node: fx.Node, value: Any) -> Any:
         """``value``, in memory if more than one node reads it and computing it twice would cost."""
-        if not isinstance(value, Value) or _is_free(value.body) or len(self._readers(node)) < 2:
+        if not isinstance(value, Value) or _is_free(value.body) or len(readers(node)) < 2:
             return value
         if isinstance(value.body, Lane) and isinstance(value.body.anchor, Norm) and self._only_linears(node):
             return value
         return Value(Load(self.store(value)), value.shape, value.dtype)
 
-    def _readers(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes that read numbers of ``node``, not just its size."""
-        return [user for user in node.users if isinstance(user.meta["val"], (torch.Tensor, tuple, list))]
-
     def _only_linears(self, node: fx.Node) -> bool:
-        linear = torch.ops.aten.linear.default
-        return all(user.target is linear and user.args[0] is node for user in self._readers(node))
+        """Whether linears alone read ``node``, rounded or not."""
+        return all(user in self.absorbed or (user.target is LINEAR and user.args[0] is node) for user in readers(node))
 
     # -- putting values into memory ------------------------------------------------------------------------------------
 

@@ -125,6 +125,16 @@ def reduced(lowering: Lowering, node: fx.Node, kind: str, x: Value, dims: Any, k
     return value
 
 
+@handles(slim.token_scale.default)
+def token_scale(lowering: Lowering, node: fx.Node) -> Value:
+    """slim.token_scale: the largest magnitude of a row as 127 steps."""
+    x = lowering.value(node.args[0])
+    size = Value(op("abs", cast(x.body, F32)), x.shape, F32)
+    largest = reduced(lowering, node, "max", size, -1, False)
+    step = op("div", cast(largest.body, F32), const(127.0, F32))
+    return Value(op("max", step, const(torch.finfo(F32).tiny, F32)), largest.shape, F32)
+
+
 @handles(aten.var.correction, aten.std.correction, aten.std.dim, aten.var.dim)
 def variance(lowering: Lowering, node: fx.Node) -> Value:
     """Variance and standard deviation, in two passes."""

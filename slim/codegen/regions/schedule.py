@@ -142,10 +142,13 @@ class Matrix:
     """A weight [m, n], or a stack of them [E, m, n].
 
     Attributes:
-        format: "f32", "bf16", "f16", "int8", "int4" or "fp8" (e4m3).
+        format: "f32", "bf16", "f16", "int8", "int4", "int3", "nf4" or "fp8" (e4m3).
         data: of a quantised format the packed buffer, or what PyTorch keeps: two int4 numbers a byte.
         scale: one scale a row [.., m], or one a group [.., m, n / group]; None where the packed data holds them.
         group: numbers of a row that share a scale; 0 for one scale a row.
+        zero: the zero points, of the shape of the scales, for w = (q - zero) scale; None where there are none, or the
+            packed data holds them.
+        zero_format: "int8", or "int4" or "int3" for zero points packed as such numbers are; "" where there are none.
     """
 
     format: str
@@ -154,10 +157,12 @@ class Matrix:
     m: int
     n: int
     group: int = 0
+    zero: Buffer | None = None
+    zero_format: str = ""
 
     @property
     def is_quantized(self) -> bool:
-        return self.format in ("int8", "int4", "fp8")
+        return self.format in ("int8", "int4", "int3", "nf4", "fp8")
 
 
 @dataclass(eq=False)
@@ -175,13 +180,19 @@ class Source:
     """The input rows of a linear: the rows of ``view``, normalised first where ``norm`` says so.
 
     With ``expert`` [rows], row r is multiplied by matrix ``expert[r]`` of a stack. With ``scale``, of the shape of the
-    rows, they are rounded to int8 in its steps: clamp(round(x / scale), -128, 127).
+    rows, they are rounded to int8 in its steps: clamp(round(x / scale), -128, 127). With ``own_step`` the step of a row
+    is what slim.token_scale says of it, and whoever loads the row finds it.
     """
 
     view: View
     norm: Norm | None = None
     expert: View | None = None
     scale: View | None = None
+    own_step: bool = False
+
+    @property
+    def is_rounded(self) -> bool:
+        return self.own_step or self.scale is not None
 
     def buffers(self) -> Iterator[Buffer]:
         yield self.view.buffer
@@ -213,8 +224,8 @@ class Linear(Region):
             yield from _buffers(part.body)
             for product in part.products:
                 yield product.matrix.data
-                if product.matrix.scale is not None:
-                    yield product.matrix.scale
+                held = (product.matrix.scale, product.matrix.zero)
+                yield from (buffer for buffer in held if buffer is not None)
 
     def writes(self) -> Iterator[Buffer]:
         yield from (part.out.buffer for part in self.parts)

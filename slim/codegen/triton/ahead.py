@@ -8,7 +8,7 @@ import io
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,8 +32,9 @@ class Binary:
         arch: "sm_90", "gfx942".
         assembly: PTX for NVIDIA, GCN for AMD.
         registers: that a thread holds (AMD: the vector ones).
-        spills: 0 where all fits into them. Else the bytes that a thread stores and loads for it (NVIDIA), or the
-            number of vector and scalar registers that have no place (AMD).
+        spills: 0 where all fits into them. Else the bytes that a thread stores and loads for it (NVIDIA, as ptxas
+            says), or those of memory that a thread has for it (AMD; scalars that lie in lanes of vector registers cost
+            no memory, and are not counted).
         shared: bytes of shared memory that a block takes.
     """
 
@@ -69,10 +70,11 @@ def compile_for(
     target = _target(arch)
     module = modules.load(kernel)
     try:
-        # ptxas' own words are in the error: Triton prints them as well, with all of the PTX
-        with modules.compiling(), contextlib.redirect_stdout(io.StringIO()):
+        # Triton prints what ptxas says; where that fails, with all of the PTX, and ptxas' own words are in the error
+        said = io.StringIO()
+        with modules.compiling(), _verbose(), contextlib.redirect_stdout(said):
             compiled = _compile(kernel, module, target, config or kernel.configs[0], sizes)
-            return _nvidia(arch, compiled) if target.backend == "cuda" else _amd(arch, compiled)
+        return _nvidia(arch, compiled, said.getvalue()) if target.backend == "cuda" else _amd(arch, compiled)
     except Exception as error:  # of any class: Triton's passes, its code generator and its backends have no common one
         if "not defined for option 'gpu-name'" in str(error):
             raise errors.TargetUnavailable(target=arch, reason="Triton's ptxas does not know it") from error
@@ -141,9 +143,21 @@ def _divisible(size: Size) -> bool:
 # -- what it takes -----------------------------------------------------------------------------------------------------
 
 
-def _nvidia(arch: str, compiled: Any) -> Binary:
+@contextlib.contextmanager
+def _verbose() -> Iterator[None]:
+    """Inside, Triton prints what ptxas says of a kernel that it compiles."""
+    from triton import knobs
+
+    with knobs.nvidia.scope():
+        knobs.nvidia.dump_ptxas_log = True
+        yield
+
+
+def _nvidia(arch: str, compiled: Any, said: str) -> Binary:
+    """``said`` is nothing where Triton found the kernel in its cache: it is assembled again."""
     ptx: str = compiled.asm["ptx"]
-    said = _assembled(ptx)
+    if "registers" not in said:
+        said = _assembled(ptx)
     spills = sum(_numbers(r"(\d+) bytes spill (?:stores|loads)", said))
     registers = max(_numbers(r"Used (\d+) registers", said))
     return Binary(arch, "cubin", compiled.asm["cubin"], ptx, registers, spills, compiled.metadata.shared)
@@ -168,7 +182,7 @@ def _assembled(ptx: str) -> str:
 
 def _amd(arch: str, compiled: Any) -> Binary:
     gcn: str = compiled.asm["amdgcn"]
-    spills = sum(_numbers(r"\.[vs]gpr_spill_count: +(\d+)", gcn))
+    spills = max(_numbers(r"\.private_segment_fixed_size: +(\d+)", gcn))
     registers = max(_numbers(r"\.vgpr_count: +(\d+)", gcn))
     return Binary(arch, "hsaco", compiled.asm["hsaco"], gcn, registers, spills, compiled.metadata.shared)
 

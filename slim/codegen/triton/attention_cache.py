@@ -53,7 +53,7 @@ class Stored:
         return f"{self.name}_cache"
 
     def begin(self, block: str | None) -> list[str]:
-        """What does not change from one tile to the next; ``block`` is the number of a tile's tokens, if any is read."""
+        """What does not change between tiles; ``block`` is the number of tokens of a tile, if any is read."""
         row = None if self.pages else "b"
         lines = [f"{self.name}_base = {address(self.writer, self.view, self._pointer, [row, 'g'])}"]
         if self.scale is not None:
@@ -69,9 +69,9 @@ class Stored:
         return lines
 
     def load(self, mask: str | None) -> list[str]:
-        """The variable ``tile``: that of of the tokens ``t``, of which the first is ``first``; ``mask`` is of tokens.
+        """The variable ``tile``: that of the tokens ``t``, of which the first is ``first``; ``mask`` is of tokens.
 
-        Numbers of a quantised cache are left as they are, and ``k_scales`` or ``v_scales`` is what each token's are multiplied by.
+        Numbers of a quantised cache are left as they are: ``k_scales`` or ``v_scales`` are the factors of the tokens.
         """
         channels, held = self._channels
         if self.pages:
@@ -85,9 +85,8 @@ class Stored:
         if self.packed:
             lines.append(f"{self.tile} = tl.interleave({self.tile} & 15, {self.tile} >> 4).to(tl.int8) - 8")
         if TYPES[self.view.buffer.dtype] != self.dtype:
-            whole = (
-                ".to(tl.float32)" if self.scale is not None else ""
-            )  # the interpreter makes bfloat16 of floats alone
+            # the interpreter makes bfloat16 of floats alone
+            whole = ".to(tl.float32)" if self.scale is not None else ""
             lines.append(f"{self.tile} = {self.tile}{whole}.to({self.dtype})")
         return [*lines, *self._scales(mask)]
 
@@ -148,10 +147,10 @@ class Stored:
             lines += [
                 f"{channels} = tl.arange(0, {half})",
                 f"low, high = tl.split(tl.reshape({n}_new.to(tl.int32) + 8, ({rows}, {half}, 2)))",
-                f"bits = (low | (high << 4)).to(tl.uint8)",
+                "bits = (low | (high << 4)).to(tl.uint8)",
             ]
-            held = f"({channels} < {self.width // 2})[None, :]"
-            lines.append(f"tl.store({self._at(channels)}, bits{masked(column(mask), held, writes)})")
+            there = f"({channels} < {self.width // 2})[None, :]"
+            lines.append(f"tl.store({self._at(channels)}, bits{masked(column(mask), there, writes)})")
         else:
             held = across(inside(self.axis, self.width))
             lines.append(f"tl.store({self._at(self.axis)}, {n}_new.to(tl.int8){masked(column(mask), held, writes)})")
@@ -162,7 +161,8 @@ def stored(writer: Writer, region: Attention, dtype: str, kept: dict[str, View])
     """Keys and values as attention reads them: from the cache, from ``kept`` ("k" or "v"), or as they were given."""
     found = []
     for name, tile, axis, given, cache, scale in (
-        ("k", "key", "d", region.k, region.k_cache, region.k_scale), ("v", "value", "e", region.v, region.v_cache, region.v_scale),
+        ("k", "key", "d", region.k, region.k_cache, region.k_scale),
+        ("v", "value", "e", region.v, region.v_cache, region.v_scale),
     ):  # fmt: skip
         view = kept.get(name, given) if cache is None else cache
         found.append(Stored(writer, name, tile, view, axis, int(given.shape[3]), dtype, scale, region.pages))

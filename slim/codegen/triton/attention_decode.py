@@ -24,7 +24,7 @@ from slim.codegen.triton.attention_parts import (
 )
 from slim.codegen.triton.kernel import Config, Kernel
 from slim.codegen.triton.rotation import Turn
-from slim.codegen.triton.writer import Target, Writer, power_of_two
+from slim.codegen.triton.writer import Target, Writer, indented, power_of_two
 
 _ROWS = 64  # query heads that one program takes at most
 
@@ -56,7 +56,7 @@ class _Decode:
         splits = f"max(1, min(SPLITS, {4 * self.target.processors} // ({pairs})))"
         body = [
             *self._program(), *self._span(), "if split < busy:",
-            *_indented([*self._queries(), *self._loop(), *self._newest(), *self._end()]),
+            *indented([*self._queries(), *self._loop(), *self._newest(), *self._end()]),
         ]  # fmt: skip
         scratch = f"(SPLITS > 1) * {pairs} * {splits} * {self.share * (self.g.value_width + 2)}"
         return self.writer.kernel(
@@ -146,7 +146,7 @@ class _Decode:
             f"acc = tl.dot(p.to({self.g.dtype}), value, acc{self.g.precision})",
         ]  # fmt: skip
         span = "range(split * each, tl.minimum((split + 1) * each, tiles))"
-        return [*self.k.begin("BLOCK_T"), *self.v.begin("BLOCK_T"), f"for tile in {span}:", *_indented(body)]
+        return [*self.k.begin("BLOCK_T"), *self.v.begin("BLOCK_T"), f"for tile in {span}:", *indented(body)]
 
     def _scores(self, seen: Sequence[str], mask: str | None) -> list[str]:
         region = self.region
@@ -174,7 +174,7 @@ class _Decode:
             "s = tl.sum(q_new.to(tl.float32) * k_new.to(tl.float32), 1, keep_dims=True)",
             *self._scores(seen, None), *self.softmax.step(guarded=True), "acc += p * v_new.to(tl.float32)",
         ]  # fmt: skip
-        return ["if split == busy - 1:", *_indented(body)]
+        return ["if split == busy - 1:", *indented(body)]
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -193,14 +193,14 @@ class _Decode:
             f"tl.store(tops_at + part_of, top, mask={stored_rows})",
             f"tl.store(totals_at + part_of, total, mask={stored_rows})",
             "tl.debug_barrier()", f'arrived = tl.atomic_add({counters} + pair, 1, sem="acq_rel")',
-            "if arrived == busy - 1:", *_indented([f"tl.store({counters} + pair, 0)", *self._join()]),
+            "if arrived == busy - 1:", *indented([f"tl.store({counters} + pair, 0)", *self._join()]),
         ]  # fmt: skip
         size = f"tl.num_programs(0) * splits * {self.share}"
         places = [
             "splits = tl.num_programs(1)", f"sums_at = {scratch}", f"tops_at = {scratch} + {size} * {width}",
             f"totals_at = tops_at + {size}",
         ]  # fmt: skip
-        return ["if busy == 1:", *_indented(alone), "else:", *_indented([*places, *share])]
+        return ["if busy == 1:", *indented(alone), "else:", *indented([*places, *share])]
 
     def _join(self) -> list[str]:
         """All parts of the context, in their order: ``column`` runs over the heads and channels of the program."""
@@ -222,7 +222,7 @@ class _Decode:
         return [
             # as many at once as registers hold
             "COLUMNS: tl.constexpr = 4096 // SPLITS", "i = tl.arange(0, SPLITS)[:, None]",
-            f"for chunk in range(0, {size}, COLUMNS):", *_indented(body),
+            f"for chunk in range(0, {size}, COLUMNS):", *indented(body),
         ]  # fmt: skip
 
     def _joined_sinks(self) -> list[str]:
@@ -243,7 +243,7 @@ class _Decode:
 
 
 def block_list(writer: Writer, region: Attention, head: str, query: str) -> list[str]:
-    """``list_at``, the blocks of keys that the query number ``query`` looks at, ``listed`` in registers, their ``count``."""
+    """``list_at``: the blocks of keys that query number ``query`` sees; ``listed`` in registers; their ``count``."""
     assert region.blocks is not None
     most = int(region.blocks.shape[2])
     each_head = region.blocks.shape[0] != 1
@@ -251,9 +251,6 @@ def block_list(writer: Writer, region: Attention, head: str, query: str) -> list
     entry = f"tl.arange(0, {power_of_two(most)})"
     mask = f", mask={entry} < {most}, other=-1" if power_of_two(most) != most else ""
     return [
-        f"list_at = {place}", f"listed = tl.load(list_at + {entry}{mask})", "count = tl.sum((listed >= 0).to(tl.int32), 0)",
+        f"list_at = {place}", f"listed = tl.load(list_at + {entry}{mask})",
+        "count = tl.sum((listed >= 0).to(tl.int32), 0)",
     ]  # fmt: skip
-
-
-def _indented(lines: Sequence[str]) -> list[str]:
-    return [f"    {line}" for line in lines]

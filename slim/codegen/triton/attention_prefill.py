@@ -21,7 +21,7 @@ from slim.codegen.triton.attention_parts import (
 )
 from slim.codegen.triton.kernel import Config, Kernel
 from slim.codegen.triton.rotation import Turn
-from slim.codegen.triton.writer import Target, Writer
+from slim.codegen.triton.writer import Target, Writer, indented
 
 _APPEND: tuple[Config, ...] = tuple(
     dict(BLOCK_S=tokens, num_warps=warps) for tokens, warps in ((16, 4), (32, 4), (64, 8), (8, 2), (4, 1))
@@ -91,6 +91,8 @@ class _Prefill:
     def _configs(self) -> list[Config]:
         width = max(padded(self.g.width), padded(self.g.value_width)) * self.g.bytes // 2
         choices = next(choices for limit, choices in _TILES if width <= limit)
+        if width <= 64 and self.region.key_mask is not None:  # the mask takes registers too
+            choices = (*choices[3:], *choices[:3])
         found: list[Config] = []
         limit = self.region.block & -self.region.block if self.region.blocks is not None else 128
         for m, n, warps, stages in choices:
@@ -139,7 +141,7 @@ class _Prefill:
             return self._listed()
         lines, edges = self._bounds()
         for begin, end, edge in edges:
-            lines += [f"for first in range({begin}, {end}, BLOCK_N):", *_indented(self._tile(edge))]
+            lines += [f"for first in range({begin}, {end}, BLOCK_N):", *indented(self._tile(edge))]
         return lines
 
     def _bounds(self) -> tuple[list[str], list[tuple[str, str, bool]]]:
@@ -169,7 +171,7 @@ class _Prefill:
         body = [f"{first} + tile * BLOCK_N % {region.block}", *self._tile(edge=True)]
         return [
             *block_list(self.writer, region, "h", "tl.minimum(start + m, keys - 1)"),
-            f"for tile in range(0, count * ({region.block} // BLOCK_N)):", *_indented(body),
+            f"for tile in range(0, count * ({region.block} // BLOCK_N)):", *indented(body),
         ]  # fmt: skip
 
     def _tile(self, edge: bool) -> list[str]:
@@ -227,7 +229,3 @@ def _least(values: Sequence[str]) -> str:
     for value in values[1:]:
         result = f"tl.minimum({result}, {value})"
     return result
-
-
-def _indented(lines: Sequence[str]) -> list[str]:
-    return [f"    {line}" for line in lines]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from slim.codegen.executables import Ends, Feedback
-from slim.codegen.regions.linears import FLOAT_FORMATS
+from slim.codegen.regions.matrices import FLOAT_FORMATS
 from slim.codegen.triton import modules
 from slim.codegen.triton.graphs import Replay
 from slim.codegen.triton.kernel import Kernel, Pointer
@@ -112,12 +112,14 @@ class GreedyCall:
         kernel = choose(vocabulary, logits.dtype, self._end_tokens.numel(), self._length, self._positions is not None)
         pieces = kernel.configs[0]["PIECES"]
         new = self._tokens.new_empty
-        memory = {
-            "logits": logits, "tokens": self._tokens, "positions": self._positions, "chosen": self._chosen,
-            "steps": self._steps, "finished": self._finished, "ends": self._end_tokens, "live": self._call.live,
+        memory: dict[str, Tensor] = {
+            "logits": logits, "tokens": self._tokens, "chosen": self._chosen, "steps": self._steps,
+            "finished": self._finished, "ends": self._end_tokens, "live": self._call.live,
             "bests": new(batch, pieces, dtype=torch.float32), "places": new(batch, pieces, dtype=torch.int32),
             "arrived": self._tokens.new_zeros(batch, dtype=torch.int32),
         }  # fmt: skip
+        if self._positions is not None:
+            memory["positions"] = self._positions
         pointers = [memory[pointer.name] for pointer in kernel.pointers]
         return Launch(modules.load(kernel), pointers, [batch, self._ends.pad], kernel.configs[0])
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from slim.codegen.regions.schedule import Linear, Matrix
 from slim.codegen.regions.views import Buffer
 from slim.codegen.triton.kernel import Config, Kernel
-from slim.codegen.triton.weights import to_float
+from slim.codegen.triton.weights import rows_of, tile, to_float, units, zero_points
 from slim.codegen.triton.writer import Target, Writer
 
 _CONFIGS: tuple[Config, ...] = (
@@ -17,31 +17,25 @@ _CONFIGS: tuple[Config, ...] = (
 def dequantize(region: Linear, matrix: Matrix, out: Buffer, target: Target) -> Kernel:
     """[m, n] of ``matrix`` into ``out``, times its scales."""
     writer = Writer(region, target)
-    data, wide = writer.pointer(matrix.data, "data"), writer.pointer(out, "out")
     assert matrix.scale is not None
-    scale = writer.pointer(matrix.scale, "scale")
     lines = [
-        "row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]",
-        "first = tl.program_id(1) * BLOCK_K",
-        "k = (first + tl.arange(0, BLOCK_K))[None, :]",
-        f"inside = (row < {matrix.m}) & (k < {matrix.n})",
-    ]
-    if matrix.format == "int4":
-        lines += [
-            "byte = (first // 2 + tl.arange(0, BLOCK_K // 2))[None, :]",
-            f"stored = (row < {matrix.m}) & (byte < {matrix.n // 2})",
-            f"bytes = tl.load({data} + row * {matrix.n // 2} + byte, mask=stored, other=0)",
-            "both = tl.join(bytes & 15, bytes >> 4)",
-            "w = tl.reshape(both, (BLOCK_N, BLOCK_K)).to(tl.float32) - 8.0",
-        ]
-    else:
-        load = f"tl.load({data} + row * {matrix.n} + k, mask=inside, other=0)"
-        lines.append(f"w = {to_float(writer, matrix.format, load)}")
-    groups = f"row * {matrix.n // matrix.group} + k // {matrix.group}" if matrix.group else "row"
-    mask = "inside" if matrix.group else f"row < {matrix.m}"
+        f"data0 = {writer.pointer(matrix.data, 'data')}", f"scale0 = {writer.pointer(matrix.scale, 'scale')}",
+        *([f"zero0 = {writer.pointer(matrix.zero, 'zero')}"] if matrix.zero is not None else []),
+        f"out = {writer.pointer(out, 'wide')}",
+        "row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)[:, None]", f"held = row < {matrix.m}",
+        f"row = tl.minimum(row, {matrix.m} - 1)", *rows_of(0, matrix, "row"), "start = tl.program_id(1) * BLOCK_K",
+        "k = start + tl.arange(0, BLOCK_K)", f"there = k < {matrix.n}", *units(matrix.format, matrix.n, ragged=True),
+    ]  # fmt: skip
+    numbers, loaded = tile(writer, 0, matrix.format, ragged=True)
+    lines += [*numbers, f"w = {to_float(writer, matrix.format, loaded)}"]
+    mask = ", mask=there[None, :], other=0" if matrix.group else ""
+    lines.append(f"group = (k // {matrix.group})[None, :]" if matrix.group else "group = row")
+    if matrix.zero is not None:
+        found, points = zero_points(0, matrix, mask)
+        lines += [*found, f"w -= {points}"]
     lines += [
-        f"step = tl.load({scale} + {groups}, mask={mask}, other=0).to(tl.float32)",
-        f"tl.store({wide} + row * {matrix.n} + k, w * step, mask=inside)",
+        f"step = tl.load(scale0 + group{mask}).to(tl.float32)",
+        f"tl.store(out + row * {matrix.n} + k[None, :], w * step, mask=held & there[None, :])",
     ]
     grid = [f"triton.cdiv({matrix.m}, BLOCK_N)", f"triton.cdiv({matrix.n}, BLOCK_K)"]
     return writer.kernel("dequantize_weight", lines, _CONFIGS, grid)

@@ -13,11 +13,12 @@ from slim.codegen.regions.schedule import Attention, Foreign, Linear, Norm, Redu
 from slim.codegen.regions.views import Size
 from slim.codegen.triton import attention, linear, loops  # noqa: F401  they register what writes each region
 from slim.codegen.triton.kernel import Kernel, Stage
+from slim.codegen.triton.weights import QUANTIZED
 from slim.codegen.triton.writer import WRITERS, Target
 
 WANTS = Wants(
-    wide=False, packed=False, formats=frozenset({"f32", "bf16", "f16", "int8", "int4", "fp8"}), int8_rows=True,
-    pitched=True,
+    wide=False, packed=False, formats=frozenset({"f32", "bf16", "f16", *QUANTIZED}), int8_rows=True, own_steps=True,
+    requantises=True, pitched=True,
 )  # fmt: skip
 
 

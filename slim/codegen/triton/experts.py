@@ -6,11 +6,10 @@ import torch
 
 from slim.codegen.regions.views import Buffer
 from slim.codegen.triton.kernel import Config, Kernel
-from slim.codegen.triton.loops import indented
-from slim.codegen.triton.matvec import moved
 from slim.codegen.triton.sweep import Sweep, choose
 from slim.codegen.triton.tiles import Tile, many_configurations
-from slim.codegen.triton.writer import Target, Writer, power_of_two
+from slim.codegen.triton.weights import moved
+from slim.codegen.triton.writer import Target, Writer, indented, power_of_two
 
 
 def experts(sweep: Sweep, target: Target, temps: list[Buffer]) -> list[Kernel]:
@@ -71,8 +70,8 @@ def _tiles(sweep: Sweep, target: Target, order: Buffer, starts: Buffer, count: i
         "present = position < last",
         f"row = tl.load({held} + tl.minimum(position, last - 1)).to(tl.int64)",
         "expert = expert.to(tl.int64)",
-        *choose(writer, sweep), *moved(sweep), *tile.before(), *tile.loop(f"0, {sweep.n}"), *tile.finished(),
-        *tile.results.store(),
+        *choose(writer, sweep), *moved(sweep.branches[0].matrices), *tile.before(), *tile.loop(f"0, {sweep.n}"),
+        *tile.finished(), *tile.results.store(),
     ]  # fmt: skip
     grid = [sweep.blocks, f"triton.cdiv({writer.size(sweep.rows)}, BLOCK_M) + {count}"]
     return writer.kernel("experts_tiles", lines, configs, grid)

@@ -8,6 +8,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from slim.compiler.dialect.quant import NF4
+
+NF4_LOW, NF4_HIGH = (
+    tl.constexpr(int.from_bytes(bytes(level & 255 for level in half), "little")) for half in (NF4[:8], NF4[8:])
+)
+
 
 @triton.jit
 def silu(x):
@@ -93,6 +99,37 @@ def floor_mod_float(a, b):
 @triton.jit
 def product(a, b):
     return a * b
+
+
+@triton.jit
+def eight_of(bits):
+    """[..., 8]: the numbers of three bits in each 24, the lowest first."""
+    even = tl.join(tl.join(bits & 7, bits >> 12 & 7), tl.join(bits >> 6 & 7, bits >> 18 & 7))
+    odd = tl.join(tl.join(bits >> 3 & 7, bits >> 15 & 7), tl.join(bits >> 9 & 7, bits >> 21 & 7))
+    return tl.join(even, odd)
+
+
+@triton.jit
+def every_eighth(x):
+    """The numbers of x at 0, 8, 16, ..., those at 1, 9, 17, ..., and so on."""
+    half = tl.reshape(x, (x.shape[0] // 8, 2, 2, 2))
+    even, odd = tl.split(half)
+    a, c = tl.split(even)
+    b, d = tl.split(odd)
+    x0, x4 = tl.split(a)
+    x2, x6 = tl.split(c)
+    x1, x5 = tl.split(b)
+    x3, x7 = tl.split(d)
+    return x0, x1, x2, x3, x4, x5, x6, x7
+
+
+@triton.jit
+def nf4_level(code):
+    """int8 of codes 0 to 15: the levels of NF4 in steps of 1/127, which lie as bytes in two numbers."""
+    low: tl.constexpr = NF4_LOW
+    high: tl.constexpr = NF4_HIGH
+    levels = tl.where(code > 7, high, low)
+    return (levels >> (code & 7).to(tl.int64) * 8).to(tl.int8)
 
 
 @triton.jit

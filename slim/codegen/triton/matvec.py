@@ -10,12 +10,11 @@ from collections.abc import Sequence
 
 from slim.codegen.regions.schedule import Matrix
 from slim.codegen.triton.kernel import Config, Kernel
-from slim.codegen.triton.loops import indented
 from slim.codegen.triton.source import Input
 from slim.codegen.triton.sweep import Results, Row, Sum, Sweep, choose, columns, gather, is_split, span
 from slim.codegen.triton.text import Axis
-from slim.codegen.triton.weights import piece_of, to_float
-from slim.codegen.triton.writer import Target, Writer, power_of_two
+from slim.codegen.triton.weights import PACKINGS, moved, packed, rows_of, to_float, units, zero_points
+from slim.codegen.triton.writer import Target, Writer, indented, power_of_two
 
 
 def one_row(sweep: Sweep, target: Target) -> Kernel:
@@ -52,18 +51,7 @@ def expert(writer: Writer, sweep: Sweep) -> list[str]:
     ids = writer.pointer(view.buffer, "expert_of")
     offset = "" if view.offset == 0 else f" + {writer.size(view.offset)}"
     load = f"expert = tl.load({ids}{offset} + row * {writer.size(view.strides[-1])}).to(tl.int64)"
-    return [load, *moved(sweep)]
-
-
-def moved(sweep: Sweep) -> list[str]:
-    """Moves the weights of a stack to those of ``expert``."""
-    lines = []
-    for lane, matrix in enumerate(sweep.branches[0].matrices):
-        width = matrix.n // 2 if matrix.format == "int4" else matrix.n
-        lines.append(f"data{lane} += expert * {matrix.m * width}")
-        if matrix.scale is not None:
-            lines.append(f"scale{lane} += expert * {matrix.m * (matrix.n // matrix.group if matrix.group else 1)}")
-    return lines
+    return [load, *moved(sweep.branches[0].matrices)]
 
 
 class _Body:
@@ -74,70 +62,86 @@ class _Body:
         self.ragged_n = sweep.ragged(configs, "BLOCK_N")
         self.input = Input(writer, sweep.source, row, sweep.ragged(configs, "BLOCK_K"))
         self.results = Results(writer, sweep, row, Axis("column", "inside" if self.ragged_n else None))
-        self.piece = piece_of(sweep.matrix)
+        self.piece = PACKINGS[sweep.matrix.format].piece
         self.integer = sweep.is_integer
 
     def sums(self) -> list[str]:
         kind = "tl.int32" if self.integer and not self.sweep.matrix.group else "tl.float32"
         lines = [f"y{lane} = tl.zeros((BLOCK_N, BLOCK_K // {self.piece}), {kind})" for lane in range(self.sweep.lanes)]
-        width = f" * {self.sweep.n // 2 if self.sweep.matrix.format == 'int4' else self.sweep.n}"
-        lines += [f"data{lane} += at[:, None]{width}" for lane in range(self.sweep.lanes)]
-        if self.sweep.matrix.group:
-            groups = self.sweep.n // self.sweep.matrix.group
-            lines += [f"scale{lane} += at[:, None] * {groups}" for lane in range(self.sweep.lanes)]
+        for lane in range(self.sweep.lanes):
+            lines += rows_of(lane, self.sweep.matrix, "at[:, None]")
         return [*lines, *self.input.squares()]
 
     def loop(self, bounds: str) -> list[str]:
+        matrix = self.sweep.matrix
         lines = [*self.input.columns(), *self.input.block_of()]
         if self.integer:
             lines.append("x_k = x_k.to(tl.int32)")
-        if self.sweep.matrix.format == "int4":
-            lines += self._halves()
-        if self.sweep.matrix.group:
-            lines.append(f"group = (start // {self.piece} + tl.arange(0, BLOCK_K // {self.piece}))")
-        for lane, matrix in enumerate(self._matrices):
-            lines += self._added(lane, matrix)
+        lines += [*units(matrix.format, self.sweep.n, self.input.ragged), *self._parted()]
+        if matrix.group:
+            lines.append(f"piece = start // {self.piece} + tl.arange(0, BLOCK_K // {self.piece})")
+            lines.append(f"group = (piece // {matrix.group // self.piece})[None, :]")
+        for lane, each in enumerate(self._matrices):
+            lines += self._added(lane, each)
         return [f"for start in tl.range({bounds}, BLOCK_K, num_stages=STAGES):", *indented(lines)]
 
     @property
     def _matrices(self) -> tuple[Matrix, ...]:
         return self.sweep.branches[0].matrices
 
-    def _halves(self) -> list[str]:
-        """x at the columns of low and of high nibbles; with both 8 too large, 8 times their sum is too much."""
-        kind = "tl.int32" if self.integer else "tl.float32"
-        high = "odd" if self.integer else "(odd * 0.0625)"  # nibbles are not shifted, so 16 times as large
-        return [
-            "even, odd = tl.split(tl.reshape(x_k, (BLOCK_K // 2, 2)))",
-            f"excess = 8 * tl.sum(tl.reshape(even + odd, (BLOCK_K // {self.piece}, {self.piece // 2})), 1).to({kind})",
-            f"odd = {high}",
-            "byte = start // 2 + tl.arange(0, BLOCK_K // 2)",
-            *([f"stored = byte < {self.sweep.n // 2}"] if self.input.ragged else []),
-        ]
+    @property
+    def _shifts(self) -> bool:
+        """Whether numbers are as large as they are stored, not plus what is the same for a piece."""
+        return bool(PACKINGS[self.sweep.matrix.format].offset) or self.sweep.matrix.zero is not None
+
+    def _parted(self) -> list[str]:
+        """x at the columns that lie at the same place of what they are packed in; ``sums`` of the pieces."""
+        format, count = self.sweep.matrix.format, f"BLOCK_K // {self.piece}"
+        if PACKINGS[format].numbers == 1:
+            return []
+        if format == "int3":
+            names = [f"x{i}" for i in range(8)]
+            lines = [f"{', '.join(names)} = {self.writer.function('every_eighth')}(x_k)"]
+            return [*lines, f"sums = {' + '.join(names)}"]
+        lines = ["even, odd = tl.split(tl.reshape(x_k, (BLOCK_K // 2, 2)))"]
+        if self._shifts:
+            lines.append(f"sums = tl.sum(tl.reshape(even + odd, ({count}, {self.piece // 2})), 1)")
+        if format == "int4" and not self.integer:
+            lines.append("odd = odd * 0.0625")  # nibbles are not shifted, so 16 times as large
+        return lines
 
     def _added(self, lane: int, matrix: Matrix) -> list[str]:
-        ragged = self.input.ragged
-        if matrix.format == "int4":
-            mask = ", mask=stored[None, :], other=0" if ragged else ""
-            kind = "tl.int32" if self.integer else "tl.float32"
-            high = "(w >> 4)" if self.integer else "(w & 0xF0)"
-            product = f"(w & 15).to({kind}) * even[None, :] + {high}.to({kind}) * odd[None, :]"
-            lines = [f"w = tl.load(data{lane} + byte[None, :]{mask})", f"p = {product}"]
-            width, less = self.piece // 2, " - excess[None, :]"
+        lines, total = self._products(lane, matrix)
+        mask = f", mask=(piece < {self.sweep.n // self.piece})[None, :], other=0" if self.input.ragged else ""
+        if self._shifts:
+            offset = PACKINGS[matrix.format].offset
+            found, points = zero_points(lane, matrix, mask, offset) if matrix.zero is not None else ([], str(offset))
+            lines, total = [*lines, *found], f"{total} - {points} * sums[None, :]"
+        if not matrix.group:
+            return [*lines, f"y{lane} += {total}"]
+        convert = ".to(tl.float32)" if self.integer else ""
+        return [*lines, f"y{lane} += ({total}){convert} * tl.load(scale{lane} + group{mask}).to(tl.float32)"]
+
+    def _products(self, lane: int, matrix: Matrix) -> tuple[list[str], str]:
+        """Statements, and the sums of pieces [BLOCK_N, BLOCK_K / PIECE] of the numbers, as they are stored, times x."""
+        ragged, kind = self.input.ragged, "tl.int32" if self.integer else "tl.float32"
+        if matrix.format == "int3":
+            terms = [f"(bits >> {3 * i} & 7).to({kind}) * x{i}[None, :]" for i in range(8)]
+            added = [f"p += {term}" for term in terms[1:]]
+            return [*packed(lane, matrix.format, ragged), f"p = {terms[0]}", *added], "p"
+        if matrix.format in ("int4", "nf4"):
+            low, high = "(bits & 15)", "(bits >> 4)" if matrix.format == "nf4" or self.integer else "(bits & 0xF0)"
+            if matrix.format == "nf4":
+                low, high = (f"{self.writer.function('nf4_level')}({code})" for code in (low, high))
+            lines = packed(lane, matrix.format, ragged)
+            lines.append(f"p = {low}.to({kind}) * even[None, :] + {high}.to({kind}) * odd[None, :]")
+            width = self.piece // 2
         else:
             mask = ", mask=there[None, :], other=0" if ragged else ""
             load = f"tl.load(data{lane} + k[None, :]{mask})"
             w = f"{load}.to(tl.int32)" if self.integer else to_float(self.writer, matrix.format, load)
-            lines = [f"p = {w} * x_k[None, :]"]
-            width, less = self.piece, ""
-        total = f"tl.sum(tl.reshape(p, (BLOCK_N, BLOCK_K // {self.piece}, {width})), 2){less}"
-        if not matrix.group:
-            return [*lines, f"y{lane} += {total}"]
-        offset = f"(group // {matrix.group // self.piece})[None, :]"
-        inside = f", mask=(group < {self.sweep.n // self.piece})[None, :], other=0" if ragged else ""
-        convert = ".to(tl.float32)" if self.integer else ""
-        total = f"({total}){convert}" if convert or less else total
-        return [*lines, f"y{lane} += {total} * tl.load(scale{lane} + {offset}{inside}).to(tl.float32)"]
+            lines, width = [f"p = {w} * x_k[None, :]"], self.piece
+        return lines, f"tl.sum(tl.reshape(p, (BLOCK_N, BLOCK_K // {self.piece}, {width})), 2)"
 
     def reduced(self) -> list[str]:
         lines = [f"y{lane} = tl.sum(y{lane}, 1)" for lane in range(self.sweep.lanes)]
@@ -165,7 +169,9 @@ class _Body:
 # -- configurations ----------------------------------------------------------------------------------------------------
 
 # Weights in a block of one program: 8 KB, which four programs a processor keep in flight; less where registers end.
-_BLOCK = {"f32": 2048, "bf16": 4096, "f16": 4096, "int8": 8192, "fp8": 8192, "int4": 8192}
+_BLOCK = {
+    "f32": 2048, "bf16": 4096, "f16": 4096, "int8": 8192, "fp8": 8192, "int4": 8192, "int3": 8192, "nf4": 8192,
+}  # fmt: skip
 
 
 def configurations(sweep: Sweep, target: Target) -> list[Config]:
@@ -180,7 +186,7 @@ def configurations(sweep: Sweep, target: Target) -> list[Config]:
     found: list[Config] = []
 
     def add(rows: int, numbers: int, warps: int, stages: int, split: int) -> None:
-        block_k = columns_of(sweep.n, numbers // rows, piece_of(sweep.matrix))
+        block_k = columns_of(sweep.n, numbers // rows, PACKINGS[sweep.matrix.format].piece)
         split = max(1, min(split, sweep.n // block_k))
         config = dict(BLOCK_N=rows, BLOCK_K=block_k, SPLIT_K=split, STAGES=stages, num_warps=warps)
         if config not in found:
@@ -205,4 +211,4 @@ def columns_of(n: int, most: int, least: int) -> int:
     return even if block // 4 <= even < block and even >= 2 * least else block
 
 
-__all__ = ["expert", "moved", "one_row"]
+__all__ = ["expert", "one_row"]

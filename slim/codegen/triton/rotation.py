@@ -26,7 +26,7 @@ class Turn:
         self._partial = self._width < padded
 
     def begin(self) -> list[str]:
-        """Of each channel: whether it ``turns``, its ``partner``, which ``angle`` it takes, its ``side`` of the pair."""
+        """Of each channel: whether it ``turns``, its ``partner``, the ``angle`` it takes, its ``side`` of the pair."""
         if self._rope is None:
             return []
         half = self._width // 2

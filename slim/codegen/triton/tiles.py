@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from slim.codegen.regions.schedule import Matrix
 from slim.codegen.triton.kernel import Config, Kernel
-from slim.codegen.triton.loops import indented
 from slim.codegen.triton.source import Input
 from slim.codegen.triton.sweep import Results, Row, Sum, Sweep, choose, columns, gather, is_split, span
 from slim.codegen.triton.text import Axis
-from slim.codegen.triton.weights import to_float
-from slim.codegen.triton.writer import DTYPES, Target, Writer, power_of_two
+from slim.codegen.triton.weights import rows_of, tile, to_float, units, zero_points
+from slim.codegen.triton.writer import DTYPES, Target, Writer, indented, power_of_two
 
 FLOATS = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
 _STORED = {"fp32": "tl.float32", "bf16": "tl.bfloat16", "fp16": "tl.float16", "i8": "tl.int8"}
@@ -88,19 +87,13 @@ class Tile:
         lines = [*columns(sweep, self.ragged_n), *self.input.begin, *self.input.statistics()]
         kind = "tl.int32" if self.dtype == "tl.int8" else "tl.float32"
         lines += [f"y{lane} = tl.zeros((BLOCK_M, BLOCK_N), {kind})" for lane in range(sweep.lanes)]
-        width = f" * {sweep.n // 2 if sweep.matrix.format == 'int4' else sweep.n}"
-        lines += [f"data{lane} += at[:, None]{width}" for lane in range(sweep.lanes)]
-        if sweep.matrix.group:
-            groups = sweep.n // sweep.matrix.group
-            lines += [f"scale{lane} += at[:, None] * {groups}" for lane in range(sweep.lanes)]
-        if self.input.is_late:
-            lines.append("square = tl.zeros((BLOCK_M, 1), tl.float32)")
-        return lines
+        for lane in range(sweep.lanes):
+            lines += rows_of(lane, sweep.matrix, "at[:, None]")
+        return [*lines, *self.input.squares()]
 
     def loop(self, bounds: str) -> list[str]:
         lines = [*self.input.columns(), *self._x()]
-        if self.sweep.matrix.format == "int4":
-            lines.append("byte = start // 2 + tl.arange(0, BLOCK_K // 2)")
+        lines += units(self.sweep.matrix.format, self.sweep.n, self.input.ragged)
         for lane, matrix in enumerate(self.sweep.branches[0].matrices):
             lines += self._added(lane, matrix)
         return [f"for start in range({bounds}, BLOCK_K):", *indented(lines)]
@@ -113,24 +106,12 @@ class Tile:
             same = _STORED.get(stored) == self.dtype
             convert = "" if same else f".to(tl.float32).to({self.dtype})"
             return [f"x_k = {self.input.raw()}{convert}"]
-        lines = self.input.block_of()
-        lines = [
-            line.replace("squares += x_k * x_k", "square += tl.sum(x_k * x_k, 1, keep_dims=True)") for line in lines
-        ]
-        return [*lines, *([f"x_k = x_k.to({self.dtype})"] if self.dtype != "tl.float32" else [])]
+        return [*self.input.block_of(), *([f"x_k = x_k.to({self.dtype})"] if self.dtype != "tl.float32" else [])]
 
     def _added(self, lane: int, matrix: Matrix) -> list[str]:
-        lines = self._steps(lane, matrix) if matrix.group else []
-        if matrix.format == "int4":
-            # nibbles are joined, not the columns of x parted: x goes to the matrix units as it lies in memory
-            mask = f", mask=(byte < {self.sweep.n // 2})[None, :], other=0" if self.input.ragged else ""
-            lines.append(f"bytes = tl.load(data{lane} + byte[None, :]{mask})")
-            lines.append("both = tl.reshape(tl.join(bytes & 15, bytes >> 4), (BLOCK_N, BLOCK_K))")
-            loaded = "(both.to(tl.int8) - 8)"
-        else:
-            mask = ", mask=there[None, :], other=0" if self.input.ragged else ""
-            loaded = f"tl.load(data{lane} + k[None, :]{mask})"
-        return [*lines, f"w = {self._operand(lane, matrix, loaded)}", self._dot(lane)]
+        steps = self._steps(lane, matrix) if matrix.group else []
+        lines, loaded = tile(self.writer, lane, matrix.format, self.input.ragged)
+        return [*steps, *lines, f"w = {self._operand(lane, matrix, loaded)}", self._dot(lane)]
 
     def _dot(self, lane: int) -> str:
         precision = ', input_precision="ieee"' if self.dtype == "tl.float32" else ""
@@ -144,22 +125,30 @@ class Tile:
         if self.dtype == "tl.int8":
             return loaded
         wide = to_float(self.writer, matrix.format, loaded)  # int8 by way of float32: the interpreter needs it
+        if matrix.zero is not None:
+            wide = f"({wide} - points{lane})"
         if matrix.group:
             wide = f"({wide} * steps{lane})"
         return wide if self.dtype == "tl.float32" else f"{wide}.to({self.dtype})"
 
     def _steps(self, lane: int, matrix: Matrix) -> list[str]:
-        """The scales of the groups of a block, as wide as what is loaded of it."""
+        """``steps`` and ``points``: what the groups of a block have, as wide as what is loaded of it."""
         even = matrix.group & -matrix.group  # the largest power of two that divides it
         if self.block_k <= even:  # the block lies in one group
-            return [f"steps{lane} = tl.load(scale{lane} + start // {matrix.group}).to(tl.float32)"]
+            lines, loads = _of_group(lane, matrix, "")
+            return [f"group = start // {matrix.group}", *lines, *(f"{name} = {load}" for name, load in loads)]
         piece = min(even, self.least_k)
         count = f"BLOCK_K // {piece}"
-        lines = [f"piece = start // {piece} + tl.arange(0, {count})"]
+        lines = [
+            f"piece = start // {piece} + tl.arange(0, {count})", f"group = (piece // {matrix.group // piece})[None, :]",
+        ]  # fmt: skip
         mask = f", mask=(piece < {matrix.n // piece})[None, :], other=0" if self.input.ragged else ""
-        load = f"tl.load(scale{lane} + (piece // {matrix.group // piece})[None, :]{mask}).to(tl.float32)"
-        wide = f"tl.broadcast_to({load}[:, :, None], (BLOCK_N, {count}, {piece}))"
-        return [*lines, f"steps{lane} = tl.reshape({wide}, (BLOCK_N, BLOCK_K))"]
+        more, loads = _of_group(lane, matrix, mask)
+        lines += more
+        for name, load in loads:
+            wide = f"tl.broadcast_to({load}[:, :, None], (BLOCK_N, {count}, {piece}))"
+            lines.append(f"{name} = tl.reshape({wide}, (BLOCK_N, BLOCK_K))")
+        return lines
 
     def kept(self) -> list[Sum]:
         tile = "tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]"
@@ -177,6 +166,15 @@ class Tile:
                 convert = ".to(tl.float32)" if self.dtype == "tl.int8" else ""
                 lines.append(f"y{lane} = y{lane}{convert} * {' * '.join(factors)}")
         return lines
+
+
+def _of_group(lane: int, matrix: Matrix, mask: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Statements, and (name, text) of the scale of ``group`` and of its zero point, in float32."""
+    found = [(f"steps{lane}", f"tl.load(scale{lane} + group{mask}).to(tl.float32)")]
+    if matrix.zero is None:
+        return [], found
+    lines, points = zero_points(lane, matrix, mask)
+    return lines, [*found, (f"points{lane}", f"{points}.to(tl.float32)")]
 
 
 # -- configurations ----------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@
 
 using namespace slim;
 
+extern "C" void slim_unpack(i32, i64, i64, i64, const void*, void*);
+
 namespace {
 
 using Random = std::mt19937;
@@ -38,13 +40,14 @@ struct Weight {
     std::vector<float> row_floats;
     std::vector<bf16> row_bf16;
     std::vector<f16> row_f16;
+    std::vector<fp8> row_fp8;
     std::unique_ptr<Bytes64> packed;
 
     double scale(i64 row, i64 column) const {
         if (scales.empty()) return 1;
         return matrix.group ? scales[row * (matrix.n / matrix.group) + column / matrix.group] : scales[row];
     }
-    bool quantized() const { return matrix.format == Format::int8 || matrix.format == Format::int4; }
+    bool quantized() const { return matrix.format >= Format::int8 && matrix.format <= Format::nf4; }
 };
 
 void make_floats(Random& random, Weight& w) {
@@ -64,34 +67,73 @@ void make_floats(Random& random, Weight& w) {
     if (w.matrix.format == Format::f16) w.matrix.data = w.row_f16.data();
 }
 
-void make_integers(Random& random, Weight& w) {
-    Matrix& m = w.matrix;
-    bool int4 = m.format == Format::int4, half = uniform(random, 0, 1);
-    i64 row_bytes = int4 ? (m.n + 1) / 2 : m.n;
-    std::vector<u8> q(m.m * row_bytes);
-    for (i64 r = 0; r < m.m; r++) {
-        for (i64 c = 0; c < m.n; c++) {
-            i64 value = int4 ? uniform(random, -8, 7) : uniform(random, -128, 127);
-            if (int4) q[r * row_bytes + c / 2] |= (u8)((value + 8) << (c % 2 * 4));
-            else q[r * row_bytes + c] = (u8)(i8)value;
-            w.exact.push_back((double)value);
-        }
-    }
-    for (i64 i = 0; i < m.m * (m.group ? m.n / m.group : 1); i++) {
+void make_scales(Random& random, Weight& w) {
+    bool half = uniform(random, 0, 1);
+    for (i64 i = 0; i < w.matrix.m * (w.matrix.group ? w.matrix.n / w.matrix.group : 1); i++) {
         float scale = (float)uniform(random, 100, 1000) / 32768;
         w.scales.push_back(half ? (float)(f16)scale : scale * 1.0001f);
     }
-    const float* groups = m.group ? w.scales.data() : nullptr;
+}
+
+// Every number of the format but NaN.
+void make_fp8(Random& random, Weight& w) {
+    for (i64 i = 0; i < w.matrix.m * w.matrix.n; i++) {
+        w.row_fp8.push_back(fp8{(u8)(uniform(random, 0, 126) | uniform(random, 0, 1) << 7)});
+        u8 bits = w.row_fp8.back().bits;
+        int exponent = bits >> 3 & 15, fraction = bits & 7;
+        double size = exponent ? std::ldexp(8 + fraction, exponent - 10) : std::ldexp(fraction, -9);
+        w.exact.push_back(bits & 0x80 ? -size : size);
+    }
+    w.matrix.data = w.row_fp8.data();
+    make_scales(random, w);
+    w.matrix.scale = w.scales.data();
+}
+
+constexpr int LEVELS[] = {-127, -88, -67, -50, -36, -23, -12, 0, 10, 20, 31, 43, 56, 71, 92, 127};
+
+void make_integers(Random& random, Weight& w) {
+    Matrix& m = w.matrix;
+    bool whole = m.format == Format::int8, three = m.format == Format::int3, levels = m.format == Format::nf4;
+    i64 row_bytes = whole ? m.n : (three ? m.n / 8 * 3 : (m.n + 1) / 2), groups = m.group ? m.n / m.group : 0;
+    std::vector<u8> q(m.m * row_bytes);
+    std::vector<i8> zeros;
+    if (groups && !whole && !levels && uniform(random, 0, 1))
+        for (i64 i = 0; i < m.m * groups; i++)
+            zeros.push_back((i8)(uniform(random, 0, 3) ? uniform(random, -8, 7) : uniform(random, -128, 127)));
+    for (i64 r = 0; r < m.m; r++) {
+        for (i64 c = 0; c < m.n; c++) {
+            i64 value = whole ? uniform(random, -128, 127) : (three ? uniform(random, -4, 3) : uniform(random, -8, 7));
+            i64 bit = c % 8 * 3;
+            u8* row = q.data() + r * row_bytes;
+            if (whole) row[c] = (u8)(i8)value;
+            else if (!three) row[c / 2] |= (u8)((value + 8) << (c % 2 * 4));
+            else
+                for (int b = 0; b < 3; b++)
+                    row[c / 8 * 3 + (bit + b) / 8] |= (u8)(((value + 4) >> b & 1) << (bit + b) % 8);
+            if (levels) value = LEVELS[value + 8];
+            w.exact.push_back((double)value - (zeros.empty() ? 0 : zeros[r * groups + c / m.group]));
+        }
+    }
+    make_scales(random, w);
+    const float* grid = m.group ? w.scales.data() : nullptr;
+    const i8* zero = zeros.empty() ? nullptr : zeros.data();
     if (!m.group) m.scale = w.scales.data();
-    i64 bytes = slim_packed_bytes((i32)m.format, m.m, m.n, m.group, groups);
+    i64 bytes = slim_packed_bytes((i32)m.format, m.m, m.n, m.group, grid, zero);
     if (!bytes) std::printf("no kernel for group %ld\n", (long)m.group), std::exit(1);
     w.packed = std::make_unique<Bytes64>(bytes);
-    slim_pack((i32)m.format, m.m, m.n, m.group, q.data(), groups, w.packed->data);
+    slim_pack((i32)m.format, m.m, m.n, m.group, q.data(), grid, zero, w.packed->data);
     m.data = w.packed->data;
+    std::vector<u8> back(q.size(), 0xff);
+    slim_unpack((i32)m.format, m.m, m.n, m.group, m.data, back.data());
+    if (back != q) std::printf("unpacking format %d gives other numbers\n", (int)m.format), std::exit(1);
 }
+
+enum class Step { none, token, given };
 
 struct Case {
     i64 rows, n, act_group, threads;
+    Step step;
+    float given;
     std::vector<float> x;
     std::vector<std::unique_ptr<Weight>> weights;
     std::vector<Part> parts;
@@ -122,6 +164,12 @@ void give(const void* env, i64 row, float* x) {
     std::memcpy(x, c.x.data() + row * c.n, c.n * sizeof(float));
 }
 
+float step_of(const void* env, i64 row, const float* x) {
+    const Case& c = *static_cast<const Case*>(env);
+    if (std::memcmp(x, c.x.data() + row * c.n, c.n * sizeof(float))) std::printf("another row is rounded\n"), std::exit(1);
+    return c.step == Step::token ? token_scale(x, c.n) : c.given;
+}
+
 Case make_case(Random& random, int index) {
     Case c;
     c.rows = any_of<i64>(random, {1, 1, 2, 3, 4, 5, 6, 7, 8, 9, 12, 16, 17, 31, 64, 130});
@@ -129,14 +177,19 @@ Case make_case(Random& random, int index) {
     if (index % 40 == 7) c.rows = 513, c.n = uniform(random, 1, 300);
     c.threads = uniform(random, 1, 3);
     c.act_group = any_of<i64>(random, {0, 128, 128, 128, 32, 16, 48, 51, 640, 1024});
+    bool mixed = uniform(random, 0, 3) == 0;
+    Format common = (Format)uniform(random, 0, 7);
+    bool three = mixed ? uniform(random, 0, 1) : common == Format::int3;
     i64 group = any_of<i64>(random, {0, 0, 16, 32, 64, 128, 48, 256});
+    if (three && group % 32) group *= 2;
+    if (three && !group) c.n = (c.n + 7) / 8 * 8;
     if (group) c.n = (c.n + group - 1) / group * group;
+    c.step = any_of(random, {Step::none, Step::none, Step::token, Step::given});
     std::normal_distribution<float> normal;
     float size = std::exp(normal(random) * 3);
     for (i64 i = 0; i < c.rows * c.n; i++) c.x.push_back(normal(random) * size);
     if (uniform(random, 0, 9) == 0) std::fill(c.x.begin(), c.x.begin() + c.n, 0.0f);
-    bool mixed = uniform(random, 0, 3) == 0;
-    Format common = (Format)uniform(random, 0, 4);
+    c.given = size / any_of<float>(random, {32, 60, 200, 1e6});  // some clip, the last one nearly all
     for (i64 parts = uniform(random, 1, 3), p = 0; p < parts; p++) {
         i64 m = c.rows > 100 || c.n > 600 ? uniform(random, 1, 100) : uniform(random, 1, 300);
         Part part{};
@@ -147,9 +200,12 @@ Case make_case(Random& random, int index) {
         out->stores.resize(c.rows * m);
         for (i64 l = 0; l < part.lane_count; l++) {
             auto w = std::make_unique<Weight>();
-            w->matrix = {mixed ? (Format)uniform(random, 0, 4) : common, nullptr, nullptr, m, c.n, 0};
-            if (w->quantized()) w->matrix.group = mixed && uniform(random, 0, 1) ? 0 : group;
+            Format format = mixed ? (Format)uniform(random, 0, 7) : common;
+            if (format == Format::int3 && !three) format = Format::int4;
+            w->matrix = {format, nullptr, nullptr, m, c.n, 0};
+            if (format >= Format::int8) w->matrix.group = mixed && uniform(random, 0, 1) ? 0 : group;
             if (w->quantized()) make_integers(random, *w);
+            else if (format == Format::fp8) make_fp8(random, *w);
             else make_floats(random, *w);
             out->y[l].resize(c.rows * m);
             part.lanes[l] = &w->matrix;
@@ -165,6 +221,7 @@ Case make_case(Random& random, int index) {
 void run(Case& c) {
     Bytes64 scratch(linear_scratch(c.rows, c.n, (int)c.threads));
     Linear args{c.rows, c.n, give, &c, c.parts.data(), (i32)c.parts.size(), c.act_group, scratch.data};
+    if (c.step != Step::none) args.step = step_of, args.clips = c.step == Step::given;
     Team team;
     team.begin((int)c.threads);
     auto work = [&](int id) {
@@ -177,11 +234,26 @@ void run(Case& c) {
     for (auto& other : others) other.join();
 }
 
-// The granularity of the input's scales that the kernels promise: whole rows, or act_group rounded up to 16.
+// The granularity of the input's scales that the kernels promise: whole rows, or act_group rounded up to 16 or 32.
 std::vector<double> quantized_row(const Case& c, i64 row) {
     std::vector<double> result(c.n);
-    i64 group = c.act_group <= 0 || c.act_group >= c.n ? c.n : (c.act_group + 15) / 16 * 16;
     const float* x = c.x.data() + row * c.n;
+    if (c.step != Step::none) {
+        volatile float step = c.given;
+        if (c.step == Step::token) {
+            float most = 0;
+            for (i64 i = 0; i < c.n; i++) most = std::max(most, std::fabs(x[i]));
+            step = std::max(most / 127.0f, 0x1p-126f);
+        }
+        for (i64 i = 0; i < c.n; i++) {
+            volatile float steps = x[i] / step;
+            result[i] = std::min(std::max(std::nearbyint((double)steps), -128.0), 127.0) * (double)step;
+        }
+        return result;
+    }
+    i64 least = 16;
+    for (const auto& w : c.weights) least = w->matrix.format == Format::int3 ? 32 : least;
+    i64 group = c.act_group <= 0 || c.act_group >= c.n ? c.n : (c.act_group + least - 1) / least * least;
     for (i64 begin = 0; begin < c.n; begin += group) {
         i64 end = std::min(begin + group, c.n);
         float largest = 0;
@@ -204,14 +276,15 @@ bool check_weight(const Case& c, const Weight& w, const std::vector<float>& y, E
     i64 n = c.n, m = w.matrix.m;
     for (i64 row = 0; row < c.rows; row++) {
         const float* given = c.x.data() + row * n;
-        std::vector<double> exact(given, given + n), x = w.quantized() ? quantized_row(c, row) : exact;
+        std::vector<double> exact(given, given + n), x = exact;
+        if (w.quantized() || c.step != Step::none) x = quantized_row(c, row);
         for (i64 j = 0; j < m; j++) {
             double sum = 0, unquantized = 0, norm_x = 0, norm_w = 0;
             for (i64 i = 0; i < n; i++) {
                 double weight = w.exact[j * n + i] * w.scale(j, i);
                 sum += weight * x[i];
                 unquantized += weight * exact[i];
-                norm_x += exact[i] * exact[i];
+                norm_x += std::max(exact[i] * exact[i], x[i] * x[i]);
                 norm_w += weight * weight;
             }
             double norm = std::sqrt(norm_x * norm_w) + 1e-30, got = y[row * m + j];
@@ -244,7 +317,7 @@ bool check(const Case& c, Errors& errors) {
 
 std::string describe(const Case& c) {
     std::string text = "rows " + std::to_string(c.rows) + " n " + std::to_string(c.n) + " act_group " +
-                       std::to_string(c.act_group) + " threads " + std::to_string(c.threads);
+                       std::to_string(c.act_group) + " threads " + std::to_string(c.threads) + " step " + std::to_string((int)c.step) + " " + std::to_string(c.given);
     for (const auto& w : c.weights)
         text += ", format " + std::to_string((int)w->matrix.format) + " m " + std::to_string(w->matrix.m) + " group " +
                 std::to_string(w->matrix.group);

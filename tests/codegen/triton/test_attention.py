@@ -122,9 +122,7 @@ def strided(view: View, tensors: Mapping[Buffer, Tensor], case: Case) -> Tensor:
 def called(case: Case, seed: int = 0) -> Call:
     """Random operands."""
     torch.manual_seed(seed)
-    batch, heads, kv, width, queries, total = (
-        case.batch, case.heads, case.kv_heads, case.width, case.queries, case.total,
-    )  # fmt: skip
+    batch, heads, kv, width, queries = case.batch, case.heads, case.kv_heads, case.width, case.queries
     values, held = case.value_width or width, case.held
     tensors: dict[Buffer, Tensor] = {}
 

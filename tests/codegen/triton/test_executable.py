@@ -1,5 +1,7 @@
 """Programs as Triton kernels: how many a layer takes, what memory they share, what calls check."""
 
+from functools import cache
+
 import pytest
 import sympy
 import torch
@@ -13,13 +15,16 @@ from slim.codegen.triton.launching import Launch
 from slim.codegen.triton.memory import Arena
 from slim.runtime.compiled import CompiledModel
 from tests import programs
-from tests.compiled import pair
+
+
+@cache
+def llama(layers: int) -> CompiledModel:
+    return slim.compile(programs.model("llama", num_hidden_layers=layers), target="cuda", verify=False)
 
 
 def decode_call(layers: int, batch: int = 1):
     """A decoding step of a Llama block, bound to its cache."""
-    model = programs.model("llama", num_hidden_layers=layers)
-    compiled = slim.compile(model, target="cuda", verify=False)
+    compiled = llama(layers)
     step = compiled.step(masked=False, last_only=True)
     cache = compiled.new_cache(batch, 16)
     tokens = torch.ones(batch, 1, dtype=torch.int64, device=compiled.device)
@@ -41,7 +46,7 @@ def test_layers_share_their_kernels():
 
 
 def test_a_kernel_says_what_it_is_and_where_in_the_model_it_comes_from():
-    code = CompiledModel(pair("llama")[1].program, "cuda").code
+    code = llama(1).code
     source = next(text for name, text in code.items() if "linear_one_row" in name)
     head = source.partition("import triton")[0]
     assert "gate_proj" in source or "q_proj" in source

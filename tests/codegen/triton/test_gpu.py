@@ -22,7 +22,7 @@ def model() -> CompiledModel:
 
 
 def test_a_replayed_graph_writes_what_the_first_run_did(model: CompiledModel):
-    tokens, mask = prompt(padded=False)
+    tokens, _ = prompt(padded=False)
     step = model.step(masked=False, last_only=True)
     cache = model.new_cache(len(tokens), 64)
     cache.prepare(tokens.shape[1])

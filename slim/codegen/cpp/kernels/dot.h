@@ -16,10 +16,6 @@ static inline void store_bits(void* p, vi v) { std::memcpy(p, &v, sizeof v); }
 static inline vi splat_bits(const u32* p) { return vi{} + (i32)*p; }
 static inline vf to_float(vi v) { return __builtin_convertvector(v, vf); }
 
-// Half of a line of int4: the numbers 0..15 of 4 columns.
-static inline vi low_nibbles(vi v) { return v & 0x0f0f0f0f; }
-static inline vi high_nibbles(vi v) { return (v >> 4) & 0x0f0f0f0f; }
-
 #if defined(__AVX512VNNI__) && !defined(SLIM_SCALAR)
 #define SLIM_VNNI 1
 #endif
@@ -30,11 +26,33 @@ static inline vi high_nibbles(vi v) { return (v >> 4) & 0x0f0f0f0f; }
 #endif
 
 constexpr int INT4_BIAS = 8;  // stored as 0..15
+constexpr int INT3_BIAS = 4;  // stored as 0..7
 #if defined(SLIM_VNNI)
 constexpr int INT8_BIAS = 128;  // vpdpbusd wants one side unsigned
 #else
 constexpr int INT8_BIAS = 0;
 #endif
+
+// -- products of 16 bits ----------------------------------------------------------------------------------------------
+
+#if defined(__AVX512BW__) && !defined(SLIM_SCALAR)
+static inline vi multiply_words(vi a, vi b) { return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
+#elif defined(__AVX2__) && !defined(__AVX512F__) && !defined(SLIM_SCALAR)
+static inline vi multiply_words(vi a, vi b) { return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
+#else
+#define SLIM_NO_WORDS 1
+#endif
+
+// A number of 16 bits in each lane, to be multiplied with others: x86 has no fast product of 32 bits.
+#if defined(SLIM_NO_WORDS)
+static inline vi factor(vi v) { return v; }
+static inline vi multiply_factor(vi a, vi b) { return a * b; }
+#else
+static inline vi factor(vi v) { return v & 0xffff; }
+static inline vi multiply_factor(vi a, vi b) { return multiply_words(a, b); }
+#endif
+
+// -- kinds ------------------------------------------------------------------------------------------------------------
 
 // Every kind has: RUN, the steps after which a sum must be folded into 32 bits (0: it is 32 bits wide);
 // add(sum, w, x).
@@ -51,7 +69,6 @@ using Nibbles = Bytes;
 
 #if defined(__AVX512BW__)
 static inline vi multiply_bytes(vi u, vi s) { return (vi)_mm512_maddubs_epi16((__m512i)u, (__m512i)s); }
-static inline vi multiply_words(vi a, vi b) { return (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b); }
 static inline vi add_words(vi a, vi b) { return (vi)_mm512_add_epi16((__m512i)a, (__m512i)b); }
 static inline vi ones() { return (vi)_mm512_set1_epi16(1); }
 static inline vi magnitude(vi w) { return (vi)_mm512_abs_epi8((__m512i)w); }
@@ -61,21 +78,30 @@ static inline vi with_sign(vi x, vi w) {
 }
 #else
 static inline vi multiply_bytes(vi u, vi s) { return (vi)_mm256_maddubs_epi16((__m256i)u, (__m256i)s); }
-static inline vi multiply_words(vi a, vi b) { return (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b); }
 static inline vi add_words(vi a, vi b) { return (vi)_mm256_add_epi16((__m256i)a, (__m256i)b); }
 static inline vi ones() { return (vi)_mm256_set1_epi16(1); }
 static inline vi magnitude(vi w) { return (vi)_mm256_abs_epi8((__m256i)w); }
 static inline vi with_sign(vi x, vi w) { return (vi)_mm256_sign_epi8((__m256i)x, (__m256i)w); }
 #endif
 
-struct Bytes {  // i8 weights: |w| * (x with w's sign), 2 * 128 * 127 fits 16 bits
+struct Bytes {  // i8 weights: |w| * (x with w's sign), 2 * 128 * 127 fits 16 bits; an input of -128 does not
     static constexpr int RUN = 0;
     static vi add(vi sum, vi w, vi x) {
         return sum + multiply_words(multiply_bytes(magnitude(w), with_sign(x, w)), ones());
     }
 };
 
-struct Nibbles {  // u4 weights: 8 sums of 2 * 15 * 127 fit 16 bits
+struct FullBytes {  // the same for any input: both sides widened, even columns and odd ones
+    static constexpr int RUN = 0;
+    typedef i16 words __attribute__((vector_size(4 * LANES)));
+    static vi even(vi v) { return (vi)(((words)v << 8) >> 8); }
+    static vi odd(vi v) { return (vi)((words)v >> 8); }
+    static vi add(vi sum, vi w, vi x) {
+        return sum + multiply_words(even(w), even(x)) + multiply_words(odd(w), odd(x));
+    }
+};
+
+struct Nibbles {  // u4 weights: 8 sums of 2 * 15 * 128 fit 16 bits
     static constexpr int RUN = 8;
     static vi add(vi sum, vi w, vi x) { return add_words(sum, multiply_bytes(w, x)); }
     static vi fold(vi total, vi sum) { return total + multiply_words(sum, ones()); }
@@ -127,6 +153,7 @@ using PrefillInt8 = Words;
 #else
 constexpr bool WIDENS = false;
 using PrefillInt8 = Bytes;
+using FullBytes = Bytes;
 #endif
 
 // Floats go through the same tiles; as bits, except for the sums, which would be spilt.

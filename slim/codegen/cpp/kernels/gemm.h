@@ -2,6 +2,7 @@
 #pragma once
 #include <utility>
 
+#include "codes.h"
 #include "quantize.h"
 
 namespace slim {
@@ -22,6 +23,7 @@ constexpr int TILE_PANELS_GROUPED = VECTORS == 1 ? 2 : 1;
 struct GemmBuffers {
     alignas(LINE) u8 weights[BLOCK_PANELS * BLOCK_STEPS * LINE];
     alignas(LINE) float scales[BLOCK_PANELS * PANEL * (BLOCK_DEPTH / GROUP_STEP)];
+    alignas(LINE) i32 zeros[BLOCK_PANELS * PANEL * (BLOCK_DEPTH / GROUP_STEP)];
     alignas(LINE) float results[2 * BLOCK_ROWS * BLOCK_COLUMNS];  // [lane][row][column]
 };
 
@@ -33,31 +35,46 @@ struct Block {
     i64 depth_begin;      // its first column
     i64 first_units;      // units up to where the input's scale changes first
     const float* scales;  // of groups: [unit][BLOCK_PANELS][16], or null
+    const i32* zeros;     // likewise: what the sum of the input counts, with the bias; or null
     i32 start_factor;     // see Input::starts
 };
 
 // -- bringing weights into blocks -------------------------------------------------------------------------------------
 
-static inline void unpack_nibbles(const u8* lines, i64 count, u8* to) {
+// 4 bytes of a row become 2 + 2 words, in two steps.
+static inline void store_words(vi bytes, u8* to) {
+    vi first = (((bytes << 24) >> 24) & 0xffff) | (((bytes << 16) >> 8) & (i32)0xffff0000);
+    vi second = (((bytes << 8) >> 24) & 0xffff) | ((bytes >> 8) & (i32)0xffff0000);
+    store_bits(to, first);
+    store_bits(to + LINE, second);
+}
+
+// Blocks as the steps that the tile kernels read: nibbles with the bias of int4, bytes with that of int8 or as words.
+template <class Code, bool WORDS = false>
+static void unpack_blocks(const u8* from, i64 count, u8* to) {
+    constexpr i32 SHIFT = Code::BIAS == INT3_BIAS ? 0x01010101 * (INT4_BIAS - INT3_BIAS) : 0;
     for (i64 i = 0; i < count; i++) {
         for (int v = 0; v < VECTORS; v++) {
-            vi raw = load_bits(lines + i * LINE + v * sizeof(vi));
-            store_bits(to + 2 * i * LINE + v * sizeof(vi), low_nibbles(raw));
-            store_bits(to + (2 * i + 1) * LINE + v * sizeof(vi), high_nibbles(raw));
+            vi lines[Code::LINES];
+            for (int l = 0; l < Code::LINES; l++)
+                lines[l] = load_bits(from + (i * Code::LINES + l) * LINE + v * sizeof(vi));
+#pragma GCC unroll 8
+            for (int s = 0; s < Code::STEPS; s++) {
+                vi numbers = Code::step(lines, s) + SHIFT;
+                u8* place = to + (i * Code::STEPS + s) * LINE * (WORDS ? 2 : 1) + v * sizeof(vi);
+                if constexpr (WORDS) store_words(numbers, place);
+                else store_bits(place, numbers);
+            }
         }
     }
 }
 
-// 4 bytes of a row become 2 + 2 words, in two steps.
-static inline void widen_bytes(const u8* lines, i64 count, u8* to) {
-    for (i64 i = 0; i < count; i++) {
-        for (int v = 0; v < VECTORS; v++) {
-            vi raw = load_bits(lines + i * LINE + v * sizeof(vi));
-            vi first = (((raw << 24) >> 24) & 0xffff) | (((raw << 16) >> 8) & (i32)0xffff0000);
-            vi second = (((raw << 8) >> 24) & 0xffff) | ((raw >> 8) & (i32)0xffff0000);
-            store_bits(to + 2 * i * LINE + v * sizeof(vi), first);
-            store_bits(to + (2 * i + 1) * LINE + v * sizeof(vi), second);
-        }
+static inline void unpack_panel(Format format, const u8* from, i64 count, u8* to) {
+    switch (format) {
+        case Format::int8: return unpack_blocks<Int8Code<Bytes>, WIDENS>(from, count, to);
+        case Format::nf4: return unpack_blocks<Nf4Code<Bytes>, WIDENS>(from, count, to);
+        case Format::int3: return unpack_blocks<Int3Code>(from, count, to);
+        default: return unpack_blocks<Int4Code>(from, count, to);
     }
 }
 
@@ -81,16 +98,19 @@ static inline void transpose(vf (&rows)[LANES], std::integer_sequence<int, LANE.
     if constexpr (HALF > 1) transpose<HALF / 2>(rows, lanes);
 }
 
-// A panel's columns begin.. of row-major weights, as [column][16 rows] floats.
+// A panel's columns begin.. of row-major weights from row `row` on, as [column][16 rows] floats.
 template <class T>
-static void gather_columns(const T* w, i64 n, i64 rows, i64 begin, i64 columns, float* to) {
+static void gather_columns(const Matrix& w, i64 row, i64 begin, i64 columns, float* to) {
+    i64 group = w.group ? w.group : w.n, groups = w.n / group, rows = w.m - row;
     for (i64 c = 0; c < columns; c += LANES) {
         for (int first = 0; first < PANEL; first += LANES) {
             vf square[LANES];
             for (int r = 0; r < LANES; r++) {
-                const T* p = w + (first + r) * n + begin + c;
+                const T* p = static_cast<const T*>(w.data) + (row + first + r) * w.n + begin + c;
                 if (first + r >= rows) square[r] = vf{};
                 else square[r] = columns - c < LANES ? load_some(p, columns - c) : load(p);
+                if (w.scale && first + r < rows)
+                    square[r] *= w.scale[(row + first + r) * groups + (begin + c) / group] * STEP_OF<T>;
             }
             transpose<LANES / 2>(square, std::make_integer_sequence<int, LANES>());
             for (int i = 0; i < LANES && c + i < columns; i++) store(to + (c + i) * PANEL + first, square[i]);
@@ -98,44 +118,45 @@ static void gather_columns(const T* w, i64 n, i64 rows, i64 begin, i64 columns, 
     }
 }
 
-static inline void block_scales(const Packed& w, const Matrix& matrix, i64 panel, const Block& b, i64 unit, float* to) {
-    i64 units_per_group = matrix.group / unit;
+// The scales, and what goes with the sums of the input, of a block's units.
+static inline void block_groups(const Packed& w, i64 group, i64 panel, i64 unit, Block& b, GemmBuffers& buffers) {
+    i64 units_per_group = group / unit;
+    b.scales = buffers.scales;
+    if (w.zeros) b.zeros = buffers.zeros;
     for (i64 u = b.unit_begin; u < b.unit_end; u++) {
-        i64 group = units_per_group == 1 ? u : u / units_per_group;
+        i64 g = units_per_group == 1 ? u : u / units_per_group;
         for (i64 p = 0; p < b.panels; p++) {
-            float* place = to + ((u - b.unit_begin) * BLOCK_PANELS + p) * PANEL;
-            for (int v = 0; v < VECTORS; v++) store(place + v * LANES, w.group_scale(panel + p, group, v));
+            for (int v = 0; v < VECTORS; v++) {
+                i64 place = ((u - b.unit_begin) * BLOCK_PANELS + p) * PANEL + v * LANES;
+                store(buffers.scales + place, w.group_scale(panel + p, g, v));
+                if (w.zeros) store_bits(buffers.zeros + place, factor(-INT4_BIAS - w.group_zero(panel + p, g, v)));
+            }
         }
     }
 }
 
-// Columns depth.. of panels panel.. of an int8 or int4 weight.
-static inline Block quantized_block(const Matrix& w, i64 panel, i64 panels, i64 depth, const Grouping& by,
-                                    GemmBuffers& buffers) {
+// Columns depth.. of panels panel.. of a packed weight.
+static inline Block packed_block(const Matrix& w, i64 panel, i64 panels, i64 depth, const Grouping& by,
+                                 GemmBuffers& buffers) {
     Packed packed(w);
-    i64 columns = w.format == Format::int4 ? 8 : 4, first = depth / columns;
-    i64 lines = packed.lines - first < BLOCK_DEPTH / columns ? packed.lines - first : BLOCK_DEPTH / columns;
-    bool expand = w.format == Format::int4 || WIDENS;
+    i64 first = depth / packed.columns, rest = packed.blocks - first, most = BLOCK_DEPTH / packed.columns;
+    i64 blocks = rest < most ? rest : most, block_bytes = packed.block_lines * LINE;
+    bool words = WIDENS && is_bytes(w.format), expand = words || w.format != Format::int8;
+    i64 step_columns = words ? 2 : 4;
     Block b{};
     b.panels = panels;
     b.depth_begin = depth;
-    b.steps = expand ? lines * 2 : lines;
-    b.unit_steps = by.unit / columns * (expand ? 2 : 1);
+    b.steps = blocks * packed.columns / step_columns;
+    b.unit_steps = by.unit / step_columns;
     b.unit_begin = depth / by.unit;
     b.unit_end = b.unit_begin + ceil_div(b.steps, b.unit_steps);
     b.first_units = by.units_per_scale - b.unit_begin % by.units_per_scale;
-    b.start_factor = w.format == Format::int4 ? 1 : INT8_BIAS / INT4_BIAS;
-    b.weights = expand ? buffers.weights : packed.numbers(panel) + first * LINE;
+    b.start_factor = is_bytes(w.format) ? INT8_BIAS / INT4_BIAS : 1;
+    b.weights = expand ? buffers.weights : packed.numbers(panel) + first * block_bytes;
     b.stride = expand ? b.steps * LINE : packed.panel_bytes;
-    for (i64 p = 0; expand && p < panels; p++) {
-        const u8* from = packed.numbers(panel + p) + first * LINE;
-        if (w.format == Format::int4) unpack_nibbles(from, lines, buffers.weights + p * b.stride);
-        else widen_bytes(from, lines, buffers.weights + p * b.stride);
-    }
-    if (w.group) {
-        block_scales(packed, w, panel, b, by.unit, buffers.scales);
-        b.scales = buffers.scales;
-    }
+    for (i64 p = 0; expand && p < panels; p++)
+        unpack_panel(w.format, packed.numbers(panel + p) + first * block_bytes, blocks, buffers.weights + p * b.stride);
+    if (w.group) block_groups(packed, w.group, panel, by.unit, b, buffers);
     return b;
 }
 
@@ -147,11 +168,9 @@ static Block float_block(const Matrix& w, i64 panel, i64 panels, i64 depth, Gemm
     b.steps = w.n - depth < BLOCK_DEPTH_FLOAT ? w.n - depth : BLOCK_DEPTH_FLOAT;
     b.weights = buffers.weights;
     b.stride = b.steps * LINE;
-    for (i64 p = 0; p < panels; p++) {
-        i64 row = (panel + p) * PANEL;
-        gather_columns(static_cast<const T*>(w.data) + row * w.n, w.n, w.m - row, depth, b.steps,
-                       reinterpret_cast<float*>(buffers.weights + p * b.stride));
-    }
+    for (i64 p = 0; p < panels; p++)
+        gather_columns<T>(w, (panel + p) * PANEL, depth, b.steps,
+                          reinterpret_cast<float*>(buffers.weights + p * b.stride));
     return b;
 }
 
@@ -199,16 +218,19 @@ struct TileInput {
     i64 units_per_scale;
 };
 
-// totals = the integer products of unit u.
-template <class Kind, int HEIGHT, int COUNT>
-static inline void tile_unit(vi (&totals)[HEIGHT][COUNT], const Block& b, const u8* w, const TileInput& in, i64 u) {
+// totals = the integer products of unit u. zeros: Block::zeros of the unit, read where ZEROS.
+template <class Kind, bool ZEROS, int HEIGHT, int COUNT>
+static inline void tile_unit(vi (&totals)[HEIGHT][COUNT], const Block& b, const u8* w, const TileInput& in, i64 u,
+                             const i32* zeros) {
     i64 begin = (u - b.unit_begin) * b.unit_steps;
 #pragma GCC unroll 8
     for (int r = 0; r < HEIGHT; r++) {
         vi start = splat_bits(reinterpret_cast<const u32*>(in.starts) + u * HEIGHT + r);  // by the load port alone
-        if (b.start_factor != 1) start *= b.start_factor;
+        if (ZEROS) start = -(start >> 3);  // the sum itself
+        else if (b.start_factor != 1) start *= b.start_factor;
 #pragma GCC unroll 8
-        for (int c = 0; c < COUNT; c++) totals[r][c] = start;
+        for (int c = 0; c < COUNT; c++)
+            totals[r][c] = ZEROS ? multiply_factor(load_bits(zeros + c * LANES), start) : start;
     }
     tile_runs<Kind>(totals, w + begin * LINE, b.stride, in.x + begin * HEIGHT,
                     b.steps - begin < b.unit_steps ? b.steps - begin : b.unit_steps);
@@ -234,7 +256,7 @@ static void quantized_tile(const Block& b, i64 panel, const TileInput& in, float
     const u8* w = b.weights + panel * b.stride;
     for (i64 u = b.unit_begin; u < b.unit_end; u++) {
         vi totals[HEIGHT][COUNT];
-        tile_unit<Kind>(totals, b, w, in, u);
+        tile_unit<Kind, false>(totals, b, w, in, u, nullptr);
         vf part[HEIGHT][COUNT];
 #pragma GCC unroll 8
         for (int r = 0; r < HEIGHT; r++)
@@ -245,18 +267,20 @@ static void quantized_tile(const Block& b, i64 panel, const TileInput& in, float
 }
 
 // The same for weights with scales by group: partial results between two changes of the input's scale.
-template <class Kind, int HEIGHT, int PANELS>
+template <class Kind, bool ZEROS, int HEIGHT, int PANELS>
 static void grouped_tile(const Block& b, i64 panel, const TileInput& in, float* results) {
     constexpr int COUNT = PANELS * VECTORS;
     const u8* w = b.weights + panel * b.stride;
     const float* scale = b.scales + panel * PANEL;
+    const i32* zeros = ZEROS ? b.zeros + panel * PANEL : nullptr;
     i64 last = b.unit_begin + b.first_units;
     for (i64 u = b.unit_begin; u < b.unit_end; last += in.units_per_scale) {
         const float* scales = in.scales + u * HEIGHT;
         vf part[HEIGHT][COUNT] = {};
         for (; u < last && u < b.unit_end; u++, scale += BLOCK_PANELS * PANEL) {
             vi totals[HEIGHT][COUNT];
-            tile_unit<Kind>(totals, b, w, in, u);
+            tile_unit<Kind, ZEROS>(totals, b, w, in, u, zeros);
+            if (ZEROS) zeros += BLOCK_PANELS * PANEL;
 #pragma GCC unroll 8
             for (int c = 0; c < COUNT; c++)
 #pragma GCC unroll 8
@@ -280,15 +304,17 @@ static void float_tile(const Block& b, i64 panel, const TileInput& in, float* re
         }
 }
 
-enum class TileKind { floats, int8, int4, int8_grouped, int4_grouped };
+enum class TileKind { floats, bytes, nibbles, bytes_grouped, nibbles_grouped, nibbles_zeros };
 
 template <TileKind KIND, int HEIGHT, int PANELS>
 static void tile_panels(const Block& b, i64 panel, const TileInput& in, float* results) {
     if constexpr (KIND == TileKind::floats) float_tile<HEIGHT, PANELS>(b, panel, in, results);
-    if constexpr (KIND == TileKind::int8) quantized_tile<PrefillInt8, HEIGHT, PANELS>(b, panel, in, results);
-    if constexpr (KIND == TileKind::int4) quantized_tile<Nibbles, HEIGHT, PANELS>(b, panel, in, results);
-    if constexpr (KIND == TileKind::int8_grouped) grouped_tile<PrefillInt8, HEIGHT, PANELS>(b, panel, in, results);
-    if constexpr (KIND == TileKind::int4_grouped) grouped_tile<Nibbles, HEIGHT, PANELS>(b, panel, in, results);
+    if constexpr (KIND == TileKind::bytes) quantized_tile<PrefillInt8, HEIGHT, PANELS>(b, panel, in, results);
+    if constexpr (KIND == TileKind::nibbles) quantized_tile<Nibbles, HEIGHT, PANELS>(b, panel, in, results);
+    if constexpr (KIND == TileKind::bytes_grouped)
+        grouped_tile<PrefillInt8, false, HEIGHT, PANELS>(b, panel, in, results);
+    if constexpr (KIND == TileKind::nibbles_grouped) grouped_tile<Nibbles, false, HEIGHT, PANELS>(b, panel, in, results);
+    if constexpr (KIND == TileKind::nibbles_zeros) grouped_tile<Nibbles, true, HEIGHT, PANELS>(b, panel, in, results);
 }
 
 // The panels of a block from `panel` on: as many at once as there are registers for, then the rest.
@@ -301,25 +327,27 @@ static void tile_row(const Block& b, i64 panel, const TileInput& in, float* resu
 
 template <TileKind KIND, int HEIGHT = TILE_HEIGHT>
 static void tile_of_height(const Block& b, i64 height, const TileInput& in, float* results) {
-    constexpr bool GROUPED = KIND == TileKind::int8_grouped || KIND == TileKind::int4_grouped;
+    constexpr bool GROUPED = KIND > TileKind::nibbles;
     if constexpr (HEIGHT > 1)
         if (height < HEIGHT) return tile_of_height<KIND, HEIGHT - 1>(b, height, in, results);
     tile_row<KIND, HEIGHT, GROUPED ? TILE_PANELS_GROUPED : TILE_PANELS>(b, 0, in, results);
 }
 
-static inline TileKind tile_kind(const Matrix& w) {
-    if (w.format == Format::int8) return w.group ? TileKind::int8_grouped : TileKind::int8;
-    if (w.format == Format::int4) return w.group ? TileKind::int4_grouped : TileKind::int4;
-    return TileKind::floats;
+static inline TileKind tile_kind(const Matrix& w, const Block& b) {
+    if (!is_packed(w.format)) return TileKind::floats;
+    if (is_bytes(w.format)) return w.group ? TileKind::bytes_grouped : TileKind::bytes;
+    if (b.zeros) return TileKind::nibbles_zeros;
+    return w.group ? TileKind::nibbles_grouped : TileKind::nibbles;
 }
 
 static inline void tile_block(const Matrix& w, const Block& b, i64 height, const TileInput& in, float* results) {
-    switch (tile_kind(w)) {
+    switch (tile_kind(w, b)) {
         case TileKind::floats: return tile_of_height<TileKind::floats>(b, height, in, results);
-        case TileKind::int8: return tile_of_height<TileKind::int8>(b, height, in, results);
-        case TileKind::int4: return tile_of_height<TileKind::int4>(b, height, in, results);
-        case TileKind::int8_grouped: return tile_of_height<TileKind::int8_grouped>(b, height, in, results);
-        case TileKind::int4_grouped: return tile_of_height<TileKind::int4_grouped>(b, height, in, results);
+        case TileKind::bytes: return tile_of_height<TileKind::bytes>(b, height, in, results);
+        case TileKind::nibbles: return tile_of_height<TileKind::nibbles>(b, height, in, results);
+        case TileKind::bytes_grouped: return tile_of_height<TileKind::bytes_grouped>(b, height, in, results);
+        case TileKind::nibbles_grouped: return tile_of_height<TileKind::nibbles_grouped>(b, height, in, results);
+        case TileKind::nibbles_zeros: return tile_of_height<TileKind::nibbles_zeros>(b, height, in, results);
     }
 }
 
@@ -327,8 +355,8 @@ static inline void tile_block(const Matrix& w, const Block& b, i64 height, const
 
 static inline TileInput tile_input(const Matrix& w, const Block& b, const Input& in, i64 tile) {
     i64 height = in.tiles.height(tile), units = in.grouping.units;
-    bool words = WIDENS && w.format == Format::int8;
-    i64 columns = !is_quantized(w) ? 1 : (words ? 2 : 4);  // of the input, in 4 bytes
+    bool words = WIDENS && is_bytes(w.format);
+    i64 columns = !is_packed(w.format) ? 1 : (words ? 2 : 4);  // of the input, in 4 bytes
     const u32* x = columns == 4 ? in.bytes : (columns == 2 ? in.words : reinterpret_cast<const u32*>(in.floats));
     TileInput t{};
     t.x = Input::tile(x, in.tiles, tile, in.padded / columns) + b.depth_begin / columns * height;
@@ -345,7 +373,8 @@ static inline Block load_block(const Matrix& w, i64 panel, i64 panels, i64 depth
         case Format::f32: return float_block<float>(w, panel, panels, depth, buffers);
         case Format::bf16: return float_block<bf16>(w, panel, panels, depth, buffers);
         case Format::f16: return float_block<f16>(w, panel, panels, depth, buffers);
-        default: return quantized_block(w, panel, panels, depth, in.grouping, buffers);
+        case Format::fp8: return float_block<fp8>(w, panel, panels, depth, buffers);
+        default: return packed_block(w, panel, panels, depth, in.grouping, buffers);
     }
 }
 
@@ -353,7 +382,7 @@ static inline Block load_block(const Matrix& w, i64 panel, i64 panels, i64 depth
 static inline void gemm(const Matrix& w, const Input& in, i64 tile_begin, i64 tile_end, i64 panel, i64 panels,
                         GemmBuffers& buffers, float* results) {
     i64 first = in.tiles.begin(tile_begin), rows = in.tiles.begin(tile_end) - first;
-    bool quantized = is_quantized(w);
+    bool quantized = is_packed(w.format);
     std::memset(results, 0, rows * BLOCK_COLUMNS * sizeof(float));
     for (i64 depth = 0; depth < w.n; depth += quantized ? BLOCK_DEPTH : BLOCK_DEPTH_FLOAT) {
         Block b = load_block(w, panel, panels, depth, in, buffers);

@@ -1,6 +1,9 @@
 // Few input rows: every weight is read once and multiplied with all of them. Bound by memory, so weights stream through
 // in the order they lie in, and nothing is written but results.
 #pragma once
+#include <type_traits>
+
+#include "codes.h"
 #include "quantize.h"
 
 namespace slim {
@@ -15,14 +18,7 @@ constexpr int MOST_STREAMS = VECTORS == 1 ? 4 : 2;
 constexpr int gemv_streams(int height) { return height == 1 ? MOST_STREAMS : height <= 3 && VECTORS == 1 ? 2 : 1; }
 constexpr int PREFETCH = 2048;  // bytes ahead: the hardware's own stops at each page
 
-// -- int8 and int4 ----------------------------------------------------------------------------------------------------
-
-// Half or whole of a line, as 4 columns of LANES rows each.
-template <bool NIBBLES>
-static inline vi line_half(vi raw, int half) {
-    if (!NIBBLES) return raw;
-    return half ? high_nibbles(raw) : low_nibbles(raw);
-}
+// -- packed weights ---------------------------------------------------------------------------------------------------
 
 // Where the numbers of a unit lie, in each of several panels that are `stride` bytes apart.
 struct GemvUnit {
@@ -30,35 +26,39 @@ struct GemvUnit {
     i64 stride, ahead;  // ahead: bytes from a line to the one to ask for
     const u32* x;
     const i32* starts;
-    i64 lines;
+    i64 blocks;
 };
 
-// total[panel][r] += lines of the panels times row r of a tile. LINES: how many, where it is known (0: it is not).
-template <class Kind, bool NIBBLES, int HEIGHT, int PANELS, int LINES>
-static inline void gemv_lines(vi (&total)[PANELS][HEIGHT][VECTORS], const GemvUnit& unit) {
-    constexpr int HALVES = NIBBLES ? 2 : 1;
-    constexpr int UNROLL = Kind::RUN ? Kind::RUN / HALVES : (HEIGHT * VECTORS * PANELS > 4 ? 1 : 4);
-    const i64 count = LINES ? LINES : unit.lines;
+// total[panel][r] += blocks of the panels times row r of a tile. BLOCKS: how many, where it is known (0: it is not).
+template <class Code, int HEIGHT, int PANELS, int BLOCKS>
+static inline void gemv_blocks(vi (&total)[PANELS][HEIGHT][VECTORS], const GemvUnit& unit) {
+    using Kind = typename Code::Kind;
+    constexpr int UNROLL = Kind::RUN ? Kind::RUN / Code::STEPS
+                                     : (HEIGHT * VECTORS * PANELS > 4 || Code::STEPS > 2 ? 1 : 4);
+    const i64 count = BLOCKS ? BLOCKS : unit.blocks;
     vi sums[PANELS][HEIGHT][VECTORS] = {};
-    auto line = [&](i64 i) {
+    auto block = [&](i64 i) {
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++) {
-            const u8* w = unit.w + p * unit.stride + i * LINE;
+            const u8* w = unit.w + p * unit.stride + i * Code::LINES * LINE;
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) {
-                vi raw = load_bits(w + v * sizeof(vi));
-#pragma GCC unroll 2
-                for (int half = 0; half < HALVES; half++) {
-                    vi numbers = line_half<NIBBLES>(raw, half);
+                vi lines[Code::LINES];
+#pragma GCC unroll 4
+                for (int l = 0; l < Code::LINES; l++) lines[l] = load_bits(w + l * LINE + v * sizeof(vi));
+#pragma GCC unroll 8
+                for (int s = 0; s < Code::STEPS; s++) {
+                    vi numbers = Code::step(lines, s);
 #pragma GCC unroll 8
                     for (int r = 0; r < HEIGHT; r++) {
-                        vi x = splat_bits(unit.x + (i * HALVES + half) * HEIGHT + r);
+                        vi x = splat_bits(unit.x + (i * Code::STEPS + s) * HEIGHT + r);
                         if constexpr (Kind::RUN) sums[p][r][v] = Kind::add(sums[p][r][v], numbers, x);
                         else total[p][r][v] = Kind::add(total[p][r][v], numbers, x);
                     }
                 }
             }
-            __builtin_prefetch(w + unit.ahead);
+#pragma GCC unroll 4
+            for (int l = 0; l < Code::LINES; l++) __builtin_prefetch(w + l * LINE + unit.ahead);
         }
     };
     auto flush = [&] {
@@ -77,27 +77,29 @@ static inline void gemv_lines(vi (&total)[PANELS][HEIGHT][VECTORS], const GemvUn
 #pragma GCC unroll 4
     for (; i + UNROLL <= count; i += UNROLL) {
 #pragma GCC unroll 8
-        for (int u = 0; u < UNROLL; u++) line(i + u);
+        for (int u = 0; u < UNROLL; u++) block(i + u);
         flush();
     }
-    for (; i < count; i++) line(i);
+    for (; i < count; i++) block(i);
     flush();
 }
 
-// total = a unit's integer products, free of the bias that its weights are stored with.
-template <class Kind, bool NIBBLES, int HEIGHT, int PANELS>
-static inline void gemv_unit(vi (&total)[PANELS][HEIGHT][VECTORS], const GemvUnit& unit) {
-    constexpr int SHORT = NIBBLES ? 4 : 8;  // lines of a group of 32: so few that a loop would cost
+// total = a unit's integer products, free of the bias that its weights are stored with, and of their zero points.
+template <class Code, bool ZEROS, int HEIGHT, int PANELS>
+static inline void gemv_unit(vi (&total)[PANELS][HEIGHT][VECTORS], const GemvUnit& unit,
+                             const vi (&zeros)[PANELS][VECTORS]) {
+    constexpr int SHORT = 8 / Code::STEPS;  // blocks of a group of 32: so few that a loop would cost
 #pragma GCC unroll 8
     for (int r = 0; r < HEIGHT; r++) {
-        vi start = vi{} + unit.starts[r] * (NIBBLES ? 1 : INT8_BIAS / INT4_BIAS);
+        i32 sum = -unit.starts[r] / INT4_BIAS;
+        vi start = vi{} - sum * Code::BIAS;
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++)
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) total[p][r][v] = start;
+            for (int v = 0; v < VECTORS; v++) total[p][r][v] = ZEROS ? multiply_factor(zeros[p][v], vi{} + sum) : start;
     }
-    if (unit.lines == SHORT) gemv_lines<Kind, NIBBLES, HEIGHT, PANELS, SHORT>(total, unit);
-    else gemv_lines<Kind, NIBBLES, HEIGHT, PANELS, 0>(total, unit);
+    if (unit.blocks == SHORT) gemv_blocks<Code, HEIGHT, PANELS, SHORT>(total, unit);
+    else gemv_blocks<Code, HEIGHT, PANELS, 0>(total, unit);
 }
 
 // Panels of a weight that are read side by side.
@@ -108,22 +110,27 @@ struct Streams {
 };
 
 // y[r][panel * PANEL..): panels times row r of a tile, without the scales of whole weight rows.
-template <class Kind, bool NIBBLES, int HEIGHT, int PANELS>
+template <class Code, bool ZEROS, int HEIGHT, int PANELS>
 static void gemv_panels(const Packed& w, const Streams& at, i64 group, const Input& in, i64 tile, float* y,
                         i64 stride) {
-    constexpr i64 COLUMNS = NIBBLES ? 8 : 4;  // of a line
+    constexpr i64 COLUMNS = 4 * Code::STEPS, BYTES = Code::LINES * LINE;  // of a block
     const Grouping& by = in.grouping;
     const float* scales = Input::tile(in.scales, in.tiles, tile, by.units);
-    i64 unit_lines = by.unit / COLUMNS, left = w.lines, units_per_group = group / by.unit;
+    i64 unit_blocks = by.unit / COLUMNS, left = w.blocks, units_per_group = group / by.unit;
     GemvUnit unit{w.numbers(at.first), at.apart * w.panel_bytes, PREFETCH,
                   Input::tile(in.bytes, in.tiles, tile, in.padded / 4),
                   Input::tile(in.starts, in.tiles, tile, by.units), 0};
     vf result[PANELS][HEIGHT][VECTORS] = {};
+    vi zeros[PANELS][VECTORS] = {};
     for (i64 u = 0, g = 0, in_group = 0; u < by.units; u++) {
-        unit.lines = left < unit_lines ? left : unit_lines;
-        if (at.left - (w.lines - left) * LINE <= PREFETCH) unit.ahead = PREFETCH + at.jump;
+        unit.blocks = left < unit_blocks ? left : unit_blocks;
+        if (at.left - (w.blocks - left) * BYTES <= PREFETCH) unit.ahead = PREFETCH + at.jump;
+        if constexpr (ZEROS)
+            for (int p = 0; p < PANELS; p++)
+                for (int v = 0; v < VECTORS; v++)
+                    zeros[p][v] = factor(-Code::BIAS - w.group_zero(at.first + p * at.apart, g, v));
         vi total[PANELS][HEIGHT][VECTORS];
-        gemv_unit<Kind, NIBBLES, HEIGHT, PANELS>(total, unit);
+        gemv_unit<Code, ZEROS, HEIGHT, PANELS>(total, unit, zeros);
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++)
 #pragma GCC unroll 4
@@ -133,9 +140,9 @@ static void gemv_panels(const Packed& w, const Streams& at, i64 group, const Inp
                 for (int r = 0; r < HEIGHT; r++)
                     result[p][r][v] += to_float(total[p][r][v]) * (scale * scales[u * HEIGHT + r]);
             }
-        left -= unit_lines;
-        unit.w += unit_lines * LINE;
-        unit.x += unit_lines * (COLUMNS / 4) * HEIGHT;
+        left -= unit_blocks;
+        unit.w += unit_blocks * BYTES;
+        unit.x += unit_blocks * Code::STEPS * HEIGHT;
         unit.starts += HEIGHT;
         if (++in_group == units_per_group) g++, in_group = 0;
     }
@@ -146,36 +153,56 @@ static void gemv_panels(const Packed& w, const Streams& at, i64 group, const Inp
 }
 
 // Panels begin..end against one tile; `next` is what is read after them.
-template <class Kind, bool NIBBLES, int HEIGHT, int PANELS = gemv_streams(HEIGHT)>
+template <class Code, bool ZEROS, int HEIGHT, int PANELS = gemv_streams(HEIGHT)>
 static void gemv_run(const Packed& w, i64 begin, i64 end, const u8* next, i64 group, const Input& in, i64 tile,
-                            float* y, i64 stride) {
+                     float* y, i64 stride) {
     i64 apart = (end - begin) / PANELS, jump = next - w.numbers(begin + apart);
     for (i64 p = 0; p < apart; p++)
-        gemv_panels<Kind, NIBBLES, HEIGHT, PANELS>(w, {begin + p, apart, (apart - p) * w.panel_bytes, jump}, group, in,
-                                                   tile, y + p * PANEL, stride);
+        gemv_panels<Code, ZEROS, HEIGHT, PANELS>(w, {begin + p, apart, (apart - p) * w.panel_bytes, jump}, group, in,
+                                                 tile, y + p * PANEL, stride);
     begin += apart * PANELS;
     if constexpr (PANELS > 1)
         if (begin < end)
-            gemv_run<Kind, NIBBLES, HEIGHT, PANELS / 2>(w, begin, end, next, group, in, tile,
-                                                               y + apart * PANELS * PANEL, stride);
+            gemv_run<Code, ZEROS, HEIGHT, PANELS / 2>(w, begin, end, next, group, in, tile,
+                                                      y + apart * PANELS * PANEL, stride);
 }
 
-template <class Kind, bool NIBBLES, int HEIGHT = GEMV_HEIGHT>
+template <class Code, bool ZEROS, int HEIGHT = GEMV_HEIGHT>
 static void gemv_tile(const Packed& w, i64 begin, i64 end, const u8* next, i64 group, const Input& in, i64 tile,
                       float* y, i64 stride) {
     if constexpr (HEIGHT > 1)
         if (in.tiles.height(tile) < HEIGHT)
-            return gemv_tile<Kind, NIBBLES, HEIGHT - 1>(w, begin, end, next, group, in, tile, y, stride);
-    gemv_run<Kind, NIBBLES, HEIGHT>(w, begin, end, next, group, in, tile, y, stride);
+            return gemv_tile<Code, ZEROS, HEIGHT - 1>(w, begin, end, next, group, in, tile, y, stride);
+    gemv_run<Code, ZEROS, HEIGHT>(w, begin, end, next, group, in, tile, y, stride);
+}
+
+// y[row][0..): panels begin..end against all rows.
+template <class Code, bool ZEROS = false>
+static void gemv_tiles(const Packed& w, i64 begin, i64 end, const u8* next, i64 group, const Input& in, float* y) {
+    for (i64 t = 0; t < in.tiles.count; t++)
+        gemv_tile<Code, ZEROS>(w, begin, end, next, group, in, t, y + in.tiles.begin(t) * RUN_COLUMNS, RUN_COLUMNS);
+}
+
+template <template <class> class Code>
+static void gemv_bytes(const Packed& w, i64 begin, i64 end, const u8* next, i64 group, const Input& in, float* y) {
+    if constexpr (!std::is_same_v<Bytes, FullBytes>)
+        if (in.clips) return gemv_tiles<Code<FullBytes>>(w, begin, end, next, group, in, y);
+    gemv_tiles<Code<Bytes>>(w, begin, end, next, group, in, y);
+}
+
+template <class Code>
+static void gemv_nibbles(const Packed& w, i64 begin, i64 end, const u8* next, i64 group, const Input& in, float* y) {
+    if (w.zeros) gemv_tiles<Code, true>(w, begin, end, next, group, in, y);
+    else gemv_tiles<Code>(w, begin, end, next, group, in, y);
 }
 
 static inline void gemv_packed(const Matrix& w, const Input& in, i64 begin, i64 end, const u8* next, float* y) {
     Packed packed(w);
-    for (i64 t = 0; t < in.tiles.count; t++) {
-        float* to = y + in.tiles.begin(t) * RUN_COLUMNS;
-        if (w.format == Format::int8)
-            gemv_tile<Bytes, false>(packed, begin, end, next, w.group, in, t, to, RUN_COLUMNS);
-        else gemv_tile<Nibbles, true>(packed, begin, end, next, w.group, in, t, to, RUN_COLUMNS);
+    switch (w.format) {
+        case Format::int8: gemv_bytes<Int8Code>(packed, begin, end, next, w.group, in, y); break;
+        case Format::nf4: gemv_bytes<Nf4Code>(packed, begin, end, next, w.group, in, y); break;
+        case Format::int3: gemv_nibbles<Int3Code>(packed, begin, end, next, w.group, in, y); break;
+        default: gemv_nibbles<Int4Code>(packed, begin, end, next, w.group, in, y);
     }
     i64 columns = (end * PANEL < w.m ? end * PANEL : w.m) - begin * PANEL;
     if (!w.group) scale_columns(y, RUN_COLUMNS, in.tiles.rows, w.scale + begin * PANEL, columns);
@@ -183,45 +210,65 @@ static inline void gemv_packed(const Matrix& w, const Input& in, i64 begin, i64 
 
 // -- weights in floating point, read in place -------------------------------------------------------------------------
 
-// y[r][0..ROWS): dot products of ROWS weight rows with the rows of a tile.
+// ROWS rows of a weight from number `column` on, and where their scales lie; null for a weight that has none.
+template <class T>
+struct RowRun {
+    const T* w;
+    i64 n, columns;
+    const float* scale;  // of the first row; the next one's is `scales` further
+    i64 scales;
+};
+
+// y[r][0..ROWS): dot products of ROWS weight rows with the rows of a tile; added to what is there where ADD.
 template <class T, int ROWS, int HEIGHT>
-static void dot_rows(const T* w, i64 n, i64 padded, const float* x, float* y, i64 stride) {
+static void dot_rows(const RowRun<T>& run, i64 padded, const float* x, float* y, bool add) {
     vf sums[ROWS][HEIGHT] = {};
     auto step = [&](i64 i, auto get) {
 #pragma GCC unroll 8
         for (int j = 0; j < ROWS; j++) {
-            vf numbers = get(w + j * n + i);
+            vf numbers = get(run.w + j * run.n + i);
 #pragma GCC unroll 8
             for (int r = 0; r < HEIGHT; r++) sums[j][r] += numbers * load(x + r * padded + i);
         }
     };
     i64 i = 0;
-    for (; i + LANES <= n; i += LANES) step(i, [](const T* p) { return load(p); });
-    if (i < n) step(i, [&](const T* p) { return load_some(p, n - i); });
-    for (int j = 0; j < ROWS; j++)
-        for (int r = 0; r < HEIGHT; r++) y[r * stride + j] = sum(sums[j][r]);
+    for (; i + LANES <= run.columns; i += LANES) step(i, [](const T* p) { return load(p); });
+    if (i < run.columns) step(i, [&](const T* p) { return load_some(p, run.columns - i); });
+    for (int j = 0; j < ROWS; j++) {
+        float scale = run.scale ? run.scale[j * run.scales] * STEP_OF<T> : 1;
+        for (int r = 0; r < HEIGHT; r++) {
+            float& to = y[r * RUN_COLUMNS + j];
+            to = sum(sums[j][r]) * scale + (add ? to : 0);
+        }
+    }
 }
 
 template <class T, int ROWS, int HEIGHT = GEMV_FLOAT_HEIGHT>
-static void dot_tile(const T* w, const Input& in, i64 first, i64 height, float* y) {
+static void dot_tile(const RowRun<T>& run, const Input& in, i64 column, i64 first, i64 height, float* y) {
     if constexpr (HEIGHT > 1)
-        if (height < HEIGHT) return dot_tile<T, ROWS, HEIGHT - 1>(w, in, first, height, y);
-    dot_rows<T, ROWS, HEIGHT>(w, in.n, in.padded, in.floats + first * in.padded, y + first * RUN_COLUMNS, RUN_COLUMNS);
+        if (height < HEIGHT) return dot_tile<T, ROWS, HEIGHT - 1>(run, in, column, first, height, y);
+    dot_rows<T, ROWS, HEIGHT>(run, in.padded, in.floats + first * in.padded + column, y + first * RUN_COLUMNS,
+                              column > 0);
 }
 
-// y[row][0..ROWS): all input rows.
+// y[row][0..ROWS): weight rows from `row` on with all input rows.
 template <class T, int ROWS>
-static void dot_all(const T* w, const Input& in, float* y) {
+static void dot_all(const Matrix& w, i64 row, const Input& in, float* y) {
     Tiles tiles(in.tiles.rows, GEMV_FLOAT_HEIGHT);
-    for (i64 t = 0; t < tiles.count; t++) dot_tile<T, ROWS>(w, in, tiles.begin(t), tiles.height(t), y);
+    i64 group = w.group ? w.group : w.n, groups = w.n / group;
+    for (i64 t = 0; t < tiles.count; t++)
+        for (i64 g = 0; g < groups; g++) {
+            RowRun<T> run{static_cast<const T*>(w.data) + row * w.n + g * group, w.n, group,
+                          w.scale ? w.scale + row * groups + g : nullptr, groups};
+            dot_tile<T, ROWS>(run, in, g * group, tiles.begin(t), tiles.height(t), y);
+        }
 }
 
 template <class T>
 static void gemv_rows(const Matrix& w, const Input& in, i64 begin, i64 end, float* y) {
-    const T* data = static_cast<const T*>(w.data);
     i64 first = begin * PANEL, last = end * PANEL < w.m ? end * PANEL : w.m, j = first;
-    for (; j + 4 <= last; j += 4) dot_all<T, 4>(data + j * w.n, in, y + j - first);
-    for (; j < last; j++) dot_all<T, 1>(data + j * w.n, in, y + j - first);
+    for (; j + 4 <= last; j += 4) dot_all<T, 4>(w, j, in, y + j - first);
+    for (; j < last; j++) dot_all<T, 1>(w, j, in, y + j - first);
 }
 
 // -- all formats ------------------------------------------------------------------------------------------------------
@@ -233,8 +280,9 @@ static inline void gemv(const Matrix& w, const Input& in, i64 begin, i64 end, co
         case Format::f32: return gemv_rows<float>(w, in, begin, end, y);
         case Format::bf16: return gemv_rows<bf16>(w, in, begin, end, y);
         case Format::f16: return gemv_rows<f16>(w, in, begin, end, y);
+        case Format::fp8: return gemv_rows<fp8>(w, in, begin, end, y);
         default: {
-            bool foreseen = is_quantized(next);
+            bool foreseen = is_packed(next.format);
             const u8* after = Packed(foreseen ? next : w).numbers(foreseen ? next_panel : end);
             return gemv_packed(w, in, begin, end, after, y);
         }

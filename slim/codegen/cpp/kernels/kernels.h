@@ -11,20 +11,23 @@ namespace slim {
 
 // -- linear -----------------------------------------------------------------------------------------------------------
 
-enum class Format : i32 { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, int4 = 4 };
+enum class Format : i32 { f32 = 0, bf16 = 1, f16 = 2, int8 = 3, int4 = 4, int3 = 5, nf4 = 6, fp8 = 7 };
 
 // One weight [m, n].
 struct Matrix {
     Format format;
-    const void* data;    // f32, bf16, f16: rows as PyTorch keeps them, n numbers each, read in place. int8, int4: as
-                         // pack() wrote it, 64-byte aligned
-    const float* scale;  // int8 with one scale a row: [m]; null where the scales are by group (inside data) or absent
+    const void* data;    // f32, bf16, f16, fp8: rows as PyTorch keeps them, n numbers each, read in place. int8, int4,
+                         // int3, nf4: as pack() wrote it, 64-byte aligned
+    const float* scale;  // of packed weights with one scale a row: [m]; null where the scales are by group (inside data)
+                         // or absent. fp8: [m], or [m, n / group]
     i64 m, n;
-    i64 group;           // numbers of a row that share a scale (inside data); 0: one scale a row
+    i64 group;           // numbers of a row that share a scale; 0: one scale a row
 };
 
 // Fills x[0..n) with the input row `row`, whatever it is computed from.
 using LoadRow = void (*)(const void* env, i64 row, float* x);
+// The step by which row `row`, which is x[0..n), is rounded to int8.
+using RowStep = float (*)(const void* env, i64 row, const float* x);
 // Takes count results of row `row` from column `column` on: y[lane][0..count), one lane for each matrix of the part.
 using StoreRow = void (*)(const void* env, i64 row, i64 column, i64 count, const float* const* y);
 
@@ -43,14 +46,21 @@ struct Linear {
     const void* env;
     const Part* parts;  // all over the same input: one sweep
     i32 part_count;
-    i64 act_group;      // for int8 and int4: numbers of an input row that share a scale; 0: one scale a row
+    i64 act_group;      // for packed weights: numbers of an input row that share a scale; 0: one scale a row
     void* scratch;      // linear_scratch() bytes, 64-byte aligned, the same for all threads
+    // Where the program itself rounds its rows, whatever the weights are: to clamp(round(x / step), -128, 127) steps,
+    // and act_group does not count. clips: whether that can make -128 of anything.
+    RowStep step = nullptr;
+    bool clips = true;
 };
 
 constexpr i64 ACT_GROUP = 128;  // the default of act_group
 
 i64 linear_scratch(i64 rows, i64 n, int threads);
 void linear(Thread& thread, const Linear& args);
+
+// slim.token_scale of a row: the step that sends its largest magnitude to 127, which clips nothing.
+float token_scale(const float* x, i64 n);
 
 // -- attention --------------------------------------------------------------------------------------------------------
 
@@ -94,12 +104,13 @@ void attention(Thread& thread, const Attention& args);
 // -- packing: called once a weight, before anything runs --------------------------------------------------------------
 
 extern "C" {
-// Bytes that slim_pack writes for a weight of int8 or int4; 0 for a combination that has no kernel.
-// scale as slim_pack takes it.
+// Bytes that slim_pack writes for a weight; 0 for a combination that has no kernel. scale and zero as slim_pack takes them.
 std::int64_t slim_packed_bytes(std::int32_t format, std::int64_t m, std::int64_t n, std::int64_t group,
-                               const float* scale);
+                               const float* scale, const std::int8_t* zero);
 // q: int8: [m, n] signed. int4: [m, n / 2] bytes, column 2j in the low nibble and 2j + 1 in the high one, as value + 8.
+// nf4: likewise, codes of levels. int3: [m, 3 n / 8] bytes, 8 columns in 24 bits, the first in the lowest, as value + 4.
 // scale: [m, n / group] float for groups, null for one scale a row (which Matrix::scale holds). n is a multiple of group.
+// zero: [m, n / group] of int4 and int3, for w = (q - zero) scale; else null.
 void slim_pack(std::int32_t format, std::int64_t m, std::int64_t n, std::int64_t group, const void* q,
-               const float* scale, void* packed);
+               const float* scale, const std::int8_t* zero, void* packed);
 }

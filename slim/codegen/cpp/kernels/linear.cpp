@@ -13,10 +13,9 @@ constexpr i64 PIECE_BYTES = 128 * 1024;   // of weights, for a thread at a time
 
 template <class Predicate>
 bool any_weight(const Linear& args, Predicate&& holds) {
-    for (i64 p = 0; p < args.part_count; p++)
-        for (i64 l = 0; l < args.parts[p].lane_count; l++)
-            if (holds(*args.parts[p].lanes[l])) return true;
-    return false;
+    bool any = false;
+    for_each_weight(args, [&](const Matrix& w) { any |= holds(w.format); });
+    return any;
 }
 
 bool few(i64 rows) { return rows <= FEW_ROWS; }
@@ -53,14 +52,15 @@ struct Scratch {
 Input make_input(const Linear& args, i64 rows, u8* memory) {
     InputLayout layout(rows, args.n);
     bool gemv = few(args.rows);
-    bool floats = any_weight(args, [](const Matrix& w) { return !is_quantized(w); });
-    bool int8 = any_weight(args, [](const Matrix& w) { return w.format == Format::int8; });
-    bool int4 = any_weight(args, [](const Matrix& w) { return w.format == Format::int4; });
-    bool words = WIDENS && !gemv && int8, bytes = int4 || (int8 && !words);
+    bool floats = any_weight(args, [](Format format) { return !is_packed(format); });
+    bool wide = any_weight(args, is_bytes);
+    bool nibbles = any_weight(args, [](Format format) { return is_packed(format) && !is_bytes(format); });
+    bool words = WIDENS && !gemv && wide, bytes = nibbles || (wide && !words);
     Input in(Tiles(rows, gemv ? GEMV_HEIGHT : TILE_HEIGHT), Grouping(args));
     in.n = args.n;
-    in.padded = round_up(args.n, GROUP_STEP);
+    in.padded = padded_width(args.n);
     in.by_row = gemv;
+    in.clips = args.step && args.clips;
     in.floats = floats ? reinterpret_cast<float*>(memory + layout.floats) : nullptr;
     in.bytes = bytes ? reinterpret_cast<u32*>(memory + layout.bytes) : nullptr;
     in.words = words ? reinterpret_cast<u32*>(memory + layout.words) : nullptr;
@@ -94,8 +94,8 @@ void hand_out(const Part& part, i64 first_row, i64 rows, i64 column, i64 columns
 }
 
 i64 weight_bytes(const Matrix& w) {
-    constexpr i64 half_bytes[] = {8, 4, 4, 2, 1};
-    return w.m * w.n * half_bytes[(int)w.format] / 2;
+    constexpr i64 bits[] = {32, 16, 16, 8, 4, 3, 4, 8};
+    return w.m * w.n * bits[(int)w.format] / 8;
 }
 
 // Panels that a thread takes at a time: groups of those that are read side by side, but for the end of its part.
@@ -150,6 +150,15 @@ void multiply_many(Thread& thread, const Part& part, const Input& in, i64 first_
 }
 
 }  // namespace
+
+float token_scale(const float* x, i64 n) {
+    i64 whole = n / LANES * LANES;
+    float rest[LANES] = {};
+    std::memcpy(rest, x + whole, (n - whole) * sizeof(float));
+    float most = largest_magnitude(x, whole), last = largest_magnitude(rest, LANES);
+    float scale = (last > most || last != last ? last : most) / 127.0f;
+    return scale < 0x1p-126f ? 0x1p-126f : scale;
+}
 
 i64 linear_scratch(i64 rows, i64 n, int threads) { return rows > 0 ? Scratch(rows, n).total(threads) : 0; }
 

@@ -24,6 +24,12 @@ private:
     i64 low, higher;
 };
 
+template <class Function>
+static inline void for_each_weight(const Linear& args, Function&& function) {
+    for (i64 p = 0; p < args.part_count; p++)
+        for (i64 l = 0; l < args.parts[p].lane_count; l++) function(*args.parts[p].lanes[l]);
+}
+
 // A unit is a run of columns in which neither the scale of the input nor that of any weight changes: within it sums
 // are integers.
 struct Grouping {
@@ -31,12 +37,14 @@ struct Grouping {
     i64 unit, units, units_per_scale;  // unit divides MAX_UNIT
 
     Grouping(const Linear& args) {
-        bool whole = args.act_group <= 0 || args.act_group >= args.n;
-        i64 act = whole ? round_up(args.n, MAX_UNIT) : round_up(args.act_group, GROUP_STEP);
+        bool whole = args.step || args.act_group <= 0 || args.act_group >= args.n;
+        i64 least = GROUP_STEP;
+        for_each_weight(args, [&](const Matrix& w) { least = w.format == Format::int3 ? INT3_STEP : least; });
+        i64 act = whole ? round_up(args.n, MAX_UNIT) : round_up(args.act_group, least);
         unit = divisor(MAX_UNIT, act);
-        for (i64 p = 0; p < args.part_count; p++)
-            for (i64 l = 0; l < args.parts[p].lane_count; l++)
-                if (i64 group = args.parts[p].lanes[l]->group) unit = divisor(unit, group);
+        for_each_weight(args, [&](const Matrix& w) {
+            if (w.group && is_packed(w.format)) unit = divisor(unit, w.group);
+        });
         units = ceil_div(args.n, unit);
         units_per_scale = act / unit;
     }
@@ -48,8 +56,9 @@ private:
 struct Input {
     Tiles tiles;
     Grouping grouping;
-    i64 n, padded;  // padded: to whole vectors, with zeros
+    i64 n, padded;  // padded: to whole vectors and blocks, with zeros
     bool by_row;    // floats are [row][padded]; else all are [tile][step][row of the tile], 4 bytes each
+    bool clips;     // see Linear
     float* floats;  // null where no weight wants them; so with bytes and words
     u32* bytes;
     u32* words;
@@ -63,12 +72,14 @@ struct Input {
     }
 };
 
+static inline i64 padded_width(i64 n) { return round_up(n, INT3_STEP); }
+
 // Bytes of an Input's arrays, and where each starts.
 struct InputLayout {
     i64 floats, bytes, words, scales, starts, total;
 
     InputLayout(i64 rows, i64 n) {
-        i64 numbers = rows * round_up(n, GROUP_STEP), units = rows * ceil_div(n, GROUP_STEP);
+        i64 numbers = rows * padded_width(n), units = rows * ceil_div(n, GROUP_STEP);
         floats = 0;
         bytes = floats + round_up(numbers * 4, LINE);
         words = bytes + round_up(numbers, LINE);
@@ -78,7 +89,7 @@ struct InputLayout {
     }
 };
 
-static inline i64 row_buffer_bytes(i64 n) { return round_up(round_up(n, GROUP_STEP) * 5, LINE); }
+static inline i64 row_buffer_bytes(i64 n) { return round_up(padded_width(n) * 5, LINE); }
 
 // Integer maximum of the bits: unlike a float one it keeps NaN and infinity, which then reach the result.
 static inline float largest_magnitude(const float* x, i64 count) {
@@ -101,7 +112,32 @@ static inline i32 quantize_unit(const float* x, i64 count, float inverse, i8* q)
     return sum_lanes(sum);
 }
 
-// Quantises x[0..padded) into q; scales and starts of the units, `stride` apart.
+// The same for x / step, which may be out of range.
+static inline i32 clamp_unit(const float* x, i64 count, float step, i8* q) {
+    const vf low = splat(-128), high = splat(127);
+    vi sum{};
+    for (i64 i = 0; i < count; i += LANES) {
+        vf steps = load(x + i) / step;
+        steps = steps < low ? low : steps;
+        vi v = round_to_int(steps > high ? high : steps);
+        sum += v;
+        narrow(v, q + i);
+    }
+    return sum_lanes(sum);
+}
+
+// Rounds x[0..padded) into q by one step, as the program says; scales and starts of the units, `stride` apart.
+static inline void round_row(const Input& in, const float* x, i8* q, float step, float* scales, i32* starts,
+                             i64 stride) {
+    const Grouping& by = in.grouping;
+    for (i64 u = 0; u < by.units; u++) {
+        i64 from = u * by.unit, to = from + by.unit < in.padded ? from + by.unit : in.padded;
+        scales[u * stride] = step;
+        starts[u * stride] = -INT4_BIAS * clamp_unit(x + from, to - from, step, q + from);
+    }
+}
+
+// Quantises x[0..padded) into q by steps of the kernels' own; scales and starts as of round_row.
 static inline void quantize_row(const Input& in, const float* x, i8* q, float* scales, i32* starts, i64 stride) {
     const Grouping& by = in.grouping;
     for (i64 u = 0; u < by.units; u += by.units_per_scale) {
@@ -137,14 +173,20 @@ static inline void prepare_row(const Input& in, const Linear& args, i64 first, i
     float* x = direct ? in.floats + row * in.padded : static_cast<float*>(buffer);
     args.load(args.env, first + row, x);
     for (i64 i = in.n; i < in.padded; i++) x[i] = 0;
+    i8* q = reinterpret_cast<i8*>(static_cast<float*>(buffer) + in.padded);
+    i64 units = in.grouping.units;
+    float* scales = Input::tile(in.scales, in.tiles, tile, units) + place;
+    i32* starts = Input::tile(in.starts, in.tiles, tile, units) + place;
+    if (args.step) {
+        float step = args.step(args.env, first + row, x);
+        round_row(in, x, q, step, scales, starts, height);
+        for (i64 i = 0; in.floats && i < in.n; i++) x[i] = q[i] * step;
+    } else if (in.bytes || in.words) {
+        quantize_row(in, x, q, scales, starts, height);
+    }
     if (in.floats && !direct)
         interleave(x, in.padded, reinterpret_cast<u32*>(Input::tile(in.floats, in.tiles, tile, in.padded)) + place,
                    height);
-    if (!in.bytes && !in.words) return;
-    i8* q = reinterpret_cast<i8*>(static_cast<float*>(buffer) + in.padded);
-    i64 units = in.grouping.units;
-    quantize_row(in, x, q, Input::tile(in.scales, in.tiles, tile, units) + place,
-                 Input::tile(in.starts, in.tiles, tile, units) + place, height);
     if (in.bytes) interleave(q, in.padded / 4, Input::tile(in.bytes, in.tiles, tile, in.padded / 4) + place, height);
     if (in.words)
         interleave_words(q, in.padded / 2, Input::tile(in.words, in.tiles, tile, in.padded / 2) + place, height);

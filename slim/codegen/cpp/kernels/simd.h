@@ -75,6 +75,15 @@ typedef __fp16 f16;  // g++ 12 has no _Float16 there
 #else
 typedef _Float16 f16;
 #endif
+struct fp8 {  // e4m3, finite: a sign, 4 bits of exponent, 3 of mantissa; all ones is NaN
+    u8 bits;
+    operator float() const {
+        u32 magnitude = bits & 0x7fu;
+        float x = magnitude < 8 ? (float)magnitude * 0x1p-9f : bits_to_float((magnitude << 20) + (120u << 23));
+        x = magnitude == 0x7f ? NAN : x;
+        return bits & 0x80 ? -x : x;
+    }
+};
 
 // -- vectors from storage, a vector of floats from LANES numbers ------------------------------------------------------
 
@@ -97,6 +106,30 @@ static inline vf load(const f16* p) {
     vf v;
     for (int i = 0; i < LANES; i++) v[i] = (float)p[i];
     return v;
+#endif
+}
+
+// The numbers as parts of STEP_OF<fp8>, which a scale makes good: as half precision has them that takes their bits. (All
+// ones are 480 here, not NaN: weights that hold it are refused.)
+template <class T>
+constexpr float STEP_OF = 1;
+template <>
+constexpr float STEP_OF<fp8> = 256;
+
+static inline vf load(const fp8* p) {
+#if defined(__AVX512F__) && !defined(SLIM_SCALAR)
+    __m256i words = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+    return (vf)_mm512_cvtph_ps(_mm256_and_si256(_mm256_slli_epi16(words, 7), _mm256_set1_epi16((i16)0xbf80)));
+#elif defined(__F16C__) && defined(__AVX2__) && !defined(SLIM_SCALAR)
+    __m128i words = _mm_cvtepi8_epi16(_mm_loadl_epi64((const __m128i*)p));
+    return (vf)_mm256_cvtph_ps(_mm_and_si128(_mm_slli_epi16(words, 7), _mm_set1_epi16((i16)0xbf80)));
+#else
+    typedef u8 bytes __attribute__((vector_size(LANES)));
+    bytes v;
+    std::memcpy(&v, p, sizeof v);
+    vi bits = __builtin_convertvector(v, vi), sign = (bits & 0x80) << 24;
+    vf normal = (vf)(((bits & 0x7f) << 20) + (112 << 23)), small = __builtin_convertvector(bits & 7, vf) * 0x1p-17f;
+    return (vf)((vi)((bits & 0x78) != 0 ? normal : small) | sign);
 #endif
 }
 
