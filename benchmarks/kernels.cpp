@@ -67,16 +67,19 @@ struct Workers {
 struct Shape {
     Format format;
     i64 group, m, n;
+    bool zeros;
 
-    Shape(Format format, i64 wanted_group, i64 m, i64 n) : format(format), group(wanted_group), m(m), n(n) {
+    Shape(Format format, i64 wanted_group, bool zeros, i64 m, i64 n)
+        : format(format), group(wanted_group), m(m), n(n), zeros(zeros) {
         while (group && n % group) group /= 2;
     }
 };
 
 const char* name(const Shape& s) {
     static char text[64];
-    const char* formats[] = {"f32", "bf16", "f16", "int8", "int4"};
-    std::snprintf(text, sizeof text, "%s g%ld %ldx%ld", formats[(int)s.format], (long)s.group, (long)s.m, (long)s.n);
+    const char* formats[] = {"f32", "bf16", "f16", "int8", "int4", "int3", "nf4", "fp8"};
+    std::snprintf(text, sizeof text, "%s%s g%ld %ldx%ld", formats[(int)s.format], s.zeros ? " zeros" : "",
+                  (long)s.group, (long)s.m, (long)s.n);
     return text;
 }
 
@@ -87,18 +90,20 @@ struct Weights {
     i64 bytes;
 
     Weights(const Shape& s, i64 total) : scale(s.m * (s.group ? s.n / s.group : 1), 0.5f) {
-        bool quantized = s.format == Format::int8 || s.format == Format::int4;
+        bool packed = s.format >= Format::int8 && s.format != Format::fp8;
         const float* groups = s.group ? scale.data() : nullptr;
-        i64 size = s.format == Format::f32 ? 4 : 2;
-        bytes = quantized ? slim_packed_bytes((i32)s.format, s.m, s.n, s.group, groups) : s.m * s.n * size;
+        std::vector<i8> points(s.zeros ? scale.size() : 0, 3);
+        const i8* zeros = s.zeros ? points.data() : nullptr;
+        i64 size = s.format == Format::fp8 ? 1 : (s.format == Format::f32 ? 4 : 2);
+        bytes = packed ? slim_packed_bytes((i32)s.format, s.m, s.n, s.group, groups, zeros) : s.m * s.n * size;
         for (i64 i = 0; i < std::max<i64>(1, total / bytes); i++) {
             u8* data = aligned(bytes);
-            if (quantized) {
+            if (packed) {
                 u8* q = aligned(s.m * s.n);
-                slim_pack((i32)s.format, s.m, s.n, s.group, q, groups, data);
+                slim_pack((i32)s.format, s.m, s.n, s.group, q, groups, zeros, data);
                 std::free(q);
             }
-            matrices.push_back({s.format, data, s.group ? nullptr : scale.data(), s.m, s.n, s.group});
+            matrices.push_back({s.format, data, s.group && packed ? nullptr : scale.data(), s.m, s.n, s.group});
         }
     }
     ~Weights() {
@@ -181,8 +186,8 @@ void decode(Workers& workers, const Shape& s, bool cached) {
         eight = std::min(eight, time_linear(workers, s, weights, 8, 0.06));
     }
     double speed = weights.bytes / one * 1e-9, speed8 = weights.bytes / eight * 1e-9;
-    std::printf("decode  %-24s%s %6.1f GB/s, plain reading %6.1f (%3.0f %%); ", name(s), cached ? " cached" : "       ",
-                speed, plain, 100 * speed / plain);
+    std::printf("decode  %-24s%s %6.1f GB/s, plain reading %6.1f (%3.0f %%), %6.1f G weights/s; ", name(s),
+                cached ? " cached" : "       ", speed, plain, 100 * speed / plain, 1e-9 * s.m * s.n / one);
     std::printf("8 rows %6.1f GB/s, %.1f times the tokens\n", speed8, 8 * one / eight);
 }
 
@@ -201,19 +206,26 @@ int main(int argc, char** argv) {
         return (std::string(what) + " " + name(s)).find(pattern) != std::string::npos;
     };
     Workers workers(threads);
-    const std::pair<Format, i64> formats[] = {{Format::int8, 0}, {Format::int8, 128}, {Format::int4, 32},
-                                              {Format::int4, 128}, {Format::bf16, 0}, {Format::f32, 0}};
+    const struct {
+        Format format;
+        i64 group;
+        bool zeros;
+    } formats[] = {{Format::int8, 0, false}, {Format::int8, 128, false}, {Format::int4, 32, false},
+                   {Format::int4, 64, false}, {Format::int4, 128, false}, {Format::int4, 32, true},
+                   {Format::int3, 32, false}, {Format::int3, 64, false}, {Format::int3, 64, true},
+                   {Format::nf4, 64, false}, {Format::fp8, 0, false}, {Format::bf16, 0, false},
+                   {Format::f32, 0, false}};
     const i64 large[][2] = {{2048, 2048}, {8192, 2048}, {2048, 8192}, {128256, 2048}, {576, 576}, {1536, 576},
                             {576, 1536}, {49152, 576}};
     const i64 small[][2] = {{288, 288}, {768, 288}, {288, 768}};
-    for (auto [format, group] : formats) {
+    for (auto [format, group, zeros] : formats) {
         for (auto [m, n] : large)
-            if (Shape s(format, group, m, n); wanted("decode", s)) decode(workers, s, false);
+            if (Shape s(format, group, zeros, m, n); wanted("decode", s)) decode(workers, s, false);
         for (auto [m, n] : small)
-            if (Shape s(format, group, m, n); wanted("cached", s)) decode(workers, s, true);
+            if (Shape s(format, group, zeros, m, n); wanted("cached", s)) decode(workers, s, true);
         for (auto [m, n] : large)
             for (i64 rows : {32, 128, 512})
-                if (Shape s(format, group, m, n); m < 40000 && wanted("prefill", s)) prefill(workers, s, rows);
+                if (Shape s(format, group, zeros, m, n); m < 40000 && wanted("prefill", s)) prefill(workers, s, rows);
     }
     return 0;
 }

@@ -180,7 +180,7 @@ class _Lowering:
         else:
             start = argument(node, "start")
             seen = self._share(node, eager_ops.seen_cached_keys, mask, start, window, sizes=(q,))
-            caches = argument(node, "k_cache"), argument(node, "v_cache")
+            caches = [argument(node, name) for name in ("k_cache", "v_cache", "k_scale", "v_scale")]
             self._replace(node, eager_ops.cached_attention, seen, q, k, v, *caches, start, window, *tail)
 
     def _share(self, node: fx.Node, function: Any, *args: Any, sizes: tuple[fx.Node, ...] = ()) -> fx.Node:
@@ -200,8 +200,10 @@ class _Lowering:
 
 
 def _is_per_row(weight: Any) -> bool:
-    """Whether ``weight`` is an int8 tensor [..., m, n] with one scale for each row of n."""
-    if not _is_symmetric(weight) or argument(weight, "group_size") is not None:
+    """Whether ``weight`` is int8, or fp8, [..., m, n] with one scale for each row of n, and no zero points."""
+    if not _is_quantised(weight) or argument(weight, "group_size") is not None:
+        return False
+    if argument(weight, "zero_point") is not None:
         return False
     q, scale = (value.meta["val"] for value in weight.args[:2])
     rows = q.shape[:-1]
@@ -209,20 +211,21 @@ def _is_per_row(weight: Any) -> bool:
 
 
 def _is_grouped(weight: Any) -> bool:
-    """Whether ``weight`` is an int8 or a packed int4 tensor [..., m, n] with scales for groups along its rows."""
-    if not _is_symmetric(weight) or argument(weight, "group_size") is None:
+    """Whether ``weight`` is a tensor [..., m, n] of any number format with scales for groups along its rows."""
+    if not _is_quantised(weight) or argument(weight, "group_size") is None:
         return False
     return bool(argument(weight, "axis") == len(weight.meta["val"].shape) - 1)
 
 
-def _is_symmetric(weight: Any) -> bool:
-    is_quantised = isinstance(weight, fx.Node) and weight.target is DEQUANTIZE
-    return is_quantised and argument(weight, "zero_point") is None
+def _is_quantised(weight: Any) -> bool:
+    return isinstance(weight, fx.Node) and weight.target is DEQUANTIZE
 
 
-def _stored(weight: Any) -> tuple[Any, Any, torch.dtype]:
-    """(numbers, packed where they are held packed; scale; the type they stand for) of a dequantised weight."""
-    q, scale = weight.args[:2]
-    if _is_grouped(weight) and isinstance(q, fx.Node) and q.target is UNPACKS["int4"]:
-        q = q.args[0]
-    return q, scale, weight.meta["val"].dtype
+def _stored(weight: Any) -> tuple[Any, ...]:
+    """(numbers, scale, the type they stand for) of a dequantised weight; by groups the numbers are as they are held,
+    packed or not, and after the scale come the zero points and the format in which the numbers are packed."""
+    (q, scale), dtype = weight.args[:2], weight.meta["val"].dtype
+    if not _is_grouped(weight):
+        return q, scale, dtype
+    kind = next((kind for kind, unpack in UNPACKS.items() if q.target is unpack), None)
+    return q if kind is None else q.args[0], scale, argument(weight, "zero_point"), kind, dtype

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from slim.compiler.blocks import row_blocks
 from slim.compiler.dialect.attention import attend_to, visibility
+from slim.compiler.dialect.kv import held, hold
 from slim.compiler.dialect.experts import _expert_linear as expert_linear
 from slim.compiler.dialect.norm import _rms_norm
-from slim.compiler.dialect.quant import _unpack_int4 as unpack_int4
+from slim.compiler.dialect.quant import _unpack_int3, _unpack_int4, _unpack_nf4
 from slim.compiler.dialect.rope import _rope as rope
 from slim.compiler.dialect.rope import _rope_table as rope_table
 
@@ -118,6 +119,8 @@ def cached_attention(
     v: Tensor,
     k_cache: Tensor,
     v_cache: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
     start: int,
     window: int | None,
     sinks: Tensor | None,
@@ -127,16 +130,18 @@ def cached_attention(
 ) -> Tensor:
     """``slim.cached_attention``, which is causal, knowing which keys are seen."""
     end = start + q.shape[2]
-    k_cache[:, :, start:end] = k
-    v_cache[:, :, start:end] = v
-    if start == 0:
-        return attention(seen, q, k, v, None, sinks, slopes, scale, softcap, True)
+    hold(k, k_cache, k_scale, start)
+    hold(v, v_cache, v_scale, start)
     first = _first_key(start, window)
-    keys, values = k_cache[:, :, first:end], v_cache[:, :, first:end]
+    keys, values = held(k_cache, k_scale, first, end, k.dtype), held(v_cache, v_scale, first, end, v.dtype)
+    if start == 0:
+        return attention(seen, q, keys, values, None, sinks, slopes, scale, softcap, True)
     return attend_to(seen, q, keys, values, None, sinks, slopes, scale=scale, softcap=softcap, offset=start - first)
 
 
 # -- quantised operations ----------------------------------------------------------------------------------------------
+
+_UNPACKS = {"int4": _unpack_int4, "int3": _unpack_int3, "nf4": _unpack_nf4}
 
 # Rows of int8 are widened a block at a time, so that the float copy stays in the cache. Measured on AVX2, elements a
 # block: small ones are best for a few tokens (three quarters of the time of large ones), large ones where the product
@@ -146,7 +151,7 @@ _SMALL_BLOCK, _LARGE_BLOCK, _WHOLE = 1 << 17, 1 << 20, 1 << 19
 
 
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """x (q * scale)^T + bias for x [..., n], q int8 [m, n], scale [m]; the scale is applied to the product."""
+    """x (q * scale)^T + bias for x [..., n], q int8 or fp8 [m, n], scale [m]; the scale is applied to the product."""
     if dtype == torch.float32:
         y = _widened_product(x, q).mul_(scale)
     elif dtype == torch.bfloat16 and _has_kernel(x := x.contiguous(), q):
@@ -159,12 +164,12 @@ def int8_linear(x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: T
 
 
 def _has_kernel(x: Tensor, q: Tensor) -> bool:
-    """Whether torch's int8 kernel may be used, which is faster than bfloat16 itself: on a CPU, on aligned rows alone.
+    """Whether torch's int8 kernel may be used for q, which is faster than bfloat16 itself: on a CPU, on aligned rows alone.
 
     It loads 16 numbers at a time from aligned addresses and checks neither: a width of 51 ends the process.
     """
     aligned = x.shape[-1] % 16 == 0 and x.data_ptr() % 32 == 0 and q.data_ptr() % 32 == 0
-    return x.device.type == "cpu" and aligned and q.is_contiguous()
+    return x.device.type == "cpu" and q.dtype == torch.int8 and aligned and q.is_contiguous()
 
 
 def _widened_product(x: Tensor, q: Tensor) -> Tensor:
@@ -184,23 +189,36 @@ def int8_expert_linear(
     x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None, expert: Tensor
 ) -> Tensor:
     """``slim.expert_linear`` for q int8 [E, m, n] and scale [E, m]: only the experts that are asked for are read."""
-    return _by_expert(int8_linear, x, q, scale, dtype, bias, expert)
+
+    def linear(rows: Tensor, index: int) -> Tensor:
+        return int8_linear(rows, q[index], scale[index], dtype, _of(bias, index))
+
+    return _by_expert(linear, x, q.shape[1], expert)
 
 
-def grouped_linear(x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """x w^T + bias for w [m, n] of scales [m, n / group]: int8 [m, n], or two numbers a byte, uint8 [m, n / 2].
+def grouped_linear(
+    x: Tensor,
+    q: Tensor,
+    scale: Tensor,
+    zero: Tensor | None,
+    kind: str | None,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """x w^T + bias for w [m, n] of scales, and zero points, [m, n / group]; q are numbers, or packed as ``kind`` says.
 
-    Packed columns are not put back in order, which would cost as much again as widening them: the even ones are
+    Columns of int4 are not put back in order, which would cost as much again as widening them: the even ones are
     multiplied with the even ones of x, and the odd ones with the odd.
     """
-    packed = q.dtype == torch.uint8
-    inputs = (x[..., 0::2].contiguous(), x[..., 1::2].contiguous()) if packed else (x,)
+    halves = kind == "int4" and (x.shape[-1] // scale.shape[-1]) % 2 == 0
+    inputs = (x[..., 0::2].contiguous(), x[..., 1::2].contiguous()) if halves else (x,)
     products = []
     for rows in row_blocks(q.shape):
         part = q[rows]
-        steps = (_centred(part & 15), _centred(part >> 4)) if packed else (part,)
-        terms = [F.linear(x, _scaled(w, scale[rows], dtype)) for x, w in zip(inputs, steps, strict=True)]
-        products.append(terms[0] + terms[1] if packed else terms[0])
+        steps = (_centred(part & 15), _centred(part >> 4)) if halves else (_unpacked(part, kind),)
+        zeros = None if zero is None else zero[rows]
+        terms = [F.linear(x, _scaled(w, scale[rows], zeros, dtype)) for x, w in zip(inputs, steps, strict=True)]
+        products.append(terms[0] + terms[1] if halves else terms[0])
     y = torch.cat(products, dim=-1)
     return y if bias is None else y + bias
 
@@ -209,36 +227,53 @@ def _centred(nibbles: Tensor) -> Tensor:
     return nibbles.view(torch.int8).sub_(8)
 
 
-def _scaled(q: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """q [..., n] times scale [..., groups], in float32, rounded to ``dtype``."""
+def _unpacked(q: Tensor, kind: str | None) -> Tensor:
+    return q if kind is None else _UNPACKS[kind](q)
+
+
+def _scaled(q: Tensor, scale: Tensor, zero: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """q [..., n], less zero [..., groups], times scale [..., groups], in float32, rounded to ``dtype``."""
     groups = q.unflatten(-1, (scale.shape[-1], -1)).to(torch.float32)
+    if zero is not None:
+        groups.sub_(zero.unsqueeze(-1))
     return groups.mul_(scale.to(torch.float32).unsqueeze(-1)).flatten(-2).to(dtype)
 
 
-def grouped_embedding(q: Tensor, scale: Tensor, dtype: torch.dtype, tokens: Tensor) -> Tensor:
+def grouped_embedding(
+    q: Tensor, scale: Tensor, zero: Tensor | None, kind: str | None, dtype: torch.dtype, tokens: Tensor
+) -> Tensor:
     """Rows ``tokens`` of a table as ``grouped_linear`` has it."""
-    rows = F.embedding(tokens, q)
-    return _scaled(unpack_int4(rows) if q.dtype == torch.uint8 else rows, F.embedding(tokens, scale), dtype)
+    rows = _unpacked(F.embedding(tokens, q), kind)
+    return _scaled(rows, F.embedding(tokens, scale), None if zero is None else F.embedding(tokens, zero), dtype)
 
 
 def grouped_expert_linear(
-    x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None, expert: Tensor
-) -> Tensor:
-    """``slim.expert_linear`` for a stack of weights as ``grouped_linear`` has them."""
-    return _by_expert(grouped_linear, x, q, scale, dtype, bias, expert)
-
-
-def _by_expert(
-    linear: Callable[..., Tensor],
     x: Tensor,
     q: Tensor,
     scale: Tensor,
+    zero: Tensor | None,
+    kind: str | None,
     dtype: torch.dtype,
     bias: Tensor | None,
     expert: Tensor,
 ) -> Tensor:
-    y = x.new_empty(x.shape[0], q.shape[1])
+    """``slim.expert_linear`` for a stack of weights as ``grouped_linear`` has them."""
+
+    def linear(rows: Tensor, index: int) -> Tensor:
+        zeros = None if zero is None else zero[index]
+        return grouped_linear(rows, q[index], scale[index], zeros, kind, dtype, _of(bias, index))
+
+    return _by_expert(linear, x, q.shape[1], expert)
+
+
+def _by_expert(linear: Callable[[Tensor, int], Tensor], x: Tensor, width: int, expert: Tensor) -> Tensor:
+    """Row t of x by ``linear`` of expert[t]: experts that no row asks for are not read."""
+    y = x.new_empty(x.shape[0], width)
     for index in torch.unique(expert).tolist():
         rows = (expert == index).nonzero(as_tuple=True)[0]
-        y[rows] = linear(x[rows], q[index], scale[index], dtype, None if bias is None else bias[index])
+        y[rows] = linear(x[rows], index)
     return y
+
+
+def _of(bias: Tensor | None, index: int) -> Tensor | None:
+    return None if bias is None else bias[index]

@@ -17,6 +17,7 @@ import torch
 from torch import fx
 
 from slim.compiler.program import Program
+from slim.compiler.rounding import held_bytes, pair_bits
 from slim.compiler.rules import argument
 from slim.compiler.types import expression
 from slim.compiler.uses import ATTENTION, EXPERTS, LINEAR, RESTORING, Role, stored_in, uses
@@ -112,9 +113,13 @@ def _number(value: sympy.Expr, sizes: dict[str, int]) -> int:
     return int(bound)
 
 
-def cost(program: Program) -> Cost:
-    """The cost of ``program``, from the operations and types of its nodes alone."""
-    reader = _Reader(program)
+def cost(program: Program, kv_bits: int = 0) -> Cost:
+    """The cost of ``program``, from the operations and types of its nodes alone.
+
+    Args:
+        kv_bits: bits of a number in the KV cache, where the Program itself does not round it; 0 for floats.
+    """
+    reader = _Reader(program, kv_bits)
     found: Counter[tuple[str, sympy.Expr, sympy.Expr]] = Counter()
     for node in program.nodes():
         found.update(reader.work(node))
@@ -126,8 +131,9 @@ def cost(program: Program) -> Cost:
 class _Reader:
     """Reads costs off nodes; each weight is paid for where it is first used."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, kv_bits: int) -> None:
         self.program = program
+        self.kv_bits = kv_bits
         self.read: set[str] = set()
 
     def work(self, node: fx.Node) -> Iterator[tuple[str, sympy.Expr, sympy.Expr]]:
@@ -167,11 +173,13 @@ class _Reader:
         return self._bytes(q) + self._bytes(node) + cached
 
     def kv_bytes(self, node: fx.Node) -> int:
-        """Bytes of one token's key and value in one layer."""
+        """Bytes of one token's key and value in one layer, with the scales of rounded ones."""
+        bits = pair_bits(node)
+        bits = bits if all(bits) else (self.kv_bits, self.kv_bits)
+        values = [argument(node, name).meta["val"] for name in ("k", "v")]
         return sum(
-            int(value.meta["val"].shape[1] * value.meta["val"].shape[3]) * value.meta["val"].dtype.itemsize
-            for value in node.args[1:3]
-            if isinstance(value, fx.Node)
+            int(value.shape[1]) * held_bytes(int(value.shape[3]), each, value.dtype)
+            for value, each in zip(values, bits, strict=True)
         )
 
     # -- weights -------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
 from slim.passes.rounding.budget import within_budget
 from slim.passes.rounding.grid import Format, Grid
+from slim.passes.rounding.rescale import move_scales
 from slim.passes.rounding.select import Choice, chosen_weights, names_like
 from slim.passes.rounding.work import Recipe, Work
 
@@ -123,6 +124,8 @@ class Quantize(Pass):
         report = Report()
         choice = Choice(self.name, self.embeddings, self.head, self.exclude)
         grids = self._grids(program, choice, report)
+        if self.method == "awq":
+            report.notes.append(move_scales(program, ctx, grids, self.name))
         if self.budget is not None:
             grids = within_budget(program, ctx, report, grids, self.budget, self.name)
         recipe = Recipe(self.name, self.method, self.activations, self.static, self.outliers, self.correction)

@@ -6,11 +6,13 @@ import operator
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from slim import errors
 from slim.compiler.inputs import evaluate
+from slim.compiler.dialect.kv import bits_of
 from slim.compiler.program import Program, where
+from slim.compiler.rounding import pair_bits, rounded
 from slim.compiler.rules import argument
 from slim.compiler.types import Input
 from slim.runtime.cache import Slot
@@ -64,34 +66,40 @@ def _is_attention_mask(mask: fx.Node) -> bool:
     return bool(value.dtype == torch.bool and torch.equal(value, sample.bool()))
 
 
-def bind_cache(program: Program, *, masked: bool = True, last_only: bool = False, checked: bool = False) -> Program:
+def bind_cache(
+    program: Program, *, masked: bool = True, last_only: bool = False, checked: bool = False, bits: int = 0
+) -> Program:
     """The Program of a step over a KV cache: S new tokens after ``T - S`` that the cache holds.
 
     Its inputs are those of ``program`` for the new tokens, [B, S] (``attention_mask`` only where something beside
     attention reads it), then ``key_mask`` bool [B, T], True at tokens and False at padding, then ``k_cache_i``
-    [B, heads, C, width] and ``v_cache_i``, one pair a layer, or a pair for layers that share keys and values. The
-    step writes the new keys and values at ``T - S`` and leaves the rest alone.
+    [B, heads, C, width] and ``v_cache_i``, one pair a layer, or a pair for layers that share keys and values; after
+    a pair of quantised ones ``k_scale_i`` and ``v_scale_i``, [B, heads, C]. The step writes the new keys and values at
+    ``T - S`` and leaves the rest alone. Keys and values that the Program rounds are held as the numbers they are
+    rounded to.
 
     Args:
         masked: whether there may be padding; without it ``key_mask`` only says how long T is, and attention is faster.
         last_only: compute the first output for the last token alone, [B, 1, V], which is all that generation needs.
         checked: whether ``check_cacheable`` was asked already.
+        bits: round to so many, 8 or 4, the keys and values that the Program does not round itself; 0 leaves them.
 
     Raises:
         CacheUnsupported: where a cached step would not be the same function; see ``check_cacheable``.
     """
     if not checked:
         check_cacheable(program)
-    bound = _Binder(program.copy(), masked).bind()
+    bound = _Binder(program.copy(), masked, bits).bind()
     if last_only:
         _keep_last(bound)
     return bound
 
 
 class _Binder:
-    def __init__(self, program: Program, masked: bool) -> None:
+    def __init__(self, program: Program, masked: bool, bits: int) -> None:
         self.program = program
         self.masked = masked
+        self.slots = cache_slots(program, bits)
         self.pairs: dict[tuple[fx.Node, fx.Node], int] = {}
 
     def bind(self) -> Program:
@@ -121,8 +129,9 @@ class _Binder:
     def _inputs(self) -> tuple[Input, ...]:
         inputs = [v for v in self.program.inputs if v.name != "attention_mask" or self._mask_is_read()]
         inputs.append(Input(KEY_MASK, torch.bool, ("B", "T")))
-        for index, (k, v) in enumerate(self.pairs):
-            inputs += [_cache_input(f"k_cache_{index}", k), _cache_input(f"v_cache_{index}", v)]
+        for index, slot in enumerate(self.slots):
+            for name, width, dtype in slot.tensors:
+                inputs.append(Input(f"{name}_{index}", dtype, ("B", slot.heads, "C", *width)))
         return tuple(inputs)
 
     def _mask_is_read(self) -> bool:
@@ -159,19 +168,18 @@ class _Binder:
         k, v = argument(node, "k"), argument(node, "v")
         index = self.pairs[k, v]
         mask = _placeholder(bound, KEY_MASK) if self.masked and argument(node, "key_mask") is not None else None
-        caches = (_placeholder(bound, f"k_cache_{index}"), _placeholder(bound, f"v_cache_{index}"))
-        more = (mask, argument(node, "sinks"), argument(node, "slopes"))
+        held = {kind.name: _placeholder(bound, f"{kind.name}_{index}") for kind in self.slots[index].tensors}
+        caches = (held["k_cache"], held["v_cache"])
+        more = (mask, argument(node, "sinks"), argument(node, "slopes"), held.get("k_scale"), held.get("v_scale"))
         options = {name: node.kwargs[name] for name in _OPTIONS if name in node.kwargs}
+        parts = rounded(k), rounded(v)
+        if all(parts):  # the cache rounds
+            k, v = (part.x for part in parts if part is not None)
         new = bound.insert(
             node, slim.cached_attention.default, argument(node, "q"), k, v, *caches, start, *more, like=node, **options
         )
         node.replace_all_uses_with(new)
         bound.graph.erase_node(node)
-
-
-def _cache_input(name: str, value: fx.Node) -> Input:
-    _, heads, _, width = value.meta["val"].shape
-    return Input(name, value.meta["val"].dtype, ("B", int(heads), "C", int(width)))
 
 
 def _placeholder(program: Program, name: str) -> fx.Node:
@@ -187,14 +195,34 @@ def _start(program: Program) -> fx.Node:
     return program.insert(first, operator.sub, keys, new, like=mask)
 
 
-def cache_slots(program: Program) -> tuple[Slot, ...]:
-    """What the cache of a Program holds, bound or not: a slot for every pair of keys and values."""
-    pairs = dict.fromkeys((argument(node, "k"), argument(node, "v")) for node in program.attention_nodes())
-    return tuple(_slot(k.meta["val"], v.meta["val"]) for k, v in pairs)
+def cache_slots(program: Program, bits: int = 0) -> tuple[Slot, ...]:
+    """What the cache of a Program holds, bound or not: a slot for every pair of keys and values.
+
+    Args:
+        bits: of numbers where the Program does not round its keys and values itself.
+
+    Raises:
+        CacheUnsupported: for 4 bits and heads of odd width.
+    """
+    pairs: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+    for node in program.attention_nodes():
+        pairs.setdefault((argument(node, "k"), argument(node, "v")), node)
+    return tuple(_slot(node, bits) for node in pairs.values())
 
 
-def _slot(k: Tensor, v: Tensor) -> Slot:
-    return Slot(heads=int(k.shape[1]), key_width=int(k.shape[3]), value_width=int(v.shape[3]), dtype=k.dtype)
+def _slot(node: fx.Node, bits: int) -> Slot:
+    k, v = (argument(node, name).meta["val"] for name in ("k", "v"))
+    if node.target is slim.cached_attention.default:
+        sides = tuple(bits_of(argument(node, f"{name}_cache").meta["val"].dtype) for name in ("k", "v"))
+    else:
+        sides = pair_bits(node)
+        sides = sides if all(sides) else (bits, bits)
+    slot = Slot(int(k.shape[1]), int(k.shape[3]), int(v.shape[3]), k.dtype, *sides)
+    for width, each in ((slot.key_width, slot.key_bits), (slot.value_width, slot.value_bits)):
+        if each == 4 and width % 2:
+            reason = f"int4 keeps two numbers in a byte, and heads of layer {node.kwargs['layer']} are {width} wide"
+            raise errors.CacheUnsupported(reason=reason, where=where(node))
+    return slot
 
 
 # -- the last token alone ----------------------------------------------------------------------------------------------

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,7 +21,8 @@ class KVCacheConfig:
 
     Args:
         layout: "contiguous": one tensor a layer; "paged" is to come.
-        dtype: "int8" or "int4" to hold them quantised (to come); None keeps the model's own type.
+        dtype: "int8" or "int4": hold numbers of so many bits, with a float32 scale for each token of each head. None
+            keeps what the program says: its own type, or what ``QuantizeKV`` made of it. See docs/kv_cache.md.
         window: keep only so many newest tokens (to come). Windows of the model's own are its attention's business.
         sinks: first tokens to keep beside a window (to come).
         eviction: which tokens to drop when full (to come).
@@ -52,24 +54,58 @@ class KVCacheConfig:
             raise errors.ContradictoryOptions(
                 a=f"sinks={self.sinks}", b="window=None", reason="without a window all tokens are kept"
             )
-        for option, today in (("layout", "contiguous"), ("dtype", None), ("window", None), ("eviction", None)):
+        for option, today in (("layout", "contiguous"), ("window", None), ("eviction", None)):
             value = getattr(self, option)
             if value != today:
                 raise errors.CacheUnsupported(reason=_LATER.format(option=option, value=value))
 
+    @property
+    def bits(self) -> int:
+        """Bits of a number, where ``dtype`` says; 0 where it does not."""
+        return {None: 0, "int8": 8, "int4": 4}[self.dtype]
+
+
+class Tensors(NamedTuple):
+    """One tensor of a slot: its name, what follows [B, heads, T] in its shape, and its type."""
+
+    name: str
+    width: tuple[int, ...]
+    dtype: torch.dtype
+
 
 @dataclass(frozen=True)
 class Slot:
-    """The keys and values of one attention layer: [B, heads, T, key_width] and [B, heads, T, value_width]."""
+    """The keys and values of one attention layer: [B, heads, T, key_width] and [B, heads, T, value_width].
+
+    Attributes:
+        dtype: of the keys and values that attention computes with.
+        key_bits, value_bits: 8 where int8 numbers are held, 4 where there are two in a byte, both with a float32 scale
+            [B, heads, T]; 0 where they are held as they are.
+    """
 
     heads: int
     key_width: int
     value_width: int
     dtype: torch.dtype
+    key_bits: int = 0
+    value_bits: int = 0
+
+    @property
+    def tensors(self) -> tuple[Tensors, ...]:
+        """Keys, values, and the scales of those that have them."""
+        sides = (("k", self.key_width, self.key_bits), ("v", self.value_width, self.value_bits))
+        numbers = [Tensors(f"{name}_cache", *self._numbers(width, bits)) for name, width, bits in sides]
+        scales = [Tensors(f"{name}_scale", (), torch.float32) for name, _, bits in sides if bits]
+        return (*numbers, *scales)
+
+    def _numbers(self, width: int, bits: int) -> tuple[tuple[int, ...], torch.dtype]:
+        if bits == 4:
+            return (width // 2,), torch.uint8
+        return (width,), torch.int8 if bits else self.dtype
 
     @property
     def bytes_per_token(self) -> int:
-        return self.heads * (self.key_width + self.value_width) * self.dtype.itemsize
+        return self.heads * sum(math.prod(t.width) * t.dtype.itemsize for t in self.tensors)
 
 
 _ROOM = 64  # tokens to make room for at least, so that a short prompt does not grow at once
@@ -82,7 +118,8 @@ class KVCache:
         slots: one a pair of tensors; layers that share keys and values share a slot.
         length: tokens held, pad tokens included, the same for every row.
         mask: bool [B, capacity], False at pad tokens.
-        tensors: keys and values by turns, each [B, heads, capacity, width].
+        tensors: those of each slot in turn: keys and values [B, heads, capacity, width], then the scales of quantised
+            ones [B, heads, capacity].
     """
 
     def __init__(
@@ -99,7 +136,8 @@ class KVCache:
         self.device = torch.device(device)
         self.length = 0
         self.mask = torch.ones(batch, 0, dtype=torch.bool, device=self.device)
-        self.tensors = [self._empty(index, 0) for index in range(2 * len(self.slots))]
+        self._kinds = [(slot.heads, kind) for slot in self.slots for kind in slot.tensors]
+        self.tensors = [self._empty(index, 0) for index in range(len(self._kinds))]
         self._resize(max(1, capacity if max_tokens is None else min(capacity, max_tokens)))
 
     def __repr__(self) -> str:
@@ -115,7 +153,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the keys and values, in bytes, room to grow included."""
+        """Memory of the keys and values and of their scales, in bytes, room to grow included."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -157,9 +195,8 @@ class KVCache:
         self.mask.fill_(True)
 
     def _empty(self, index: int, capacity: int) -> Tensor:
-        slot = self.slots[index // 2]
-        width = slot.value_width if index % 2 else slot.key_width
-        return torch.empty(self.batch, slot.heads, capacity, width, dtype=slot.dtype, device=self.device)
+        heads, kind = self._kinds[index]
+        return torch.empty(self.batch, heads, capacity, *kind.width, dtype=kind.dtype, device=self.device)
 
     def _resize(self, capacity: int) -> None:
         for index, old in enumerate(self.tensors):

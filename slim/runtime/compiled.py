@@ -17,6 +17,7 @@ from slim import errors
 from slim.codegen import Executable, Target, select
 from slim.compiler.inputs import position_limit, vocabulary
 from slim.compiler.program import Program
+from slim.compiler.rounding import pair_bits
 from slim.runtime import calls, generation
 from slim.runtime.architecture import counts_real_tokens, rebuild_config, rebuild_generation_config
 from slim.runtime.binding import bind_cache, cache_slots, check_cacheable
@@ -148,7 +149,17 @@ class CompiledModel:
     def slots(self) -> tuple[Slot, ...]:
         """What a KV cache of this model holds; raises CacheUnsupported where it can have none."""
         check_cacheable(self.program)
-        return cache_slots(self.program)
+        self._check_format()
+        return cache_slots(self.program, self.kv_cache.bits)
+
+    def _check_format(self) -> None:
+        """Raises where the cache is asked to hold other numbers than the Program rounds to."""
+        bits = self.kv_cache.bits
+        for node in self.program.attention_nodes() if bits else ():
+            own = pair_bits(node)[1]
+            if own not in (0, bits):
+                a, b = f"KVCacheConfig(dtype={self.kv_cache.dtype!r})", f'QuantizeKV("int{own}")'
+                raise errors.ContradictoryOptions(a=a, b=b, reason="a number is rounded once; leave one of them out")
 
     @property
     def name_or_path(self) -> str:
@@ -260,7 +271,7 @@ class CompiledModel:
         key = (masked, last_only)
         if key not in self._steps:
             checked = bool(self.slots)  # or it raises
-            bound = bind_cache(self.program, masked=masked, last_only=last_only, checked=checked)
+            bound = bind_cache(self.program, masked=masked, last_only=last_only, checked=checked, bits=self.kv_cache.bits)
             name = "step" + "_masked" * masked + "_last" * last_only
             self._steps[key] = Step(bound, self._lower(name, bound))
         return self._steps[key]
@@ -315,7 +326,7 @@ class CompiledModel:
         """Parameters, bytes and operations as expressions in batch B, new tokens S and context T."""
         from slim.compiler.cost import cost
 
-        return cost(self.program)
+        return cost(self.program, self.kv_cache.bits)
 
     def save(self, directory: str | Path) -> None:
         """Writes everything ``slim.load`` needs; see ``slim.runtime.artifact.save``."""

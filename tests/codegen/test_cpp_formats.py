@@ -213,5 +213,5 @@ def test_what_is_no_number_in_fp8_is_refused():
     lines, weights = quantised("fp8", (20, 64))
     weights["w"][7, 40] = float("nan")
     made = program(f"{lines}\ny = aten.linear.default(x, w)\nreturn (y,)", weights, "x: f32[B, 64]")
-    with pytest.raises(errors.NonFiniteWeight, match="1 NaN|NaN"):
+    with pytest.raises(errors.NonFiniteWeight, match="NaN"):
         CppExecutable(made)

@@ -1,5 +1,7 @@
 """The eager target means what the dialect means, and reads quantised weights as they are stored."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from slim.codegen import eager_ops
 from slim.codegen.eager import EagerExecutable, lower
-from slim.compiler.dialect.quant import pack_int4
+from slim.compiler.dialect.quant import NF4, pack_int3, pack_int4
 from slim.compiler.text import parse
 from slim.compiler.weights import Weights
 
@@ -20,13 +22,22 @@ def quantised(*shape: int) -> tuple[Tensor, Tensor]:
     return torch.randint(-127, 128, shape, dtype=torch.int8), torch.rand(shape[:-1]) * 0.01 + 1e-3
 
 
-def grouped(*shape: int, group: int, packed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """A weight with scales by group: (as it is stored, what it stands for, scale)."""
-    limit = 8 if packed else 128
+KINDS = (None, "int4", "int3", "nf4", "int4 zeros", "int3 zeros")  # number formats by groups; None: int8
+
+
+def grouped(*shape: int, group: int, kind: str | None) -> tuple[tuple[Any, ...], Tensor]:
+    """A weight with scales by group: (as ``grouped_linear`` takes it, what it stands for)."""
+    name, _, zeros = kind.partition(" ") if kind else (None, "", "")
+    limit = {None: 128, "int4": 8, "int3": 4, "nf4": 8}[name]
     q = torch.randint(-limit, limit, shape).to(torch.int8)
-    scale = (torch.rand(*shape[:-1], shape[-1] // group) * 0.01 + 1e-3).half()
-    w = q.float() * scale.float().repeat_interleave(group, -1)
-    return pack_int4(q) if packed else q, w, scale
+    grid = (*shape[:-1], shape[-1] // group)
+    scale = (torch.rand(grid) * 0.01 + 1e-3).half()
+    zero = torch.randint(-8, 8, grid, dtype=torch.int8) if zeros else None
+    stored = q if name is None else {"int4": pack_int4, "int3": pack_int3, "nf4": pack_int4}[name](q)
+    steps = torch.tensor(NF4)[q.int() + 8] if name == "nf4" else q
+    if zero is not None:
+        steps = steps - zero.int().repeat_interleave(group, -1)
+    return (stored, scale, zero, name), steps.float() * scale.float().repeat_interleave(group, -1)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -105,40 +116,40 @@ def test_lowering_leaves_the_program_as_it_was():
 
 @settings(max_examples=30, deadline=None)
 @given(
-    tokens=st.sampled_from([1, 3, 40]), rows=SIZES, groups=st.integers(1, 5), group=st.sampled_from([2, 8, 32]),
-    bias=st.booleans(), packed=st.booleans(),
+    tokens=st.sampled_from([1, 3, 40]), rows=SIZES, groups=st.integers(1, 5), group=st.sampled_from([8, 24, 32]),
+    bias=st.booleans(), kind=st.sampled_from(KINDS),
 )  # fmt: skip
-def test_a_grouped_linear_is_the_linear_of_its_dequantised_weight(tokens, rows, groups, group, bias, packed):
-    stored, w, scale = grouped(rows, groups * group, group=group, packed=packed)
+def test_a_grouped_linear_is_the_linear_of_its_dequantised_weight(tokens, rows, groups, group, bias, kind):
+    stored, w = grouped(rows, groups * group, group=group, kind=kind)
     x, b = torch.randn(2, tokens, groups * group), torch.randn(rows) if bias else None
     expected = torch.nn.functional.linear(x, w, b)
-    assert close(eager_ops.grouped_linear(x, stored, scale, torch.float32, b), expected, 1e-5)
+    assert close(eager_ops.grouped_linear(x, *stored, torch.float32, b), expected, 1e-5)
 
 
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_wide_grouped_linear_goes_block_by_block(packed, dtype):
-    stored, w, scale = grouped(900, 1728, group=32, packed=packed)
+def test_a_wide_grouped_linear_goes_block_by_block(kind, dtype):
+    stored, w = grouped(900, 1728, group=32, kind=kind)
     x = torch.randn(3, 1728).to(dtype)
-    y = eager_ops.grouped_linear(x, stored, scale, dtype)
+    y = eager_ops.grouped_linear(x, *stored, dtype)
     assert y.dtype == dtype
     assert close(y, torch.nn.functional.linear(x.float(), w), max(1e-5, 4 * torch.finfo(dtype).eps))
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_a_grouped_embedding_widens_only_its_rows(packed):
-    stored, w, scale = grouped(50, 16, group=4, packed=packed)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_grouped_embedding_widens_only_its_rows(kind):
+    stored, w = grouped(50, 16, group=4, kind=kind)
     tokens = torch.randint(0, 50, (3, 7))
     expected = torch.nn.functional.embedding(tokens, w)
-    assert torch.equal(eager_ops.grouped_embedding(stored, scale, torch.float32, tokens), expected)
+    assert torch.equal(eager_ops.grouped_embedding(*stored, torch.float32, tokens), expected)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-def test_grouped_experts_are_the_experts_of_their_dequantised_weights(packed):
-    stored, w, scale = grouped(4, 24, 16, group=8, packed=packed)
+@pytest.mark.parametrize("kind", KINDS)
+def test_grouped_experts_are_the_experts_of_their_dequantised_weights(kind):
+    stored, w = grouped(4, 24, 16, group=8, kind=kind)
     x, bias, expert = torch.randn(9, 16), torch.randn(4, 24), torch.randint(0, 4, (9,))
     expected = slim.expert_linear(x, w, bias, expert)
-    found = eager_ops.grouped_expert_linear(x, stored, scale, torch.float32, bias, expert)
+    found = eager_ops.grouped_expert_linear(x, *stored, torch.float32, bias, expert)
     assert close(found, expected, 1e-5)
 
 
@@ -149,7 +160,7 @@ UNPACKED = """    q: i8[20, 8] = slim.unpack_int4.default(weights["e"])
 
 def test_a_packed_tied_table_is_read_packed_by_both_its_readers():
     lines = IR.splitlines(keepends=True)
-    stored, _, scale = grouped(20, 8, group=4, packed=True)
+    (stored, scale, *_), _ = grouped(20, 8, group=4, kind="int4")
     program = parse("".join([*lines[:2], UNPACKED, *lines[3:]]), Weights({"e": stored, "e_scale": scale}))
     executable = EagerExecutable(program)
     assert "dequantize" not in executable.code["forward.py"]
@@ -240,3 +251,12 @@ def test_cached_attention_is_cached_attention(look, padded, start, new):
     )
     assert torch.allclose(found, expected, atol=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(caches, expected_caches, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_linear_of_fp8_is_the_linear_of_its_dequantised_weight(dtype):
+    q, scale = torch.randn(40, 64).to(torch.float8_e4m3fn), torch.rand(40)
+    x = torch.randn(3, 64).to(dtype)
+    y = eager_ops.int8_linear(x, q, scale, dtype)
+    expected = torch.nn.functional.linear(x.float(), q.float() * scale[:, None])
+    assert close(y, expected, max(1e-5, 4 * torch.finfo(dtype).eps))

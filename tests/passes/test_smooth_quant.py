@@ -168,6 +168,21 @@ def test_the_search_tells_outliers_of_activations_from_those_of_weights():
     assert as_found < as_it_was / 2
 
 
+@pytest.mark.parametrize("name", ["gpt2", "gemma"])
+def test_the_smoothed_model_exports_to_plain_transformers(name, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    compiled = slim.compile(model(name), passes=[SmoothQuant()], calibration=tokens(), target="eager")
+    compiled.export(tmp_path / "out")
+    (batch, *_) = tokens()
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    with torch.no_grad():
+        expected, got = model(name)(batch).logits, exported(batch).logits
+    assert float((got - expected).abs().max() / expected.abs().max()) < 1e-5
+    changed = [n for n, w in exported.state_dict().items() if not torch.equal(w, model(name).state_dict()[n])]
+    assert len(changed) >= len(compiled.report.passes[0].matched)
+
+
 # -- bad input ---------------------------------------------------------------------------------------------------------
 
 

@@ -7,12 +7,12 @@ import pytest
 
 import slim
 from benchmarks.outliers import PlantOutliers
-from slim.passes import SmoothQuant
+from slim.passes import Quantize, SmoothQuant
 from slim.runtime.perplexity import score, windows
-from tests.simulated import RoundToInt8
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "demo_model"
 TOKENS = 6000
+W8A8 = Quantize("int8", activations="int8", method="rtn")
 
 pytestmark = pytest.mark.slow
 
@@ -32,12 +32,12 @@ def nats(*passes) -> float:
 
 @pytest.mark.parametrize(("factor", "least"), [(60.0, 0.05), (1000.0, 1.0)])
 def test_naive_int8_loses_clearly_where_there_are_outliers_and_smoothing_brings_it_back(factor, least):
-    exact, without = nats(), nats(RoundToInt8())
+    exact, without = nats(), nats(W8A8)
     assert nats(PlantOutliers(factor)) == pytest.approx(exact, abs=1e-5)
-    assert nats(PlantOutliers(factor), RoundToInt8()) > without + least
+    assert nats(PlantOutliers(factor), W8A8) > without + least
     for alpha in (0.5, "search"):
-        assert nats(PlantOutliers(factor), SmoothQuant(alpha), RoundToInt8()) < without + 0.001
+        assert nats(PlantOutliers(factor), SmoothQuant(alpha), W8A8) < without + 0.001
 
 
 def test_smoothing_costs_nothing_where_there_are_no_outliers():
-    assert nats(SmoothQuant(), RoundToInt8()) < nats(RoundToInt8()) + 0.001
+    assert nats(SmoothQuant(), W8A8) < nats(W8A8) + 0.001

@@ -9,7 +9,7 @@ from slim.codegen.cpp.writer import Writer, writes
 from slim.codegen.regions.schedule import Attention
 from slim.codegen.regions.views import View
 
-_CACHE = {"float": "f32", "bf16": "bf16", "f16": "f16"}
+_CACHE = {"float": "f32", "bf16": "bf16", "f16": "f16", "i8": "int8", "u8": "int4"}
 
 
 @writes(Attention)
@@ -32,7 +32,10 @@ def _attention(writer: Writer, region: Attention) -> list[str]:
     for name, view in (("k_cache", region.k_cache), ("v_cache", region.v_cache)):
         if view is not None:
             fields |= _place(writer, name, view, name[0] + "c", ("batch", "head", "token"))
-            fields["cache_format"] = f"Format::{_CACHE[STORED[view.buffer.dtype]]}"
+            fields[f"{name[0]}_format"] = f"Format::{_CACHE[STORED[view.buffer.dtype]]}"
+    fields |= _place(writer, "k_scale", region.k_scale, "ks", ("batch", "head"))
+    fields |= _place(writer, "v_scale", region.v_scale, "vs", ("batch", "head"))
+    fields |= _place(writer, "k_offset", region.k_offset, "ko", ("head",))
     if region.rope is not None:
         cos, sin, interleaved = region.rope
         fields |= _place(writer, "cos", cos, "rope", ("batch", "token")) | _place(writer, "sin", sin)

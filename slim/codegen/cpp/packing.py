@@ -120,7 +120,7 @@ def _plain(weights: Weights, buffer: Buffer) -> Tensor:
 
 
 def pack(q: Tensor, packing: Any, weights: Weights, isa: Isa) -> PackedWeight:
-    """``q``, [m, n] or [E, m, n] with several numbers a byte, packed with the scales and zero points that belong inside."""
+    """``q``, [m, n] or [E, m, n] with several numbers a byte, packed with its scales and zero points by group."""
     kind, group, scale_name, zero_name, zero_format = packing
     q = q.contiguous()
     m, n = q.shape[-2], q.shape[-1] * 8 // _BITS[kind]

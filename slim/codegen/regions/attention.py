@@ -13,11 +13,15 @@ from slim.codegen.regions.pointwise import const, op
 from slim.codegen.regions.scalars import BOOL, F32, Iota, Lane, Load, Scalar, Value, cast, expand
 from slim.codegen.regions.schedule import Attention, Pointwise
 from slim.codegen.regions.views import Strided, View, same
+from slim.compiler.rounding import rounded, rounds_itself, shifted
 from slim.compiler.rules import argument
 
 aten, slim = torch.ops.aten, torch.ops.slim
 
 _ATTENTION = (slim.attention.default, slim.cached_attention.default)
+_ON_THE_WAY = frozenset({
+    slim.rope.default, aten.sub.Tensor, slim.token_scale.default, slim.quantize.default, slim.dequantize.default
+})  # fmt: skip
 
 
 class Rotation:
@@ -33,23 +37,56 @@ def attention(lowering: Lowering, node: fx.Node) -> Value:
     """slim.attention and slim.cached_attention."""
     shape, dtype = lowering.type(node)
     batch, heads, queries, width = shape
+    keys, offset, values, bits = _sources(node)
     q, rope = _rotated(lowering, argument(node, "q"))
-    k, _ = _rotated(lowering, argument(node, "k"))
+    k, _ = _rotated(lowering, keys)
     # [B, S, H, E] in memory, as the projection that follows reads it
     out = lowering.temp((batch, queries, heads, width), dtype).view().permute((0, 2, 1, 3))
     region = Attention(
-        node, q, k, lowering.rows(argument(node, "v"), lowering.floats), out, argument(node, "scale"),
+        node, q, k, lowering.rows(values, lowering.floats), out, argument(node, "scale"),
         argument(node, "causal"), argument(node, "window"), argument(node, "softcap"), rope,
         key_mask=_rows(lowering, node, "key_mask"),
         sinks=_floats(lowering, node, "sinks"), slopes=_floats(lowering, node, "slopes"),
     )  # fmt: skip
+    region.k_offset = None if offset is None else _as_floats(lowering, offset)
     if node.target is slim.attention.default:
         region.bias = _bias(lowering, node, (batch, heads, queries, region.k.shape[2]))
+        if bits is not None:
+            _round_into_memory(lowering, region, bits)
     else:
         region.k_cache, region.v_cache = (lowering.view(argument(node, name)) for name in ("k_cache", "v_cache"))
+        region.k_scale, region.v_scale = (_given(lowering, node, name) for name in ("k_scale", "v_scale"))
         region.start = lowering.size(argument(node, "start"))
     lowering.emit(region)
     return Value(Load(out), shape, dtype)
+
+
+def _sources(node: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node, tuple[int, int] | None]:
+    """(keys before an offset is taken off them, that offset, values, bits where attention is to round both)."""
+    keys, values = argument(node, "k"), argument(node, "v")
+    bits = None
+    if rounds_itself(node):
+        rounded_keys, rounded_values = rounded(keys), rounded(values)
+        assert rounded_keys is not None and rounded_values is not None
+        keys, values, bits = rounded_keys.x, rounded_values.x, (rounded_keys.bits, rounded_values.bits)
+    elif node.target is slim.attention.default or argument(node, "k_scale") is None:
+        return keys, None, values, None
+    return *shifted(keys), values, bits
+
+
+def _round_into_memory(lowering: Lowering, region: Attention, bits: tuple[int, int]) -> None:
+    """Has ``region`` round its keys and values as if into a cache, in memory of the run's own."""
+    region.start = 0
+    for name, view, each in (("k", region.k, bits[0]), ("v", region.v, bits[1])):
+        *lead, width = view.shape
+        kind, held = (torch.uint8, width // 2) if each == 4 else (torch.int8, width)
+        setattr(region, f"{name}_cache", lowering.temp((*lead, held), kind, f"{region.node.name}_{name}").view())
+        setattr(region, f"{name}_scale", lowering.temp(lead, F32, f"{region.node.name}_{name}_scale").view())
+
+
+def _given(lowering: Lowering, node: fx.Node, name: str) -> View | None:
+    value = argument(node, name)
+    return None if value is None else lowering.view(value)
 
 
 def _rotated(lowering: Lowering, node: Any) -> tuple[View, tuple[View, View, bool] | None]:
@@ -68,8 +105,11 @@ def _rows(lowering: Lowering, node: fx.Node, name: str) -> View | None:
 def _floats(lowering: Lowering, node: fx.Node, name: str) -> View | None:
     """A small operand that the kernel reads as float32."""
     operand = argument(node, name)
-    if operand is None:
-        return None
+    return None if operand is None else _as_floats(lowering, operand)
+
+
+def _as_floats(lowering: Lowering, operand: fx.Node) -> View:
+    """``operand`` as contiguous float32."""
     value = lowering.plain(lowering.value(operand))
     view = lowering.store(value)
     if view.buffer.dtype == F32 and view.is_contiguous:
@@ -124,17 +164,29 @@ def _channels(view: View, half: Any, interleaved: bool) -> tuple[View, View]:
 
 def _attention_rotates(node: fx.Node) -> bool:
     """Whether the one reader is attention whose queries and keys are both turned by the same angles."""
-    readers = list(node.users)
-    if len(readers) != 1 or readers[0].target not in _ATTENTION:
+    reader = _attention_of(node)
+    if reader is None:
         return False
-    q, k = (argument(readers[0], name) for name in ("q", "k"))
+    q, (k, _, v, _) = argument(reader, "q"), _sources(reader)
     if node not in (q, k) or q.target is not slim.rope.default or k.target is not slim.rope.default:
         return False
-    if any(len(rotated.users) != 1 for rotated in (q, k)) or argument(readers[0], "v") in (q, k):
+    if v in (q, k) or not all(_goes_only_to(reader, rotated) for rotated in (q, k)):
         return False
-    if readers[0].target is slim.attention.default and q.meta["val"].shape[2] != k.meta["val"].shape[2]:
+    if reader.target is slim.attention.default and q.meta["val"].shape[2] != k.meta["val"].shape[2]:
         return False
     return bool(q.args[1:3] == k.args[1:3] and q.kwargs == k.kwargs)
+
+
+def _attention_of(node: fx.Node) -> fx.Node | None:
+    """The attention that ``node`` goes to as query or key, perhaps shifted and rounded on the way."""
+    while node.target in _ON_THE_WAY and node.users:
+        node = next(iter(node.users))
+    return node if node.target in _ATTENTION else None
+
+
+def _goes_only_to(reader: fx.Node, node: fx.Node) -> bool:
+    """Whether nothing but ``reader`` needs ``node``."""
+    return all(user is reader or (user.target in _ON_THE_WAY and _goes_only_to(reader, user)) for user in node.users)
 
 
 @handles(slim.rope_table.default)

@@ -69,7 +69,8 @@ def _matrix(matrix: Matrix) -> str:
 
 
 def _attention(region: Attention) -> str:
-    fused = [name for name, there in (("rope", region.rope), ("append", region.k_cache)) if there is not None]
+    parts = (("rope", region.rope), ("offset", region.k_offset), ("round", region.k_scale), ("append", region.k_cache))
+    fused = [name for name, there in parts if there is not None]
     text = f" {{{', '.join(fused)}}}" if fused else ""
     reads = ", ".join(_name(view) for view in (region.q, region.k, region.v))
     return f"attention{text} {reads} -> {region.out.buffer.name}"

@@ -10,7 +10,7 @@ from torch import fx
 from slim.codegen.regions.matrices import matrix, step_of_groups
 from slim.codegen.regions.pointwise import op
 from slim.codegen.regions.rounded import Rounding, rounding
-from slim.codegen.regions.scalars import F32, Gather, Lane, Load, Scalar, Value, cast, expand, views
+from slim.codegen.regions.scalars import F32, Gather, Lane, Load, Scalar, Value, cast, expand, lanes, views
 from slim.codegen.regions.schedule import Linear, Norm, Part, Product, Source
 from slim.codegen.regions.views import Size, View, same
 
@@ -55,7 +55,7 @@ def _bias(lowering: Lowering, bias: Any, source: Source, shape: tuple[Size, ...]
 def _source(lowering: Lowering, x: Any) -> Source:
     """The rows that ``x`` holds, with the norm that makes them, or their rounding to int8, still to be done."""
     rounded = rounding(x) if lowering.wants.int8_rows else None
-    return _rows(lowering, x) if rounded is None else _rounded_rows(lowering, rounded)
+    return _rows(lowering, x) if rounded is None else _rounded_rows(lowering, rounded, x.args[0])
 
 
 def _rows(lowering: Lowering, x: Any) -> Source:
@@ -69,8 +69,11 @@ def _rows(lowering: Lowering, x: Any) -> Source:
     return Source(lowering.rows(x))
 
 
-def _rounded_rows(lowering: Lowering, rounded: Rounding) -> Source:
-    plain = _rows(lowering, rounded.x)
+def _rounded_rows(lowering: Lowering, rounded: Rounding, q: fx.Node) -> Source:
+    if lowering.wants.requantises and not rounded.by_row and _is_product(lowering.value(rounded.x)):
+        plain = Source(lowering.rows(lowering.once(q)))
+    else:
+        plain = _rows(lowering, rounded.x)
     if rounded.is_own and lowering.wants.own_steps:
         return replace(plain, own_step=True)
     held = lowering.view(rounded.step)
@@ -78,6 +81,11 @@ def _rounded_rows(lowering: Lowering, rounded: Rounding) -> Source:
         return replace(plain, scale=held)
     lead = lowering.shape(rounded.x)[:-1]
     return replace(plain, scale=View(held.buffer, lead, (0,) * len(lead), held.offset))
+
+
+def _is_product(value: Value) -> bool:
+    """Whether a linear is still to store it."""
+    return any(isinstance(anchor, Product) for anchor in lanes(value.body))
 
 
 # -- regions -----------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from slim.codegen.regions.scalars import (
 from slim.codegen.regions.schedule import Foreign, Norm, Pointwise, Product, Region, Schedule
 from slim.codegen.regions.views import Buffer, Size, View, same
 from slim.compiler.program import Program
+from slim.compiler.rounding import done_by_attention
 from slim.compiler.types import expression
 from slim.compiler.uses import LINEAR
 
@@ -66,6 +67,7 @@ class Wants:
         packed: quantised weights come in a layout of the kernels' own, with the scales of groups inside.
         formats: of weights that a product reads as they are stored.
         int8_rows: whether a product multiplies rows that the Program quantised as integers.
+        requantises: whether what linears store is rounded to int8 at once, where linears alone read it so, in one step.
         own_steps: whether it finds the step of such a row, where that is slim.token_scale of the row, as it loads it.
         pitched: masks among the inputs, bool [B, T], are read where they lie, rows as far apart as they are.
     """
@@ -74,6 +76,7 @@ class Wants:
     packed: bool = True
     formats: frozenset[str] = frozenset({"f32", "bf16", "f16", "int8", "int4"})
     int8_rows: bool = False
+    requantises: bool = False
     own_steps: bool = False
     pitched: bool = False
 
@@ -102,7 +105,8 @@ class Lowering:
         self.schedule = Schedule()
         self.values: dict[fx.Node, Any] = {}
         self.node: fx.Node = next(iter(program.graph.nodes))
-        self.absorbed = absorbed(program, wants)
+        self.inside = done_by_attention(program)  # nodes that attention makes up for
+        self.absorbed = absorbed(program, wants) | self.inside
         self.writer: dict[Buffer, int] = {}  # buffer -> the region that wrote it last
         self._weights: dict[str, Buffer] = {}
         self._stored: dict[int, tuple[Scalar, View]] = {}  # id of a body -> that body, and where its numbers lie
@@ -126,6 +130,12 @@ class Lowering:
         value = self.values[node]
         assert isinstance(value, Value), node
         return value
+
+    def once(self, node: fx.Node) -> fx.Node:
+        """``node``, lowered now where it was left to those who read it."""
+        if node not in self.values:
+            self.values[node] = self._lowered(node)
+        return node
 
     def type(self, node: fx.Node) -> tuple[tuple[Size, ...], torch.dtype]:
         """(shape, dtype) that the Program says."""
@@ -182,15 +192,20 @@ class Lowering:
 
     def _settled(self, node: fx.Node, value: Any) -> Any:
         """``value``, in memory if more than one node reads it and computing it twice would cost."""
-        if not isinstance(value, Value) or _is_free(value.body) or len(readers(node)) < 2:
+        if not isinstance(value, Value) or _is_free(value.body) or len(self._readers(node)) < 2:
             return value
         if isinstance(value.body, Lane) and isinstance(value.body.anchor, Norm) and self._only_linears(node):
             return value
         return Value(Load(self.store(value)), value.shape, value.dtype)
 
+    def _readers(self, node: fx.Node) -> list[fx.Node]:
+        """The nodes that read numbers of ``node`` and are not part of what attention does."""
+        return [user for user in readers(node) if user not in self.inside]
+
     def _only_linears(self, node: fx.Node) -> bool:
         """Whether linears alone read ``node``, rounded or not."""
-        return all(user in self.absorbed or (user.target is LINEAR and user.args[0] is node) for user in readers(node))
+        reading = self._readers(node)
+        return all(user in self.absorbed or (user.target is LINEAR and user.args[0] is node) for user in reading)
 
     # -- putting values into memory ------------------------------------------------------------------------------------
 

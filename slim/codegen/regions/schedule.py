@@ -237,9 +237,11 @@ class Attention(Region):
 
     Attributes:
         rope: (cos, sin, interleaved) by which q and new k are still to be rotated; None where they are.
-        start: how many tokens the cache holds; None without a cache.
+        start: how many tokens the cache holds; None without a cache. It is 0, and the cache is memory of the run's own,
+            where the program rounds keys and values that no cache keeps.
         k_scale, v_scale: of an int8 cache, or one with two four-bit numbers a byte (each plus 8): [B, G, C], the scale
             of each token in each head; None where the cache holds floats.
+        k_offset: float32 [G, 1, D], taken off rotated keys before they are held; only where there is a cache.
         pages: int32 [B, most]: where the tokens of page j lie; the caches, and their scales, are then
             [pages, G, page_size, D]. None where they are contiguous.
         blocks: int32 [H or 1, query blocks, most]: the blocks of keys, of ``block`` each, that a block of as many
@@ -265,6 +267,7 @@ class Attention(Region):
     slopes: View | None = None
     k_scale: View | None = None
     v_scale: View | None = None
+    k_offset: View | None = None
     pages: View | None = None
     blocks: View | None = None
     block: int = 0
@@ -272,7 +275,7 @@ class Attention(Region):
     def reads(self) -> Iterator[Buffer]:
         rope = self.rope[:2] if self.rope else ()
         cache = (self.k_cache, self.v_cache, self.k_scale, self.v_scale, self.pages)
-        optional = (*cache, self.key_mask, self.bias, self.sinks, self.slopes, self.blocks)
+        optional = (*cache, self.k_offset, self.key_mask, self.bias, self.sinks, self.slopes, self.blocks)
         for view in (self.q, self.k, self.v, *rope, *optional):
             if view is not None:
                 yield view.buffer

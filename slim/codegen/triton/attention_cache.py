@@ -130,16 +130,23 @@ class Stored:
 
     def _quantise(self, rows: str, mask: str | None, writes: str | None) -> list[str]:
         assert self.scale is not None
-        n, most = self.name, 7 if self.packed else 127
+        n, low, high = self.name, -8 if self.packed else -128, 7 if self.packed else 127
         kept = TYPES[self.scale.buffer.dtype]
-        lines = [
-            f"{n}_new = {n}_new.to(tl.float32)",
+        lines = [f"{n}_new = {n}_new.to(tl.float32)"]
+        if self.packed:  # the step has a sign: what is largest becomes -8
+            lines += [
+                f"{n}_high = tl.max({n}_new, 1)", f"{n}_low = tl.min({n}_new, 1)",
+                f"{n}_step = tl.where({n}_high > -{n}_low, {n}_high, {n}_low) / -8.0",
+            ]  # fmt: skip
+        else:
+            lines.append(f"{n}_step = tl.max(tl.abs({n}_new), 1) / 127.0")
+        lines += [
             # as it is kept: the numbers are chosen for the scale that a later step reads
-            f"{n}_step = (tl.max(tl.abs({n}_new), 1) / {most}.0).to({kept})",
+            f"{n}_step = {n}_step.to({kept})",
             f"tl.store({self._at(None)}, {n}_step{masked(mask, writes)})",
             f"{n}_step = {n}_step.to(tl.float32)[:, None]",
             f"{n}_new = {n}_new / tl.where({n}_step == 0.0, 1.0, {n}_step)",
-            f"{n}_new = tl.clamp({self.writer.function('round_even')}({n}_new), -{most}.0, {most}.0)",
+            f"{n}_new = tl.clamp({self.writer.function('round_even')}({n}_new), {low}.0, {high}.0)",
         ]
         if self.packed:
             half = padded(self.width) // 2
@@ -167,6 +174,15 @@ def stored(writer: Writer, region: Attention, dtype: str, kept: dict[str, View])
         view = kept.get(name, given) if cache is None else cache
         found.append(Stored(writer, name, tile, view, axis, int(given.shape[3]), dtype, scale, region.pages))
     return found[0], found[1]
+
+
+def less_offset(writer: Writer, region: Attention, width: int) -> list[str]:
+    """``k_new`` less what is taken off every key of the head."""
+    if region.k_offset is None:
+        return []
+    place = address(writer, region.k_offset, "k_offset", ["g", None, "d[None, :]"])
+    kind = TYPES[region.k.buffer.dtype]
+    return [f"k_new = (k_new - tl.load({place}{masked(across(inside('d', width)), other='0.0')})).to({kind})"]
 
 
 def page(writer: Writer, region: Attention, token: str, mask: str | None) -> list[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slim.codegen.regions.schedule import Attention
-from slim.codegen.triton.attention_cache import page, stored
+from slim.codegen.triton.attention_cache import less_offset, page, stored
 from slim.codegen.triton.attention_parts import (
     LOG2E,
     Softmax,
@@ -24,7 +24,7 @@ from slim.codegen.triton.attention_parts import (
 )
 from slim.codegen.triton.kernel import Config, Kernel
 from slim.codegen.triton.rotation import Turn
-from slim.codegen.triton.writer import Target, Writer, power_of_two
+from slim.codegen.triton.writer import Target, Writer, indented, power_of_two
 
 _ROWS = 64  # query heads that one program takes at most
 
@@ -56,7 +56,7 @@ class _Decode:
         splits = f"max(1, min(SPLITS, {4 * self.target.processors} // ({pairs})))"
         body = [
             *self._program(), *self._span(), "if split < busy:",
-            *_indented([*self._queries(), *self._loop(), *self._newest(), *self._end()]),
+            *indented([*self._queries(), *self._loop(), *self._newest(), *self._end()]),
         ]  # fmt: skip
         scratch = f"(SPLITS > 1) * {pairs} * {splits} * {self.share * (self.g.value_width + 2)}"
         return self.writer.kernel(
@@ -146,7 +146,7 @@ class _Decode:
             f"acc = tl.dot(p.to({self.g.dtype}), value, acc{self.g.precision})",
         ]  # fmt: skip
         span = "range(split * each, tl.minimum((split + 1) * each, tiles))"
-        return [*self.k.begin("BLOCK_T"), *self.v.begin("BLOCK_T"), f"for tile in {span}:", *_indented(body)]
+        return [*self.k.begin("BLOCK_T"), *self.v.begin("BLOCK_T"), f"for tile in {span}:", *indented(body)]
 
     def _scores(self, seen: Sequence[str], mask: str | None) -> list[str]:
         region = self.region
@@ -169,12 +169,13 @@ class _Decode:
             "at = start.to(tl.int64) + tl.arange(0, 1)", "t = start + tl.arange(0, 1)",
             *page(self.writer, region, "t", None),
             *self.turn.load("k_new", region.k, "k", ["b", "g", None], None),
+            *less_offset(self.writer, region, self.g.width),
             f"v_new = tl.load({place}{masked(across(inside('e', self.g.value_width)), other='0.0')})",
             *self.k.append("1", None, writes), *self.v.append("1", None, writes),
             "s = tl.sum(q_new.to(tl.float32) * k_new.to(tl.float32), 1, keep_dims=True)",
             *self._scores(seen, None), *self.softmax.step(guarded=True), "acc += p * v_new.to(tl.float32)",
         ]  # fmt: skip
-        return ["if split == busy - 1:", *_indented(body)]
+        return ["if split == busy - 1:", *indented(body)]
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -193,14 +194,14 @@ class _Decode:
             f"tl.store(tops_at + part_of, top, mask={stored_rows})",
             f"tl.store(totals_at + part_of, total, mask={stored_rows})",
             "tl.debug_barrier()", f'arrived = tl.atomic_add({counters} + pair, 1, sem="acq_rel")',
-            "if arrived == busy - 1:", *_indented([f"tl.store({counters} + pair, 0)", *self._join()]),
+            "if arrived == busy - 1:", *indented([f"tl.store({counters} + pair, 0)", *self._join()]),
         ]  # fmt: skip
         size = f"tl.num_programs(0) * splits * {self.share}"
         places = [
             "splits = tl.num_programs(1)", f"sums_at = {scratch}", f"tops_at = {scratch} + {size} * {width}",
             f"totals_at = tops_at + {size}",
         ]  # fmt: skip
-        return ["if busy == 1:", *_indented(alone), "else:", *_indented([*places, *share])]
+        return ["if busy == 1:", *indented(alone), "else:", *indented([*places, *share])]
 
     def _join(self) -> list[str]:
         """All parts of the context, in their order: ``column`` runs over the heads and channels of the program."""
@@ -222,7 +223,7 @@ class _Decode:
         return [
             # as many at once as registers hold
             "COLUMNS: tl.constexpr = 4096 // SPLITS", "i = tl.arange(0, SPLITS)[:, None]",
-            f"for chunk in range(0, {size}, COLUMNS):", *_indented(body),
+            f"for chunk in range(0, {size}, COLUMNS):", *indented(body),
         ]  # fmt: skip
 
     def _joined_sinks(self) -> list[str]:
@@ -254,7 +255,3 @@ def block_list(writer: Writer, region: Attention, head: str, query: str) -> list
         f"list_at = {place}", f"listed = tl.load(list_at + {entry}{mask})",
         "count = tl.sum((listed >= 0).to(tl.int32), 0)",
     ]  # fmt: skip
-
-
-def _indented(lines: Sequence[str]) -> list[str]:
-    return [f"    {line}" for line in lines]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from slim.codegen.regions.schedule import Attention
 from slim.codegen.regions.views import Buffer, View
-from slim.codegen.triton.attention_cache import page, stored
+from slim.codegen.triton.attention_cache import less_offset, page, stored
 from slim.codegen.triton.attention_decode import block_list
 from slim.codegen.triton.attention_parts import (
     Softmax,
@@ -21,7 +21,7 @@ from slim.codegen.triton.attention_parts import (
 )
 from slim.codegen.triton.kernel import Config, Kernel
 from slim.codegen.triton.rotation import Turn
-from slim.codegen.triton.writer import Target, Writer
+from slim.codegen.triton.writer import Target, Writer, indented
 
 _APPEND: tuple[Config, ...] = tuple(
     dict(BLOCK_S=tokens, num_warps=warps) for tokens, warps in ((16, 4), (32, 4), (64, 8), (8, 2), (4, 1))
@@ -54,7 +54,8 @@ def _append(region: Attention, target: Target, kept: dict[str, View]) -> Kernel:
         "token = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)", f"there = token < {tokens}",
         "g = tl.program_id(1)", "b = tl.program_id(2).to(tl.int64)", f"at = token + tl.cast({begin}, tl.int64)",
         *g.channels(), *page(writer, region, "at", "there"), *turn.begin(), *turn.angles(row, rows), *k.begin(None),
-        *turn.load("k_new", region.k, "k", ["b", "g", row], rows), *k.append("BLOCK_S", "there"),
+        *turn.load("k_new", region.k, "k", ["b", "g", row], rows), *less_offset(writer, region, g.width),
+        *k.append("BLOCK_S", "there"),
     ]  # fmt: skip
     if region.k_cache is not None:
         place = address(writer, region.v, "v", ["b", "g", row, "e[None, :]"])
@@ -141,7 +142,7 @@ class _Prefill:
             return self._listed()
         lines, edges = self._bounds()
         for begin, end, edge in edges:
-            lines += [f"for first in range({begin}, {end}, BLOCK_N):", *_indented(self._tile(edge))]
+            lines += [f"for first in range({begin}, {end}, BLOCK_N):", *indented(self._tile(edge))]
         return lines
 
     def _bounds(self) -> tuple[list[str], list[tuple[str, str, bool]]]:
@@ -171,7 +172,7 @@ class _Prefill:
         body = [f"{first} + tile * BLOCK_N % {region.block}", *self._tile(edge=True)]
         return [
             *block_list(self.writer, region, "h", "tl.minimum(start + m, keys - 1)"),
-            f"for tile in range(0, count * ({region.block} // BLOCK_N)):", *_indented(body),
+            f"for tile in range(0, count * ({region.block} // BLOCK_N)):", *indented(body),
         ]  # fmt: skip
 
     def _tile(self, edge: bool) -> list[str]:
@@ -229,7 +230,3 @@ def _least(values: Sequence[str]) -> str:
     for value in values[1:]:
         result = f"tl.minimum({result}, {value})"
     return result
-
-
-def _indented(lines: Sequence[str]) -> list[str]:
-    return [f"    {line}" for line in lines]

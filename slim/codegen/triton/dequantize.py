@@ -28,11 +28,13 @@ def dequantize(region: Linear, matrix: Matrix, out: Buffer, target: Target) -> K
     ]  # fmt: skip
     numbers, loaded = tile(writer, 0, matrix.format, ragged=True)
     lines += [*numbers, f"w = {to_float(writer, matrix.format, loaded)}"]
-    group, mask = f"(k // {matrix.group})[None, :]" if matrix.group else "row", ", mask=there[None, :], other=0"
+    mask = ", mask=there[None, :], other=0" if matrix.group else ""
+    lines.append(f"group = (k // {matrix.group})[None, :]" if matrix.group else "group = row")
     if matrix.zero is not None:
-        lines += [f"group = {group}", f"w -= {zero_points(0, matrix, 'group', mask)}"]
+        found, points = zero_points(0, matrix, mask)
+        lines += [*found, f"w -= {points}"]
     lines += [
-        f"step = tl.load(scale0 + {group}{mask if matrix.group else ''}).to(tl.float32)",
+        f"step = tl.load(scale0 + group{mask}).to(tl.float32)",
         f"tl.store(out + row * {matrix.n} + k[None, :], w * step, mask=held & there[None, :])",
     ]
     grid = [f"triton.cdiv({matrix.m}, BLOCK_N)", f"triton.cdiv({matrix.n}, BLOCK_K)"]

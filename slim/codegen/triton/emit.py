@@ -17,7 +17,8 @@ from slim.codegen.triton.weights import QUANTIZED
 from slim.codegen.triton.writer import WRITERS, Target
 
 WANTS = Wants(
-    wide=False, packed=False, formats=frozenset({"f32", "bf16", "f16", *QUANTIZED}), int8_rows=True, pitched=True,
+    wide=False, packed=False, formats=frozenset({"f32", "bf16", "f16", *QUANTIZED}), int8_rows=True, own_steps=True,
+    requantises=True, pitched=True,
 )  # fmt: skip
 
 

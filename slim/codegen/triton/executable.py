@@ -116,6 +116,7 @@ class BoundCall:
     dims: dict[str, int]
     live: Tensor
     outputs: list[Tensor]
+    _untuned: Tuner | None  # what is still to choose how the steps run
 
     def __init__(self, executable: TritonExecutable, inputs: tuple[Tensor, ...]) -> None:
         self.executable = executable
@@ -147,7 +148,7 @@ class BoundCall:
 
     def run(self) -> None:
         """Runs every step; the first time, a tuner may choose how."""
-        tuner = self.executable.tuner
+        tuner, self._untuned = self._untuned, None
         for position, step in enumerate(self.steps):
             if tuner is not None and isinstance(step, Launch):
                 step = self.steps[position] = step.tuned(tuner)
@@ -194,6 +195,7 @@ class BoundCall:
         kernels = [kernel for step in plan if isinstance(step, list) for kernel in step]
         scratch, counters = self._own(kernels)
         self._memory |= {"scratch": scratch, "counters": counters}
+        self._untuned = executable.tuner
         self.steps: list[Step] = []
         for step in plan:
             if isinstance(step, Foreign):

@@ -6,11 +6,10 @@ import torch
 
 from slim.codegen.regions.views import Buffer
 from slim.codegen.triton.kernel import Config, Kernel
-from slim.codegen.triton.loops import indented
 from slim.codegen.triton.sweep import Sweep, choose
 from slim.codegen.triton.tiles import Tile, many_configurations
 from slim.codegen.triton.weights import moved
-from slim.codegen.triton.writer import Target, Writer, power_of_two
+from slim.codegen.triton.writer import Target, Writer, indented, power_of_two
 
 
 def experts(sweep: Sweep, target: Target, temps: list[Buffer]) -> list[Kernel]:

@@ -12,12 +12,13 @@ import torch
 from slim.codegen.regions.pointwise import const, op
 from slim.codegen.regions.scalars import F32, Lane, Load, Scalar
 from slim.codegen.regions.schedule import Linear, Matrix, Norm, Pointwise, Source
-from slim.codegen.regions.views import Buffer, View
+from slim.codegen.regions.views import Buffer
 from slim.codegen.triton import loops  # noqa: F401  it writes the kernels that prepare rows
 from slim.codegen.triton.dequantize import dequantize
 from slim.codegen.triton.experts import experts
 from slim.codegen.triton.kernel import Form, Kernel, Stage
 from slim.codegen.triton.matvec import one_row
+from slim.codegen.triton.rounding import round_rows
 from slim.codegen.triton.sweep import Branch, Sweep
 from slim.codegen.triton.tiles import few_rows, many_rows
 from slim.codegen.triton.writer import WRITERS, Target, writes
@@ -54,7 +55,7 @@ def _form(many: _Many, sweeps: Sequence[Sweep], rows: int | None) -> Form:
     if rows is None or rows > _FEW:
         return Form(many.kernels(), rows)
     kernels: list[Kernel] = []
-    if rows > _TILES[0] or sweeps[0].source.scale is not None:  # each program would do it all again
+    if rows > _TILES[0] or sweeps[0].source.is_rounded:  # each program would do it all again
         kernels, source = many.rows()
         sweeps = _sweeps(many.region, source)
     tile = next((most for most in _TILES if rows <= most), _TILES[-1])
@@ -71,6 +72,8 @@ def _sweeps(region: Linear, source: Source) -> list[Sweep]:
         key = (first.format, first.group, first.zero_format, len(matrices), *types)
         found.setdefault(key, []).append(Branch(part, matrices))
     like = region.source.view.buffer.dtype
+    if not like.is_floating_point:  # what made the rows has rounded them
+        like = region.parts[0].products[0].node.meta["val"].dtype
     return [Sweep(region, source, tuple(branches), like) for branches in found.values()]
 
 
@@ -88,7 +91,7 @@ class _Many:
     region: Linear
     target: Target
     temps: list[Buffer]
-    _rows: View | None = None
+    _rows: Source | None = None
 
     def kernels(self) -> list[Kernel]:
         kernels, source = self.rows()
@@ -102,22 +105,30 @@ class _Many:
     def rows(self) -> tuple[list[Kernel], Source]:
         """The rows normalised, and rounded to int8, in memory of their own."""
         source = self.region.source
-        if source.norm is None and source.scale is None:
+        if source.norm is None and (not source.is_rounded or source.view.buffer.dtype == torch.int8):
             return [], source
-        view = source.view
-        if self._rows is None:
-            dtype = torch.int8 if source.scale is not None else view.buffer.dtype
-            held = Buffer("temp", f"{self.region.node.name}_rows", dtype, view.shape)
-            self.temps.append(held)
-            self._rows = held.view()
-        new = Source(self._rows, None, source.expert, source.scale)
+        view, new = source.view, self._prepared()
+        if source.own_step:
+            assert new.scale is not None
+            return [round_rows(self.region, new.view, new.scale, self.target)], new
         if source.norm is None:
-            region: Norm | Pointwise = Pointwise(self.region.node, self._rows, _rounded(Load(view), source))
+            region: Norm | Pointwise = Pointwise(self.region.node, new.view, _rounded(Load(view), source))
         else:
-            region = replace(source.norm, x=Load(view), shape=view.shape, out=self._rows)
+            region = replace(source.norm, x=Load(view), shape=view.shape, out=new.view)
             region.body = _rounded(Lane(region), source)
         stage = WRITERS[type(region)](region, self.target)
         return list(stage.forms[-1].kernels), new
+
+    def _prepared(self) -> Source:
+        """Where the rows go, and their steps if those are found on the way; the same for all forms."""
+        if self._rows is None:
+            source, name = self.region.source, self.region.node.name
+            dtype = torch.int8 if source.is_rounded else source.view.buffer.dtype
+            rows = Buffer("temp", f"{name}_rows", dtype, source.view.shape)
+            steps = Buffer("temp", f"{name}_steps", torch.float32, source.view.shape[:-1])
+            self.temps += [rows, steps] if source.own_step else [rows]
+            self._rows = Source(rows.view(), None, source.expert, steps.view() if source.own_step else source.scale)
+        return self._rows
 
     def _copied(self, sweep: Sweep) -> tuple[list[Kernel], Sweep]:
         kernels, branches = [], []

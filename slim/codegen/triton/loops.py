@@ -10,17 +10,13 @@ from slim.codegen.regions.schedule import Norm, Pointwise, Reduce, Scan, TopK
 from slim.codegen.regions.views import Size, View, coalesce
 from slim.codegen.triton.kernel import Config, Form, Kernel, Stage
 from slim.codegen.triton.text import Axis, Index, ScalarText, Text, number
-from slim.codegen.triton.writer import Target, Writer, power_of_two, writes
+from slim.codegen.triton.writer import Target, Writer, indented, power_of_two, writes
 
 _SHORT = 32  # columns up to which rows are not worth a program each
 
 
 def _one(kernel: Kernel) -> Stage:
     return Stage([Form([kernel])])
-
-
-def indented(lines: Sequence[str]) -> list[str]:
-    return [f"    {line}" for line in lines]
 
 
 def decompose(writer: Writer, shape: Sequence[Size], index: str, prefix: str) -> list[str]:
@@ -125,15 +121,9 @@ def _norm(region: Norm, target: Target) -> Stage:
     assert region.body is not None
     assert region.out is not None
     writer = Writer(region, target)
-    gains = [Load(view.expand(region.shape)) for view in (region.gain, region.bias) if view is not None]
-    rows = _rows(writer, region.shape, [region.x, region.body, *gains], [region.out])
+    rows = rows_over(writer, region.shape, [region.x, region.body], [region.out], region)
     text = ScalarText(writer, rows.index, {})
-
-    def over(step: Callable[[str], list[str]]) -> list[str]:
-        text.fresh()
-        x = text.write(region.x).text
-        return rows.loop([*text.lines, *step(x)])
-
+    over = over_rows(rows, text, region.x)
     lines = [*rows.begin, *STATISTICS[region.kind](over, writer.size(rows.width), number(region.eps))]
     text.fresh()
     x = text.write(region.x).text
@@ -144,12 +134,27 @@ def _norm(region: Norm, target: Target) -> Stage:
     return _one(writer.kernel(region.kind, [*lines, *rows.loop([*text.lines, store])], rows.configs, rows.grid))
 
 
-def _rows(writer: Writer, shape: Sequence[Size], bodies: Sequence[Scalar], outs: Sequence[View]) -> Rows:
+def rows_over(
+    writer: Writer, shape: Sequence[Size], bodies: Sequence[Scalar], outs: Sequence[View], norm: Norm | None = None
+) -> Rows:
+    """The rows of ``shape`` at which bodies, the operands of a norm and results are read and written."""
     maps = [out.strides for out in outs]
-    for body in bodies:
+    operands = (norm.gain, norm.bias) if norm is not None else ()
+    for body in [*bodies, *(Load(view.expand(shape)) for view in operands if view is not None)]:
         maps += [s.view.strides for s in walk(body) if isinstance(s, (Load, Gather))]
         maps += [s.map.strides for s in walk(body) if isinstance(s, Iota)]
     return Rows(writer, shape, coalesce(shape, maps, keep_last=True))
+
+
+def over_rows(rows: Rows, text: ScalarText, x: Scalar) -> Over:
+    """What makes a pass over rows of what is done to a block of ``x``."""
+
+    def over(step: Callable[[str], list[str]]) -> list[str]:
+        text.fresh()
+        held = text.write(x).text
+        return rows.loop([*text.lines, *step(held)])
+
+    return over
 
 
 def normalised(text: ScalarText, region: Norm, x: str) -> str:
@@ -260,7 +265,7 @@ def _search(writer: Writer, name: str, kind: str, x: str) -> tuple[list[str], li
 @writes(Scan)
 def _scan(region: Scan, target: Target) -> Stage:
     writer = Writer(region, target)
-    rows = _rows(writer, region.out.shape, [region.x], [region.out])
+    rows = rows_over(writer, region.out.shape, [region.x], [region.out])
     text = ScalarText(writer, rows.index)
     x = text.write(region.x)
     kind = "tl.float32" if region.x.dtype == F32 else "tl.int64"

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 
 from slim.codegen.regions.schedule import Matrix
 from slim.codegen.triton.kernel import Config, Kernel
-from slim.codegen.triton.loops import indented
 from slim.codegen.triton.source import Input
 from slim.codegen.triton.sweep import Results, Row, Sum, Sweep, choose, columns, gather, is_split, span
 from slim.codegen.triton.text import Axis
 from slim.codegen.triton.weights import PACKINGS, moved, packed, rows_of, to_float, units, zero_points
-from slim.codegen.triton.writer import Target, Writer, power_of_two
+from slim.codegen.triton.writer import Target, Writer, indented, power_of_two
 
 
 def one_row(sweep: Sweep, target: Target) -> Kernel:
@@ -80,9 +79,8 @@ class _Body:
             lines.append("x_k = x_k.to(tl.int32)")
         lines += [*units(matrix.format, self.sweep.n, self.input.ragged), *self._parted()]
         if matrix.group:
-            share = matrix.group // self.piece
             lines.append(f"piece = start // {self.piece} + tl.arange(0, BLOCK_K // {self.piece})")
-            lines.append(f"group = (piece // {share})[None, :]")
+            lines.append(f"group = (piece // {matrix.group // self.piece})[None, :]")
         for lane, each in enumerate(self._matrices):
             lines += self._added(lane, each)
         return [f"for start in tl.range({bounds}, BLOCK_K, num_stages=STAGES):", *indented(lines)]
@@ -116,10 +114,9 @@ class _Body:
         lines, total = self._products(lane, matrix)
         mask = f", mask=(piece < {self.sweep.n // self.piece})[None, :], other=0" if self.input.ragged else ""
         if self._shifts:
-            offset = str(PACKINGS[matrix.format].offset)
-            if matrix.zero is not None:
-                offset = f"({zero_points(lane, matrix, 'group', mask)} + {offset})"
-            total = f"{total} - {offset} * sums[None, :]"
+            offset = PACKINGS[matrix.format].offset
+            found, points = zero_points(lane, matrix, mask, offset) if matrix.zero is not None else ([], str(offset))
+            lines, total = [*lines, *found], f"{total} - {points} * sums[None, :]"
         if not matrix.group:
             return [*lines, f"y{lane} += {total}"]
         convert = ".to(tl.float32)" if self.integer else ""
@@ -130,7 +127,8 @@ class _Body:
         ragged, kind = self.input.ragged, "tl.int32" if self.integer else "tl.float32"
         if matrix.format == "int3":
             terms = [f"(bits >> {3 * i} & 7).to({kind}) * x{i}[None, :]" for i in range(8)]
-            return [*packed(lane, matrix.format, ragged), f"p = {' + '.join(terms)}"], "p"
+            added = [f"p += {term}" for term in terms[1:]]
+            return [*packed(lane, matrix.format, ragged), f"p = {terms[0]}", *added], "p"
         if matrix.format in ("int4", "nf4"):
             low, high = "(bits & 15)", "(bits >> 4)" if matrix.format == "nf4" or self.integer else "(bits & 0xF0)"
             if matrix.format == "nf4":

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from slim.codegen.regions.schedule import Source
 from slim.codegen.regions.views import View
-from slim.codegen.triton.loops import indented
+from slim.codegen.triton.rounding import step_of
 from slim.codegen.triton.sweep import Row, place
 from slim.codegen.triton.text import Axis, Index, ScalarText, number
-from slim.codegen.triton.writer import Writer
+from slim.codegen.triton.writer import Writer, indented
 
 
 class Input:
@@ -43,12 +43,12 @@ class Input:
     def is_late(self) -> bool:
         """Whether the norm's factor is applied to the sums."""
         norm = self.source.norm
-        return norm is not None and norm.kind == "rms" and self.source.scale is None and self._late
+        return norm is not None and norm.kind == "rms" and not self.source.is_rounded and self._late
 
     @property
     def rounds(self) -> bool:
         """Whether x is still to be rounded to int8."""
-        return self.source.scale is not None and self.source.view.buffer.dtype.is_floating_point
+        return self.source.is_rounded and self.source.view.buffer.dtype.is_floating_point
 
     def columns(self) -> list[str]:
         lines = ["k = start + tl.arange(0, BLOCK_K)"]
@@ -67,7 +67,9 @@ class Input:
         return lines
 
     def squared(self) -> list[str]:
-        return ["squares += x_k * x_k"] if self.is_late else []
+        if not self.is_late:
+            return []
+        return ["square += tl.sum(x_k * x_k, 1, keep_dims=True)" if self.block else "squares += x_k * x_k"]
 
     def scaled(self) -> list[str]:
         """What a norm does to ``x_k`` before it is multiplied."""
@@ -83,15 +85,24 @@ class Input:
             lines.append(f"x_k = x_k * {gain}{self.wide}")
         if norm.bias is not None:
             lines.append(f"x_k = x_k + {self._vector(norm.bias)}{self.wide}")
-            lines += [f"x_k = tl.where(there{self.wide}, x_k, 0.0)"] if self.ragged else []
+        if self.ragged and norm.kind == "layer":  # what lies beyond the end was 0, and is less the mean
+            lines.append(f"x_k = tl.where(there{self.wide}, x_k, 0.0)")
         return lines
 
     def statistics(self) -> list[str]:
-        """``inverse`` (and ``mean``) of the rows, where they must be known before the first product."""
+        """What must be known of the rows before the first product: ``inverse``, ``mean`` and their own ``step``."""
+        total = f"tl.zeros({'(BLOCK_M, BLOCK_K)' if self.block else '(BLOCK_K,)'}, tl.float32)"
+        lines = self._moments(total)
+        if self.source.own_step:
+            largest = f"tl.max(largest, {1 if self.block else 0}{', keep_dims=True' if self.block else ''})"
+            each = [*self.scaled(), "largest = tl.maximum(largest, tl.abs(x_k))"]
+            lines += [f"largest = {total}", *self._pass(*each), f"step = {step_of(largest)}"]
+        return lines
+
+    def _moments(self, total: str) -> list[str]:
         norm = self.source.norm
         if norm is None or self.is_late:
             return []
-        total = f"tl.zeros(({'BLOCK_M, ' if self.block else ''}BLOCK_K), tl.float32)".replace("(BLOCK_K)", "(BLOCK_K,)")
         lines = []
         term = "x_k * x_k"
         if norm.kind == "layer":
@@ -103,10 +114,11 @@ class Input:
         return [*lines, f"inverse = {self._inverse(self.sum('square'))}"]
 
     def squares(self) -> list[str]:
-        """Where the sum of squares grows."""
+        """Where the sum of squares grows: of several rows a number each, of one a number for each column of a block."""
         if not self.is_late:
             return []
-        return [f"squares = tl.zeros({'(BLOCK_M, BLOCK_K)' if self.block else '(BLOCK_K,)'}, tl.float32)"]
+        name, shape = ("square", "(BLOCK_M, 1)") if self.block else ("squares", "(BLOCK_K,)")
+        return [f"{name} = tl.zeros({shape}, tl.float32)"]
 
     def late(self) -> list[str]:
         """``inverse``, from the sum of squares ``square``."""
@@ -117,11 +129,11 @@ class Input:
 
     def factors(self) -> list[str]:
         """What the sums of a row are multiplied with."""
-        return [*(["inverse"] if self.is_late else []), *(["step"] if self.source.scale is not None else [])]
+        return [*(["inverse"] if self.is_late else []), *(["step"] if self.source.is_rounded else [])]
 
-    def _pass(self, step: str) -> list[str]:
+    def _pass(self, *step: str) -> list[str]:
         load = f"x_k = {self.raw()}.to(tl.float32)"
-        return [f"for start in range(0, {self.n}, BLOCK_K):", *indented([*self.columns(), load, step])]
+        return [f"for start in range(0, {self.n}, BLOCK_K):", *indented([*self.columns(), load, *step])]
 
     def _inverse(self, square: str) -> str:
         assert self.source.norm is not None

@@ -16,10 +16,10 @@ from slim.codegen.regions.scalars import Gather, Iota, Load, walk
 from slim.codegen.regions.schedule import Linear, Matrix, Part, Source
 from slim.codegen.regions.views import Size, coalesce
 from slim.codegen.triton.kernel import Config
-from slim.codegen.triton.loops import decompose, indented
+from slim.codegen.triton.loops import decompose
 from slim.codegen.triton.text import Axis, Index, ScalarText, Text
 from slim.codegen.triton.weights import INTEGERS
-from slim.codegen.triton.writer import Writer
+from slim.codegen.triton.writer import Writer, indented
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Sweep:
     @property
     def is_integer(self) -> bool:
         """Whether both sides are integers, so that sums are exact."""
-        return self.source.scale is not None and self.matrix.format in INTEGERS
+        return self.source.is_rounded and self.matrix.format in INTEGERS
 
     def ragged(self, configs: Sequence[Config], block: str) -> bool:
         """Whether some block of ``configs`` sticks out over the end: masks cost, so they are only where this is."""

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 
 from slim.codegen.regions.schedule import Matrix
 from slim.codegen.triton.kernel import Config, Kernel
-from slim.codegen.triton.loops import indented
 from slim.codegen.triton.source import Input
 from slim.codegen.triton.sweep import Results, Row, Sum, Sweep, choose, columns, gather, is_split, span
 from slim.codegen.triton.text import Axis
 from slim.codegen.triton.weights import rows_of, tile, to_float, units, zero_points
-from slim.codegen.triton.writer import DTYPES, Target, Writer, power_of_two
+from slim.codegen.triton.writer import DTYPES, Target, Writer, indented, power_of_two
 
 FLOATS = {"f32": "tl.float32", "bf16": "tl.bfloat16", "f16": "tl.float16"}
 _STORED = {"fp32": "tl.float32", "bf16": "tl.bfloat16", "fp16": "tl.float16", "i8": "tl.int8"}
@@ -90,9 +89,7 @@ class Tile:
         lines += [f"y{lane} = tl.zeros((BLOCK_M, BLOCK_N), {kind})" for lane in range(sweep.lanes)]
         for lane in range(sweep.lanes):
             lines += rows_of(lane, sweep.matrix, "at[:, None]")
-        if self.input.is_late:
-            lines.append("square = tl.zeros((BLOCK_M, 1), tl.float32)")
-        return lines
+        return [*lines, *self.input.squares()]
 
     def loop(self, bounds: str) -> list[str]:
         lines = [*self.input.columns(), *self._x()]
@@ -109,11 +106,7 @@ class Tile:
             same = _STORED.get(stored) == self.dtype
             convert = "" if same else f".to(tl.float32).to({self.dtype})"
             return [f"x_k = {self.input.raw()}{convert}"]
-        lines = self.input.block_of()
-        lines = [
-            line.replace("squares += x_k * x_k", "square += tl.sum(x_k * x_k, 1, keep_dims=True)") for line in lines
-        ]
-        return [*lines, *([f"x_k = x_k.to({self.dtype})"] if self.dtype != "tl.float32" else [])]
+        return [*self.input.block_of(), *([f"x_k = x_k.to({self.dtype})"] if self.dtype != "tl.float32" else [])]
 
     def _added(self, lane: int, matrix: Matrix) -> list[str]:
         steps = self._steps(lane, matrix) if matrix.group else []
@@ -142,14 +135,17 @@ class Tile:
         """``steps`` and ``points``: what the groups of a block have, as wide as what is loaded of it."""
         even = matrix.group & -matrix.group  # the largest power of two that divides it
         if self.block_k <= even:  # the block lies in one group
-            return [f"group = start // {matrix.group}", *(f"{n} = {load}" for n, load in _of_group(lane, matrix, ""))]
+            lines, loads = _of_group(lane, matrix, "")
+            return [f"group = start // {matrix.group}", *lines, *(f"{name} = {load}" for name, load in loads)]
         piece = min(even, self.least_k)
         count = f"BLOCK_K // {piece}"
         lines = [
             f"piece = start // {piece} + tl.arange(0, {count})", f"group = (piece // {matrix.group // piece})[None, :]",
         ]  # fmt: skip
         mask = f", mask=(piece < {matrix.n // piece})[None, :], other=0" if self.input.ragged else ""
-        for name, load in _of_group(lane, matrix, mask):
+        more, loads = _of_group(lane, matrix, mask)
+        lines += more
+        for name, load in loads:
             wide = f"tl.broadcast_to({load}[:, :, None], (BLOCK_N, {count}, {piece}))"
             lines.append(f"{name} = tl.reshape({wide}, (BLOCK_N, BLOCK_K))")
         return lines
@@ -172,12 +168,13 @@ class Tile:
         return lines
 
 
-def _of_group(lane: int, matrix: Matrix, mask: str) -> list[tuple[str, str]]:
-    """(name, text) of the scale of ``group``, and of its zero point, in float32."""
+def _of_group(lane: int, matrix: Matrix, mask: str) -> tuple[list[str], list[tuple[str, str]]]:
+    """Statements, and (name, text) of the scale of ``group`` and of its zero point, in float32."""
     found = [(f"steps{lane}", f"tl.load(scale{lane} + group{mask}).to(tl.float32)")]
-    if matrix.zero is not None:
-        found.append((f"points{lane}", f"{zero_points(lane, matrix, 'group', mask)}.to(tl.float32)"))
-    return found
+    if matrix.zero is None:
+        return [], found
+    lines, points = zero_points(lane, matrix, mask)
+    return lines, [*found, (f"points{lane}", f"{points}.to(tl.float32)")]
 
 
 # -- configurations ----------------------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ class Tuner:
         self._left = seconds
         self._device = device
         self._measure = measure
+        self._chosen: dict[tuple[Path, tuple[int, ...]], Config] = {}  # what this process need not look up again
 
     def choose(self, module: Module, key: Sequence[int], run: Callable[[Config], None]) -> Config:
         """The fastest configuration of those measured; the default, which is the first, where none is.
@@ -62,6 +63,11 @@ class Tuner:
         if len(module.configs) == 1:
             return module.configs[0]
         sizes = tuple(_bucket(size) for size in key)
+        if (module.path, sizes) not in self._chosen:
+            self._chosen[module.path, sizes] = self._choose(module, sizes, run)
+        return self._chosen[module.path, sizes]
+
+    def _choose(self, module: Module, sizes: tuple[int, ...], run: Callable[[Config], None]) -> Config:
         path = self._path(module, sizes)
         known = _read(path, len(module.configs))
         times = self._extended(known, module, run)

@@ -95,8 +95,8 @@ def packed(lane: int, format: str, ragged: bool) -> list[str]:
     mask = ", mask=stored[None, :], other=0" if ragged else ""
     if format != "int3":
         return [f"bits = tl.load(data{lane} + unit[None, :]{mask})"]
-    loads = [f"tl.load(data{lane} + 3 * unit[None, :] + {i}{mask}).to(tl.int32)" for i in range(3)]
-    return [f"bits = {loads[0]} | {loads[1]} << 8 | {loads[2]} << 16"]
+    bytes_ = [f"tl.load(data{lane} + 3 * unit[None, :] + {i}{mask}).to(tl.int32)" for i in range(3)]
+    return [f"bits = {bytes_[0]}", f"bits |= {bytes_[1]} << 8", f"bits |= {bytes_[2]} << 16"]
 
 
 def tile(writer: Writer, lane: int, format: str, ragged: bool) -> tuple[list[str], str]:
@@ -117,17 +117,19 @@ def tile(writer: Writer, lane: int, format: str, ragged: bool) -> tuple[list[str
     return lines, f"({nibbles}.to(tl.int8) - 8)"
 
 
-def zero_points(lane: int, matrix: Matrix, group: str, mask: str) -> str:
-    """The zero points of ``group``, int32 of its shape; ``mask`` as a load takes it."""
-    at = f"zero{lane}"
+def zero_points(lane: int, matrix: Matrix, mask: str, plus: int = 0) -> tuple[list[str], str]:
+    """(statements, the zero points of the groups ``group`` plus a number, int32); ``mask`` as a load takes it."""
+    less = plus - PACKINGS[matrix.zero_format].offset
+    more = f" {'-' if less < 0 else '+'} {abs(less)}" if less else ""
     if matrix.zero_format == "int8":
-        return f"tl.load({at} + {group}{mask}).to(tl.int32)"
+        return [], f"(tl.load(zero{lane} + group{mask}).to(tl.int32){more})"
     if matrix.zero_format == "int4":
-        return f"((tl.load({at} + {group} // 2{mask}).to(tl.int32) >> {group} % 2 * 4 & 15) - 8)"
-    first, bit = f"{at} + {group} // 8 * 3", f"({group} % 8 * 3)"
-    low = f"tl.load({first} + {bit} // 8{mask}).to(tl.int32)"
-    high = f"tl.load({first} + tl.minimum({bit} // 8 + 1, 2){mask}).to(tl.int32)"  # a number may end in the next byte
-    return f"((({low} | {high} << 8) >> {bit} % 8 & 7) - 4)"
+        return [], f"((tl.load(zero{lane} + group // 2{mask}).to(tl.int32) >> group % 2 * 4 & 15){more})"
+    lines = [  # a number may end in the next of three bytes
+        "bit = group % 8 * 3", f"low = tl.load(zero{lane} + group // 8 * 3 + bit // 8{mask}).to(tl.int32)",
+        f"high = tl.load(zero{lane} + group // 8 * 3 + tl.minimum(bit // 8 + 1, 2){mask}).to(tl.int32)",
+    ]  # fmt: skip
+    return lines, f"(((low | high << 8) >> bit % 8 & 7){more})"
 
 
 __all__ = [

@@ -130,11 +130,8 @@ class Writer:
         raise ValueError(f"the size {size} has no form in Triton")
 
 
-def divisible(size: Size, by: int) -> bool:
-    """Whether ``size`` is a multiple of ``by`` for all values of its dimensions."""
-    if isinstance(size, int):
-        return size % by == 0
-    return all(term.as_coeff_Mul()[0] % by == 0 for term in sympy.Add.make_args(sympy.expand(size)))
+def indented(lines: Sequence[str]) -> list[str]:
+    return [f"    {line}" for line in lines]
 
 
 def power_of_two(number: int) -> int:
@@ -142,4 +139,4 @@ def power_of_two(number: int) -> int:
     return 1 << max(0, number - 1).bit_length()
 
 
-__all__ = ["DTYPES", "WRITERS", "Emit", "Target", "Writer", "divisible", "power_of_two", "writes"]
+__all__ = ["DTYPES", "WRITERS", "Emit", "Target", "Writer", "indented", "power_of_two", "writes"]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slim.compiler.dialect._register import define
+from slim.compiler.dialect.kv import hold, held
 
 
 def visibility(
@@ -179,6 +180,8 @@ def _cached_attention(
     key_mask: Tensor | None = None,
     sinks: Tensor | None = None,
     slopes: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     *,
     layer: int,
     scale: float,
@@ -187,18 +190,16 @@ def _cached_attention(
     softcap: float | None = None,
 ) -> Tensor:
     end = start + q.shape[2]
-    k_cache[:, :, start:end].copy_(k)
-    v_cache[:, :, start:end].copy_(v)
-    past_k, past_v = k_cache[:, :, :end], v_cache[:, :, :end]
+    hold(k, k_cache, k_scale, start)
+    hold(v, v_cache, v_scale, start)
     first = 0
     if window is not None and start - window + 1 > 0:  # what no query of this call can see is not read
         first = start - window + 1
-        past_k, past_v = past_k[:, :, first:], past_v[:, :, first:]
         key_mask = None if key_mask is None else key_mask[:, first:]
     return attend(
         q,
-        past_k,
-        past_v,
+        held(k_cache, k_scale, first, end, k.dtype),
+        held(v_cache, v_scale, first, end, v.dtype),
         key_mask,
         None,
         sinks,
@@ -257,8 +258,8 @@ define(
 )
 define(
     "cached_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt start, "
-    "Tensor? key_mask=None, Tensor? sinks=None, Tensor? slopes=None, *, int layer, float scale, "
-    f"{_LOOK}) -> Tensor",
+    "Tensor? key_mask=None, Tensor? sinks=None, Tensor? slopes=None, Tensor(c!)? k_scale=None, "
+    f"Tensor(d!)? v_scale=None, *, int layer, float scale, {_LOOK}) -> Tensor",
     _cached_attention,
     _cached_attention_fake,
     differentiable=False,

@@ -147,12 +147,23 @@ def _unpack_nf4(packed: Tensor) -> Tensor:
     return torch.tensor(NF4, dtype=torch.int8, device=packed.device)[codes.int()]
 
 
-def _token_scale(x: Tensor) -> Tensor:
-    """float32 [...] for x [..., n]: the step that sends the largest magnitude of each row to 127; never zero."""
-    return (x.abs().amax(-1).float() / 127).clamp_min(torch.finfo(torch.float32).tiny)
+def _token_scale(x: Tensor, *, bits: int = 8) -> Tensor:
+    """float32 [...] for x [..., n]: the step that each row is rounded in; never zero.
+
+    With 8 bits it sends the largest magnitude to 127 or -127. With 4 bits it sends it, whatever its sign, to -8: the
+    step has a sign, all sixteen numbers are used, and what is as large on the other side loses a step at most.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    if bits == 8:
+        return (x.abs().amax(-1).float() / 127).clamp_min(tiny)
+    if bits != 4:
+        raise ValueError(f"token_scale is for numbers of 8 or 4 bits, not {bits}")
+    low, high = x.amin(-1).float(), x.amax(-1).float()
+    step = torch.where(high > -low, high, low) / -8
+    return torch.where(step.abs() < tiny, tiny, step)
 
 
-def _token_scale_fake(x: Tensor) -> Tensor:
+def _token_scale_fake(x: Tensor, *, bits: int = 8) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
@@ -171,4 +182,4 @@ define(
 define("unpack_int4(Tensor packed) -> Tensor", _unpack_int4, _unpack_int4_fake, differentiable=False)
 define("unpack_int3(Tensor packed) -> Tensor", _unpack_int3, _unpack_int3_fake, differentiable=False)
 define("unpack_nf4(Tensor packed) -> Tensor", _unpack_nf4, _unpack_int4_fake, differentiable=False)
-define("token_scale(Tensor x) -> Tensor", _token_scale, _token_scale_fake)
+define("token_scale(Tensor x, *, int bits=8) -> Tensor", _token_scale, _token_scale_fake)

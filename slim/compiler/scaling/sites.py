@@ -205,7 +205,7 @@ class _Flow:
             return self.refused[linear]
         for arrival in self.arrivals:
             if arrival.node is linear:
-                return next((self.stopped[channel] for channel in arrival.columns.tolist()), None)
+                return next((self.stopped[c] for c in arrival.columns.tolist() if c in self.stopped), None)
         return None
 
     @property

@@ -19,7 +19,7 @@ from slim.compiler.statistics.batches import Calibration, read_calibration
 from slim.compiler.statistics.segments import Grain, readers
 from slim.compiler.statistics.walk import Block, Walk
 
-__all__ = ["Block", "SiteStatistics", "calibration_of", "collect", "readers", "site_values", "walk"]
+__all__ = ["Block", "Grain", "SiteStatistics", "calibration_of", "collect", "readers", "site_values", "walk"]
 
 _BATCHES = "calibration batches"
 
@@ -90,6 +90,7 @@ def walk(
     gram: bool = False,
     rows: int = 0,
     cross: bool = False,
+    meant: Program | None = None,
     grain: Grain = "block",
     changes: bool = True,
     notes: list[str] | None = None,
@@ -103,6 +104,7 @@ def walk(
         gram, rows: as ``collect`` has them.
         cross: whether E[x_dense x^T] is needed, with x_dense what entered the site before anything was changed; the
             model is then run twice side by side.
+        meant: a copy of the Program from before something was changed, that x_dense are to come from; implies cross.
         grain: "block": a stretch a transformer block. "site": a stretch a site, so that k sees what became of q.
         changes: False promises that nothing is rewritten, and saves running each stretch again.
 
@@ -112,9 +114,9 @@ def walk(
         ...         for linear in readers(value): ...
     """
     calibration = calibration_of(program, ctx, asked_by)
-    wanted = Wanted(gram=gram, rows=rows, cross=cross)
+    wanted = Wanted(gram=gram, rows=rows, cross=cross or meant is not None)
     label = f"{asked_by}: calibrating"
-    run = Walk(program, list(values), ctx, calibration, wanted, grain, changes, label)
+    run = Walk(program, list(values), ctx, calibration, wanted, grain, changes, label, meant)
     yield from run
     if notes is not None:
         notes += calibration.notes

@@ -193,6 +193,7 @@ class Walk:
         grain: Grain,
         changes: bool,
         label: str,
+        meant: Program | None = None,
     ) -> None:
         self.program, self.ctx, self.wanted, self.changes, self.label = program, ctx, wanted, changes, label
         self.batches = calibration.batches
@@ -203,9 +204,10 @@ class Walk:
         self.dense: _Track | None = None
         self.twins: dict[fx.Node, fx.Node] = {}
         if wanted.cross:
-            copy = program.copy()
+            copy = program.copy() if meant is None else meant
             self.dense = _Track(copy, self.batches)
-            self.twins = dict(zip(program.graph.nodes, copy.graph.nodes, strict=True))
+            by_name = {node.name: node for node in copy.graph.nodes}
+            self.twins = {node: by_name[node.name] for node in program.graph.nodes if node.name in by_name}
         self.peak = 0
         self._steps = 0
 

@@ -1,5 +1,179 @@
-"""PLACEHOLDER"""
+"""Mixed formats: which weight gets how many bits, so that all fit into some bytes and the least is lost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from slim import errors
+from slim.compiler.blocks import row_blocks
+from slim.compiler.passes_base import Context
+from slim.compiler.program import Program
+from slim.compiler.report import Report, short_bytes
+from slim.compiler.statistics import collect
+from slim.compiler.uses import Role, uses
+from slim.passes.rounding.curvature import Curvature
+from slim.passes.rounding.grid import Grid
+from slim.passes.rounding.methods import round_weight
+
+_LADDER = ("int3", "int4", "int8")  # what a weight may be given, the cheapest first
+_GROUP = 32
 
 
-def within_budget(*a):
-    raise NotImplementedError
+class Option(NamedTuple):
+    """One way to hold a weight.
+
+    Attributes:
+        cost: bytes. damage: what is lost by it, in a unit that all weights share.
+    """
+
+    cost: float
+    damage: float
+
+
+def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[int] | None:
+    """Which of its options each site takes, so that costs stay within ``budget``; None where that cannot be.
+
+    All sites begin with their cheapest option and climb their lower convex hulls, the step that undoes the most damage
+    for its cost first. What a Lagrange multiplier for the cost would choose is among the states passed; the steps
+    behind it fill what is left. Equal sites are served in order, so the same input always gives the same answer.
+
+    Example:
+        >>> allocate([[Option(3, 9.0), Option(4, 1.0)], [Option(3, 2.0), Option(4, 1.0)]], budget=7)
+        [1, 0]
+    """
+    hulls = [_hull(site) for site in options]
+    chosen = [hull[0] for hull in hulls]
+    left = budget - sum(site[index].cost for site, index in zip(options, chosen, strict=True))
+    if left < 0:
+        return None
+    steps = []
+    for site, hull in enumerate(hulls):
+        for before, after in pairwise(hull):
+            old, new = options[site][before], options[site][after]
+            steps.append(((old.damage - new.damage) / (new.cost - old.cost), site, before, after))
+    for _, site, before, after in sorted(steps, key=lambda step: (-step[0], step[1])):
+        price = options[site][after].cost - options[site][before].cost
+        if chosen[site] == before and price <= left:
+            chosen[site] = after
+            left -= price
+    return chosen
+
+
+def _hull(site: Sequence[Option]) -> list[int]:
+    """Indices of the options on the lower convex hull of damage over cost, from the cheapest to the least harmful."""
+    hull: list[int] = []
+    for index in sorted(range(len(site)), key=lambda i: site[i]):
+        new = site[index]
+        if hull and new.damage >= site[hull[-1]].damage:
+            continue
+        while len(hull) > 1 and _bends_up(site[hull[-2]], site[hull[-1]], new):
+            hull.pop()
+        hull.append(index)
+    return hull
+
+
+def _bends_up(first: Option, second: Option, third: Option) -> bool:
+    """Whether going straight from the first to the third is at least as good as by the second."""
+    gain, price = first.damage - second.damage, second.cost - first.cost
+    later, more = second.damage - third.damage, third.cost - second.cost
+    return gain * more <= later * price
+
+
+def within_budget(
+    program: Program, ctx: Context, report: Report, grids: Mapping[fx.Node, Grid], budget: int, asked_by: str
+) -> dict[fx.Node, Grid]:
+    """The grid of each weight with which all weights of ``program`` take ``budget`` bytes at most.
+
+    A weight that was to be int8 may get int8, int4 or int3; another its own format or a wider one. The damage is the
+    share of what the weight puts out over the calibration data that a search of scales would lose; of a table that is
+    only looked up, the share of its own size.
+
+    Raises:
+        BadPassOption: where even the cheapest formats do not fit. NeedsCalibration.
+    """
+    nodes = list(grids)
+    choices = [_choices(node, grids[node]) for node in nodes]
+    curvatures = _curvatures(program, ctx, nodes, asked_by)
+    options = []
+    for node, found in ctx.track("weighing formats", list(zip(nodes, choices, strict=True))):
+        options.append([Option(_bytes(node, grid), _damage(program, node, grid, curvatures[node])) for grid in found])
+    rest = program.nbytes - sum(int(program.weights[str(node.target)].nbytes) for node in nodes)
+    chosen = allocate(options, budget - rest)
+    if chosen is None:
+        least = rest + sum(min(site).cost for site in options)
+        reason = f"{budget:,} bytes do not hold the weights, which take {math.ceil(least):,} bytes at the least"
+        raise errors.BadPassOption(pass_name=asked_by, option="budget", reason=reason)
+    picked = {node: site[index] for node, site, index in zip(nodes, choices, chosen, strict=True)}
+    counts = {name: sum(grid.format == name for grid in picked.values()) for name in (*_LADDER, "nf4", "fp8")}
+    shares = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    report.notes.append(f"formats for {short_bytes(budget)}: {shares}")
+    return picked
+
+
+def _choices(node: fx.Node, own: Grid) -> list[Grid]:
+    """What the weight may be held in, its own grid among it."""
+    wider = _LADDER if own.format not in _LADDER or own.format == "int8" else _LADDER[_LADDER.index(own.format) :]
+    if own.format in ("nf4", "fp8"):
+        wider = ("int8",)
+    found = [own]
+    for name in wider:
+        group = 0 if name == "int8" else own.group_size or _GROUP
+        grid = Grid(name, group, own.symmetric or name == "int8")  # type: ignore[arg-type]
+        if name != own.format and _fits(node, grid):
+            found.append(grid)
+    return found
+
+
+def _fits(node: fx.Node, grid: Grid) -> bool:
+    try:
+        grid.groups(int(node.meta["val"].shape[-1]))
+    except errors.BadInput:
+        return False
+    return True
+
+
+def _bytes(node: fx.Node, grid: Grid) -> float:
+    shape = node.meta["val"].shape
+    return grid.bits(int(shape[-1])) * shape.numel() / 8
+
+
+def _curvatures(
+    program: Program, ctx: Context, nodes: Sequence[fx.Node], asked_by: str
+) -> dict[fx.Node, Curvature | None]:
+    """Of the first site that each weight is read at; None for tables."""
+    sites: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        for use in uses(node):
+            if use.role in (Role.LINEAR, Role.EXPERTS) and isinstance(use.node.args[0], fx.Node):
+                sites.setdefault(node, use.node.args[0])
+    values = list(dict.fromkeys(sites.values()))
+    seen = {
+        value: Curvature(statistics.gram)
+        for value, statistics in collect(program, values, ctx, asked_by=asked_by, gram=True).items()
+        if statistics.gram is not None
+    }
+    return {node: seen.get(sites[node]) if node in sites else None for node in nodes}
+
+
+def _damage(program: Program, node: fx.Node, grid: Grid, curvature: Curvature | None) -> float:
+    """The share of the outputs' square, or of the weight's own, that rounding with searched scales loses."""
+    weight = program.weights[str(node.target)]
+    restored = round_weight(weight, grid, "search", curvature).restored()
+    rows, rounded = weight.reshape(-1, weight.shape[-1]), restored.view(-1, weight.shape[-1])
+    lost = whole = 0.0
+    for block in row_blocks(rows.shape):
+        exact = rows[block].float()
+        lost += _square(exact - rounded[block], curvature)
+        whole += _square(exact, curvature)
+    return lost / whole if whole else 0.0
+
+
+def _square(rows: torch.Tensor, curvature: Curvature | None) -> float:
+    seen = rows if curvature is None else rows @ curvature.moments
+    return float((seen * rows).sum(dtype=torch.float64))

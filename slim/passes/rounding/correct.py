@@ -1,13 +1,52 @@
-"""PLACEHOLDER"""
+"""What is kept beside rounded weights: some columns as they were, and a product that undoes much of the error."""
+
+from __future__ import annotations
 
 import torch
+from torch import Tensor
+
+from slim.passes.rounding.curvature import Curvature
 
 
-def outlier_columns(st, f):
-    return st.absmax.topk(max(1, round(f * len(st.absmax)))).indices.sort().values
+def outlier_columns(absmax: Tensor, share: float) -> Tensor:
+    """The ``share`` of columns, one at least, with the largest inputs: int64, ascending.
+
+    Args:
+        absmax: the largest magnitude that each column meets, [n].
+
+    Source: Dettmers et al., LLM.int8(), 2022, which takes the columns that ever meet a magnitude of 6 or more.
+    """
+    count = min(max(1, round(share * len(absmax))), len(absmax))
+    order = torch.argsort(absmax, descending=True, stable=True)
+    return order[:count].sort().values
 
 
-def low_rank_correction(error, gram, rank):
-    L = torch.linalg.cholesky(gram.double() + 0.01 * gram.diag().mean().double() * torch.eye(len(gram)))
-    u, s, v = torch.linalg.svd(error.double() @ L, full_matrices=False)
-    return (u[:, :rank] * s[:rank]).float(), (v[:rank] @ torch.linalg.inv(L)).float()
+def low_rank_correction(error: Tensor, curvature: Curvature, rank: int) -> tuple[Tensor, Tensor]:
+    """(outer [m, r], inner [r, n]), float32: the product of rank r nearest to ``error`` [m, n] for the inputs seen.
+
+    Of all such products ``outer inner`` has the least ``tr((error - outer inner) C (error - outer inner)^T)``: outer
+    are the leading directions of the results of the error, inner is the error as seen along them. No inverse is taken.
+    Source: Zhang et al., QERA, 2024, whose closed form has the same product.
+
+    A rank beyond the smaller side of the matrix is that side.
+    """
+    rank = min(rank, *error.shape)
+    wide, moments = error.double(), curvature.moments.double()
+    m, n = error.shape
+    if m <= n:
+        outer = _leading(wide @ moments @ wide.T, rank)
+    else:  # the same directions, from the smaller side
+        root = _root(moments)
+        outer = torch.linalg.qr(wide @ (root @ _leading(root.T @ wide.T @ wide @ root, rank))).Q
+    return outer.float(), (outer.T @ wide).float()
+
+
+def _leading(matrix: Tensor, count: int) -> Tensor:
+    """The eigenvectors [n, count] of a symmetric matrix with the largest eigenvalues, the largest first."""
+    return torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors[:, -count:].flip(1)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """R with ``R R^T = matrix``, which may be singular."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp_min(0).sqrt()

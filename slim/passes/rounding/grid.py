@@ -71,13 +71,18 @@ class Grid:
         """Whether a group and its negative round differently, so that a negative scale may be the better one."""
         return self.symmetric and (self.low != -self.high or self.format == "nf4")
 
+    @property
+    def number_type(self) -> torch.dtype:
+        """What numbers are held in before they are packed."""
+        return torch.float8_e4m3fn if self.format == "fp8" else torch.int8
+
     def groups(self, width: int) -> int:
         """How many groups a row of ``width`` numbers has.
 
         Raises:
             BadInput: where they do not divide it, or cannot be packed.
         """
-        group = self.group_size or width
+        group = self.group_size or max(width, 1)
         if width % group:
             raise errors.BadInput(argument="group_size", reason=f"rows of {width} do not divide into groups of {group}")
         together = _IN_ONE_WORD.get(self.format, 1)

@@ -12,12 +12,14 @@ from torch import Tensor, fx
 from slim.compiler.passes_base import Context
 from slim.compiler.program import Program
 from slim.compiler.report import Report
-from slim.compiler.statistics import SiteStatistics, walk
+from slim.compiler.statistics import Grain, SiteStatistics, collect, walk
 from slim.compiler.uses import EXPERTS, Role, uses
 from slim.passes.rounding import install
 from slim.passes.rounding.correct import low_rank_correction, outlier_columns
+from slim.passes.rounding.curvature import Curvature
 from slim.passes.rounding.grid import Grid, Stored
 from slim.passes.rounding.methods import Method, default_method, round_weight, with_data
+from slim.passes.rounding.select import is_shared
 
 Grids = Mapping[fx.Node, Grid]
 
@@ -55,19 +57,39 @@ class Work:
 
     def run(self) -> None:
         """Rounds everything; where data are needed, each block is seen behind blocks that are rounded already."""
-        recipe, notes = self.recipe, self.report.notes
         if self._needs_data():
-            blocks = walk(self.program, list(self.sites), self.ctx, asked_by=recipe.asked_by, gram=True, notes=notes)
-            for block in blocks:
-                for value in block.values:
-                    if not block.restored:
-                        block.results |= self._make(value, block.statistics[value])
-                    self._put(value, block.results)
+            self._run_with_data()
         else:
             for value in self.ctx.track("quantising", self.sites):
                 self._put(value, self._make(value, None))
         for node in [node for node in self.grids if str(node.target) not in self.report.matched]:
             self._install(node, self._rounded(node, None, None, False))  # tables that no linear reads
+
+    def _run_with_data(self) -> None:
+        """Tables first, because all else comes behind them; then site by site where errors are made up for.
+
+        What makes up for errors before a site must see its own site's rows as they have become: statistics of a whole
+        block would let o make up for what q, k and v have made up for already.
+        """
+        asked_by, notes = self.recipe.asked_by, self.report.notes
+        meant = self.program.copy() if self._aims() else None
+        tables = [value for value, linears in self.sites.items() if any(map(is_shared, map(_weight, linears)))]
+        for value, statistics in collect(self.program, tables, self.ctx, asked_by=asked_by, gram=True).items():
+            self._put(value, self._make(value, statistics))
+        values = [value for value in self.sites if value not in tables]
+        grain: Grain = "block" if meant is None else "site"
+        blocks = walk(
+            self.program, values, self.ctx, asked_by=asked_by, gram=True, meant=meant, grain=grain, notes=notes
+        )
+        for block in blocks:
+            for value in block.values:
+                if not block.restored:
+                    block.results |= self._make(value, block.statistics[value])
+                self._put(value, block.results)
+
+    def _aims(self) -> bool:
+        """Whether anything is rounded by a method that makes up for what was rounded before it."""
+        return any((self.recipe.method or default_method(grid, data=True)) == "best" for grid in self.grids.values())
 
     def _sites(self) -> dict[fx.Node, list[fx.Node]]:
         """Value -> the linears that read it and whose weights are to be rounded, all in the order of the graph."""
@@ -94,15 +116,19 @@ class Work:
         linears = self.sites[value]
         site, dtype = str(_weight(linears[0]).target), value.meta["val"].dtype
         made: dict[str, Tensor] = {}
+        curvature = (
+            None if statistics is None or statistics.gram is None else Curvature(statistics.gram, statistics.cross)
+        )
         columns = None
         if self.recipe.outliers and statistics is not None and self._plain(linears, "outlier columns"):
-            columns = outlier_columns(statistics, self.recipe.outliers)
+            columns = outlier_columns(statistics.absmax, self.recipe.outliers)
             made[f"{site}_columns"] = columns
+            curvature = None if curvature is None else curvature.without(columns)
             if self.recipe.activations:
                 made[f"{site}_keep"] = torch.ones(len(statistics.absmax), dtype=dtype).index_fill_(0, columns, 0)
         corrects = bool(self.recipe.correction) and self._plain(linears, "corrections")
         for node in self._weights(linears):
-            made |= self._rounded(node, statistics, columns, corrects)
+            made |= self._rounded(node, curvature, columns, corrects)
         if self.recipe.static and statistics is not None:
             absmax = statistics.absmax if columns is None else statistics.absmax.index_fill(0, columns, 0)
             made[f"{site}_step"] = (absmax.max() / 127).clamp_min(torch.finfo(torch.float32).tiny)
@@ -126,7 +152,7 @@ class Work:
             self.report.notes.append(text)
 
     def _rounded(
-        self, node: fx.Node, statistics: SiteStatistics | None, columns: Tensor | None, corrects: bool
+        self, node: fx.Node, curvature: Curvature | None, columns: Tensor | None, corrects: bool
     ) -> dict[str, Tensor]:
         """What stands for one weight."""
         name, grid = str(node.target), self.grids[node]
@@ -135,20 +161,21 @@ class Work:
         if columns is not None:
             made[f"{name}_outliers"] = weight[:, columns].contiguous()
             weight = weight.index_fill(1, columns, 0)
-        method = self._method(grid, statistics)
-        rounded = round_weight(weight, grid, method, statistics)
-        if corrects and statistics is not None and statistics.gram is not None:
+        if curvature is not None and is_shared(node):
+            curvature = curvature.for_table()
+        rounded = round_weight(weight, grid, self._method(grid, curvature), curvature)
+        if corrects and curvature is not None:
             error = weight.float() - rounded.restored()
-            outer, inner = low_rank_correction(error, statistics.gram, self.recipe.correction)
+            outer, inner = low_rank_correction(error, curvature, self.recipe.correction)
             made |= {f"{name}_inner": inner.to(weight.dtype), f"{name}_outer": outer.to(weight.dtype)}
         parts = zip(_SUFFIXES, rounded.packed(), strict=True)
         return made | {f"{name}{suffix}": part for suffix, part in parts if part is not None}
 
-    def _method(self, grid: Grid, statistics: SiteStatistics | None) -> Method:
+    def _method(self, grid: Grid, curvature: Curvature | None) -> Method:
         """What the user asked for, or the best there is; the report says which."""
-        method = self.recipe.method or default_method(grid, data=statistics is not None)
+        method = self.recipe.method or default_method(grid, data=curvature is not None)
         note = f"{grid.format} by {method}"
-        if self.recipe.method is None and statistics is None and self._gains(grid):
+        if self.recipe.method is None and curvature is None and self._gains(grid):
             note += f", without calibration data; with it, by {default_method(grid, data=True)}"
         self._note(note)
         return method

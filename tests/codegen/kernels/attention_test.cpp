@@ -169,7 +169,7 @@ struct Case {
                       "causal %d window %ld softcap %g mask %d bias %d sinks %d slopes %d threads %d",
                       (long)a.batch, (long)a.heads, (long)a.kv_heads, (long)a.queries, (long)a.start, (long)a.keys,
                       (long)a.key_width, (long)a.value_width, (long)a.rope_width, a.interleaved ? " pairs" : "",
-                      cached ? (int)a.cache_format : -1, a.causal, (long)a.window, (double)a.softcap,
+                      cached ? (int)a.k_format : -1, a.causal, (long)a.window, (double)a.softcap,
                       a.key_mask != nullptr, a.bias != nullptr, a.sinks != nullptr, a.slopes != nullptr, threads);
         return text;
     }
@@ -185,7 +185,7 @@ void shape_case(Case<T>& c, Format format, bool cached) {
     Attention& a = c.a;
     c.cached = cached;
     c.threads = (int)pick({1, 2, 3});
-    a.cache_format = format;
+    a.k_format = format;
     a.batch = pick({1, 1, 2, 9});
     a.kv_heads = pick({1, 2, 3, 8});
     a.heads = a.kv_heads * pick({1, 1, 2, 3, 4, 7, 17});
@@ -314,7 +314,7 @@ std::vector<double> rotated(Case<T>& c, i64 batch, i64 index, const float* x) {
 template <class T>
 void check_cache(Case<T>& c) {
     const Attention& a = c.a;
-    double unit = a.cache_format == Format::f32 ? 3e-7 : a.cache_format == Format::bf16 ? 1.0 / 256 : 1.0 / 2048;
+    double unit = a.k_format == Format::f32 ? 3e-7 : a.k_format == Format::bf16 ? 1.0 / 256 : 1.0 / 2048;
     for (i64 b = 0; b < a.batch; b++)
         for (i64 g = 0; g < a.kv_heads; g++)
             for (i64 i = 0; i < a.queries; i++) {
@@ -401,6 +401,102 @@ void test_attention(Format format, bool cached) {
     if (cached) check_cache(c);
 }
 
+// -- a cache of int8 or int4 numbers ----------------------------------------------------------------------------------
+
+// One side of it, and the floats that it stands for.
+struct Numbers {
+    Format format;
+    Tensor<u8> bytes, before;
+    std::vector<float> scale, scale_before;
+    i64 batch, head;  // of the scales
+
+    bool packed() const { return format == Format::int4; }
+    float* scale_of(i64 b, i64 g, i64 token) { return scale.data() + b * batch + g * head + token; }
+    float number(i64 b, i64 g, i64 token, i64 p) {
+        u8 byte = bytes.row(b, g, token)[packed() ? p / 2 : p];
+        return (float)(packed() ? (byte >> p % 2 * 4 & 15) - 8 : (i8)byte);
+    }
+    float value(i64 b, i64 g, i64 token, i64 p) { return number(b, g, token, p) * *scale_of(b, g, token); }
+
+    // Random numbers for tokens first..last - 1 of `floats`, which becomes what they stand for; NaN scales elsewhere.
+    Numbers(Format format, Tensor<float>& floats, i64 first, i64 last) : format(format) {
+        i64 rows = floats.shape[0], heads = floats.shape[1], room = floats.shape[2], width = floats.shape[3];
+        bytes = Tensor<u8>(rows, heads, room, packed() ? width / 2 : width);
+        head = room + pick({0, 3}), batch = heads * head + pick({0, 5});
+        scale.assign((size_t)(rows * batch), NAN);
+        for (i64 b = 0; b < rows; b++)
+            for (i64 g = 0; g < heads; g++)
+                for (i64 token = first; token < last; token++) {
+                    *scale_of(b, g, token) = (packed() ? 0.2f : 0.01f) * normal();
+                    for (i64 i = 0; i < bytes.shape[3]; i++) bytes.row(b, g, token)[i] = (u8)random_bits();
+                    for (i64 p = 0; p < width; p++) floats.row(b, g, token)[p] = value(b, g, token, p);
+                }
+        before = bytes, scale_before = scale;
+    }
+
+    // The new token was rounded to the nearest of the steps that slim.token_scale says; `floats` becomes that.
+    void check_new(const std::string& what, i64 b, i64 g, i64 token, const std::vector<double>& x,
+                   Tensor<float>& floats) {
+        double extreme = 0;
+        for (double v : x) extreme = std::fabs(v) > std::fabs(extreme) ? v : extreme;
+        double step = packed() ? extreme / -8 : std::fabs(extreme) / 127, got = *scale_of(b, g, token);
+        if (packed() && std::fabs(got + step) < std::fabs(got - step)) step = -step;  // extremes of both signs
+        if (!(std::fabs(got - step) <= 1e-5 * std::fabs(step) + 1e-37)) fail(what + ": scale in the cache");
+        for (size_t p = 0; p < x.size(); p++) {
+            double steps = std::min(std::max(x[p] / step, packed() ? -8.0 : -128.0), packed() ? 7.0 : 127.0);
+            if (!(std::fabs(number(b, g, token, (i64)p) - steps) <= 0.501)) fail(what + ": number in the cache");
+            floats.row(b, g, token)[p] = value(b, g, token, (i64)p);
+        }
+        std::memcpy(before.row(b, g, token), bytes.row(b, g, token), (size_t)bytes.shape[3]);
+        scale_before[(size_t)(b * batch + g * head + token)] = *scale_of(b, g, token);
+    }
+    void check_old(const std::string& what) const {
+        if (bytes.data != before.data ||
+            std::memcmp(scale.data(), scale_before.data(), scale.size() * sizeof(float)) != 0)
+            fail(what + ": other rows of the cache changed");
+    }
+};
+
+void test_quantised() {
+    Case<float> c;
+    shape_case(c, Format::f32, true);
+    Attention& a = c.a;
+    a.k_format = chance(2) ? Format::int8 : Format::int4, a.v_format = chance(2) ? Format::int8 : Format::int4;
+    if (a.k_format == Format::int4) a.key_width += a.key_width % 2;
+    if (a.v_format == Format::int4) a.value_width += a.value_width % 2;
+    if (a.rope_width > a.key_width) a.rope_width = a.key_width;
+    fill_case(c);
+    point_case(c);
+    i64 first = a.window ? std::max<i64>(0, a.start - a.window + 1) : 0;
+    Numbers k(a.k_format, c.k_cache, first, a.start), v(a.v_format, c.v_cache, first, a.start);
+    a.k_cache = k.bytes.data.data(), a.v_cache = v.bytes.data.data();
+    a.kc_batch = k.bytes.strides[0], a.kc_head = k.bytes.strides[1], a.kc_token = k.bytes.strides[2];
+    a.vc_batch = v.bytes.strides[0], a.vc_head = v.bytes.strides[1], a.vc_token = v.bytes.strides[2];
+    a.k_scale = k.scale.data(), a.ks_batch = k.batch, a.ks_head = k.head;
+    a.v_scale = v.scale.data(), a.vs_batch = v.batch, a.vs_head = v.head;
+    std::vector<float> offset;
+    if (chance(2))
+        for (i64 i = 0; i < a.kv_heads * a.key_width; i++) offset.push_back(normal());
+    if (!offset.empty()) a.k_offset = offset.data(), a.ko_head = a.key_width;
+    call(a, c.threads);
+    std::string what = c.describe() + " k format " + std::to_string((int)a.k_format) + " v format " +
+                       std::to_string((int)a.v_format);
+    for (i64 b = 0; b < a.batch; b++)
+        for (i64 g = 0; g < a.kv_heads; g++)
+            for (i64 i = 0; i < a.queries; i++) {
+                std::vector<double> key = rotated(c, b, i, c.k.row(b, g, i));
+                for (size_t p = 0; p < key.size() && !offset.empty(); p++)
+                    key[p] -= offset[(size_t)(g * a.key_width) + p];
+                k.check_new(what, b, g, a.start + i, key, c.k_cache);
+                const float* value = c.v.row(b, g, i);
+                v.check_new(what, b, g, a.start + i, std::vector<double>(value, value + a.value_width), c.v_cache);
+            }
+    k.check_old(what), v.check_old(what);
+    i64 rows = a.batch * a.heads * a.queries, step = std::max<i64>(1, rows / 200);
+    for (i64 row = (i64)(random_bits() % (unsigned)step); row < rows; row += step)
+        check_row(c, row / a.queries / a.heads, row / a.queries % a.heads, row % a.queries);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -409,10 +505,11 @@ int main(int argc, char** argv) {
     test_functions();
     test_edges();
     for (int i = 0; i < cases; i++) {
-        switch (i % 5) {
+        switch (i % 8) {
             case 0: test_attention<bf16>(Format::bf16, true); break;
             case 1: test_attention<f16>(Format::f16, true); break;
             case 2: test_attention<float>(Format::f32, false); break;
+            case 3: case 4: case 5: test_quantised(); break;
             default: test_attention<float>(Format::f32, true);
         }
     }

@@ -12,8 +12,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from slim.codegen.regions.lower import lower
+from slim.codegen.regions.schedule import Schedule
 from slim.codegen.triton.ahead import compile_for
 from slim.codegen.triton.decoding import choose
+from slim.codegen.triton.device import ahead
 from slim.codegen.triton.emit import WANTS, Unit, emit
 from slim.codegen.triton.kernel import Kernel, Stage
 from slim.codegen.triton.launching import Sizes, form_of
@@ -29,21 +31,16 @@ SHAPE = dict(
     hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=1,
     vocab_size=8016, max_position_embeddings=8192, tie_word_embeddings=False,
 )  # fmt: skip
-PROCESSORS = 132
 
 # (B, S, T, C) of calls: a launch makes a kernel special to sizes that are 1 or multiples of 16.
 CALLS = ((1, 1, 5, 256), (3, 1, 5, 99), (1, 37, 37, 99))
 
 
-def llama() -> list[Unit]:
+def llama() -> list[Schedule]:
     """Steps without and with padding."""
     torch.manual_seed(0)
     lifted = lift(LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).eval())
-    return [_unit(bind_cache(lifted, masked=masked, last_only=True)) for masked in (False, True)]
-
-
-def _unit(made: Program) -> Unit:
-    return emit(lower(made, WANTS), PROCESSORS)
+    return [lower(bind_cache(lifted, masked=masked, last_only=True), WANTS) for masked in (False, True)]
 
 
 # format -> (bits of a number, group, format of zero points, type in memory)
@@ -54,12 +51,15 @@ FORMATS = {
 }  # fmt: skip
 
 
-def gate_and_up(format: str) -> Program:
-    """The linear of the same Llama whose kernels hold most at once, its weights in a format."""
+def gate_and_up(format: str, rounded: bool = False) -> Program:
+    """The linear of the same Llama whose kernels hold most at once, its weights in a format, its rows perhaps int8."""
     bits, group, zeros, dtype = FORMATS[format]
     n, m = SHAPE["hidden_size"], SHAPE["intermediate_size"]
     weights: dict[str, Any] = {"gain": torch.ones(n, dtype=torch.bfloat16)}
     lines = ['n = slim.rms_norm.default(x, weights["gain"], eps=1e-5)']
+    if rounded:
+        lines += ["s = slim.token_scale.default(n)", "q = slim.quantize.default(n, s, axis=1)"]
+        lines.append("r = slim.dequantize.default(q, s, axis=1, dtype=torch.bfloat16)")
 
     def numbers(name: str, kind: str, shape: tuple[int, int], bits: int, dtype: torch.dtype) -> str:
         weights[name] = torch.zeros(shape[0], shape[1] * bits // 8, dtype=torch.uint8).view(dtype)
@@ -77,7 +77,7 @@ def gate_and_up(format: str) -> Program:
             arguments.append(numbers(f"{name}_zero", zeros, (m, n // group), *kind))
         arguments += [f"axis=1, group_size={group}" if group else "axis=0", "dtype=torch.bfloat16"]
         lines.append(f"w{name} = slim.dequantize.default({', '.join(arguments)})")
-        lines.append(f"{name} = aten.linear.default(n, w{name})")
+        lines.append(f"{name} = aten.linear.default({'r' if rounded else 'n'}, w{name})")
     lines += ["a = aten.silu.default(gate)", "y = aten.mul.Tensor(a, up)", "return (y,)"]
     return program("\n".join(lines), weights, inputs=f"x: bf16[B, S, {n}]")
 
@@ -107,16 +107,22 @@ def facts(kernel: Kernel, arch: str, sizes: dict[str, int] | None = None) -> dic
 
 
 def main(*archs: str) -> None:
-    units = llama()
-    kernels = {"choose": choose(SHAPE["vocab_size"], torch.bfloat16, 2, 0, True)}
-    kernels |= {kernel.code: kernel for unit in units for kernel in unit.kernels.values()}
-    wanted = [("bf16", kernel) for kernel in kernels.values()]
+    schedules = {"bf16": llama()}
     for format in FORMATS:
-        made = _unit(gate_and_up(format)).kernels.values()
-        wanted += [(format, kernel) for kernel in made if kernel.code not in kernels]
-    found = [{"format": format, **facts(kernel, arch)} for arch in archs for format, kernel in wanted]
-    for unit in units:
-        found += [{"format": "bf16", **facts(kernel, "sm_90", sizes)} for kernel, sizes in launched(unit)]
+        schedules[format] = [lower(gate_and_up(format), WANTS)]
+    for format in ("int8", "int4"):
+        schedules[f"{format} of int8"] = [lower(gate_and_up(format, rounded=True), WANTS)]
+    chosen = choose(SHAPE["vocab_size"], torch.bfloat16, 2, 0, True)
+    found = []
+    for arch in archs:
+        kernels = {chosen.code: ("bf16", chosen)}
+        for format, several in schedules.items():
+            for unit in (emit(schedule, ahead(arch).processors) for schedule in several):
+                kernels = {kernel.code: (format, kernel) for kernel in unit.kernels.values()} | kernels
+        found += [{"format": format, **facts(kernel, arch)} for format, kernel in kernels.values()]
+    for schedule in schedules["bf16"]:
+        special = launched(emit(schedule, ahead("sm_90").processors))
+        found += [{"format": "bf16", **facts(kernel, "sm_90", sizes)} for kernel, sizes in special]
     print("RESULT", json.dumps(found))
 
 

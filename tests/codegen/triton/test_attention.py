@@ -46,6 +46,7 @@ class Case:
     sinks: bool = False
     slopes: bool = False
     bias: bool = False
+    offset: bool = False  # taken off the keys that a cache holds
     quantised: int = 0  # bits of the cache's numbers; 0 are floats
     page: int | None = None  # tokens of a page
     blocks: int | None = None  # how many lists there are, of blocks of 16
@@ -157,6 +158,10 @@ def called(case: Case, seed: int = 0) -> Call:
         q_now, k_now = (
             torch.ops.slim.rope(x, *turns, interleaved=interleaved).to(case.dtype).float() for x in (q_now, k_now)
         )
+    if case.offset:
+        offset = torch.randn(kv, 1, width)
+        region.k_offset = given("k_offset", (kv, 1, width), offset)
+        k_now = (k_now - offset).to(case.dtype).float()
     call = Call(region, tensors, q_now, k_now, v_now, case)
     if held is not None:
         region.start = T - S
@@ -200,9 +205,8 @@ def quantised(x: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
     """(numbers as a cache keeps them, the scale of each token in each head)."""
     if not bits:
         return x, None
-    most = 2 ** (bits - 1) - 1
-    scale = x.abs().amax(-1) / most
-    numbers = (x / scale[..., None]).round().to(torch.int8)
+    scale = torch.ops.slim.token_scale(x, bits=bits)
+    numbers = (x / scale[..., None]).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).to(torch.int8)
     if bits == 8:
         return numbers, scale
     plus = (numbers + 8).to(torch.uint8)
@@ -270,8 +274,8 @@ def check(case: Case, seed: int = 0) -> Call:
 
 
 def _near(case: Case, call: Call) -> dict[str, float]:
-    """How near the numbers of a cache are: one step, where what is quantised was rotated and rounded before."""
-    if case.quantised and case.rope is not None and case.dtype != F32:
+    """How near the numbers of a cache are: one step, where what is quantised was rotated or shifted, and rounded, before."""
+    if case.quantised and (case.rope is not None or case.offset) and case.dtype != F32:
         return dict(rtol=0.02, atol=1.1 * float(call.k.abs().max()) / (2 ** (case.quantised - 1) - 1))
     return dict(rtol=1e-2 if case.dtype == BF16 else 1e-3, atol=1e-5 if case.dtype == F32 else 1e-2)
 
@@ -298,6 +302,8 @@ DECODE = {
     "bytes": Case(quantised=8, held=40, rope="half"),
     "bytes_of_bfloat16": Case(quantised=8, held=40, dtype=BF16, width=64, rope="half"),
     "half_bytes": Case(quantised=4, held=40, rope="half"),
+    "half_bytes_less_an_offset": Case(quantised=4, held=40, rope="half", offset=True),
+    "bytes_less_an_offset": Case(quantised=8, held=20, width=20, offset=True, dtype=BF16),
     "half_bytes_of_odd_width": Case(quantised=4, width=80, value_width=24, held=20, batch=1, sinks=True),
     "pages": Case(page=8, held=40, rope="half", padding=3),
     "pages_of_bytes": Case(page=16, held=40, quantised=8),
@@ -311,6 +317,7 @@ PREFILL = {
     "chunk": Case(held=21, queries=19, rope="interleaved"),
     "chunk_of_two": Case(held=16, queries=2, rope="half"),
     "no_cache": Case(held=None, queries=33, rope="half"),
+    "half_bytes_less_an_offset": Case(held=9, queries=33, rope="half", quantised=4, offset=True),
     "no_cache_and_no_rope": Case(held=None, queries=33, dtype=BF16, width=64),
     "encoder": Case(held=None, queries=35, causal=False, padding=5),
     "encoder_window": Case(held=None, queries=70, causal=False, window=10, batch=1),

@@ -40,6 +40,7 @@ class Case:
     wanted: list[Any] = field(default_factory=list)
     norm: Norm | None = None
     scale: View | None = None
+    own_step: bool = False
     expert: View | None = None
 
     def __post_init__(self) -> None:
@@ -63,12 +64,19 @@ class Case:
             self.input += self.tensors[bias.buffer].double()
         return self
 
-    def rounded(self, by_row: bool = True) -> Case:
+    @property
+    def source(self) -> Source:
+        return Source(self.x, self.norm, self.expert, self.scale, self.own_step)
+
+    def rounded(self, by_row: bool = True, own: bool = False) -> Case:
+        """In steps that are given, a row's or one for all, or in what the kernels find to be the row's own."""
         steps = (self.input.abs().amax(-1) / 127) if by_row else self.input.abs().amax() / 127
         steps = steps.float()
         name = "steps"
         view = self.held(name, steps.expand(self.rows).contiguous() if by_row else steps.reshape(1), torch.float32)
-        self.scale = view if by_row else View(view.buffer, self.rows, (0,) * len(self.rows))
+        self.own_step = own
+        if not own:
+            self.scale = view if by_row else View(view.buffer, self.rows, (0,) * len(self.rows))
         held = self.tensors[view.buffer].double().reshape(*self.rows, 1) if by_row else steps.double()
         self.input = (self.input / held).round().clamp(-128, 127) * held
         return self
@@ -117,7 +125,7 @@ class Case:
     def part(self, format: str, m: int, group: int = 0, kind: str = "plain") -> Case:
         """Adds a part: "plain", "bias", "gate" (two products) or "residual"."""
         matrices = [self.weight(format, m, group) for _ in range(2 if kind == "gate" else 1)]
-        source = Source(self.x, self.norm, self.expert, self.scale)
+        source = self.source
         products = tuple(Product(matrix, source, (*self.rows, m), node()) for matrix, _ in matrices)
         results = [self._times(whole) for _, whole in matrices]
         out = self.held(f"out{len(self.parts)}", torch.full((*self.rows, m), 77.0), self.dtype, "output")
@@ -145,8 +153,7 @@ class Case:
 
     def check(self, config: Config | None = None, tolerance: float | None = None) -> list[Kernel]:
         """Runs it, and compares every part."""
-        source = Source(self.x, self.norm, self.expert, self.scale)
-        ran = run(Linear(node(), source, self.parts), self.tensors, config=config)
+        ran = run(Linear(node(), self.source, self.parts), self.tensors, config=config)
         for part, wanted in zip(self.parts, self.wanted, strict=True):
             got = self.tensors[part.out.buffer].double()
             size = wanted.abs().max().item()
@@ -224,13 +231,15 @@ def test_programs_can_share_a_block_by_its_columns(rows: int, format: str, norm:
 
 
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("by_row", [True, False])
+@pytest.mark.parametrize("step", ["row", "all", "own"])
 @pytest.mark.parametrize("norm", [None, "rms", "layer"])
-def test_rows_are_rounded_to_int8(rows: tuple[int, ...], by_row: bool, norm: str | None) -> None:
+def test_rows_are_rounded_to_int8(rows: tuple[int, ...], step: str, norm: str | None) -> None:
     case = Case(rows, 70)
     if norm:
         case.normed(norm)
-    case.rounded(by_row).part("int8", 17, kind="bias").check(tolerance=1e-2 if norm else 2e-6)
+    case.rounded(step != "all", step == "own")
+    ran = case.part("int8", 17, kind="bias").check(tolerance=1e-2 if norm else 2e-6)
+    assert len(ran) == (1 if rows == (1,) else 2)  # several rows are rounded once, not by each program
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -271,9 +280,9 @@ def test_rows_choose_their_matrices(format: str, group: int, chosen: list[int]) 
 
 @pytest.mark.parametrize("count", [1, 70])
 def test_experts_take_normalised_and_rounded_rows(count: int) -> None:
-    Case((count,), 64).experts(3, [i % 2 for i in range(count)]).normed("rms").rounded().part("int8", 32).check(
-        tolerance=1e-2
-    )
+    for own in (False, True):
+        case = Case((count,), 64).experts(3, [i % 2 for i in range(count)]).normed("rms").rounded(own=own)
+        case.part("int8", 32).check(tolerance=1e-2)
     Case((count,), 64).experts(3, [i % 2 for i in range(count)]).normed("layer").part("f32", 32).check()
 
 

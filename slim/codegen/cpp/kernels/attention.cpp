@@ -84,12 +84,12 @@ Rows rows_of(const Attention& a, const Split& split, i64 unit) {
     return rows;
 }
 
-template <class T>
+template <class K, class V>
 void append_all(Thread& thread, const Attention& a, float* row) {
     thread.share(a.batch * a.kv_heads * a.queries, 8, [&](i64 begin, i64 end) {
         for (i64 i = begin; i < end; i++) {
             i64 pair = i / a.queries;
-            append<T>(a, pair / a.kv_heads, pair % a.kv_heads, i % a.queries, row);
+            append<K, V>(a, pair / a.kv_heads, pair % a.kv_heads, i % a.queries, row);
         }
     });
     thread.barrier();
@@ -125,15 +125,15 @@ void join_chunks(Thread& thread, const Attention& a, const Split& split, const L
 }
 
 // Where the keys of a piece begin; the last piece is followed by the first.
-template <class T>
-const T* first_key(const Attention& a, const Source<T>& source, const Split& split, i64 piece) {
+template <class K, class V>
+const K* first_key(const Attention& a, const Source<K, V>& source, const Split& split, i64 piece) {
     i64 unit = piece / split.chunks % (a.batch * a.kv_heads * split.head_groups);
     Rows rows = rows_of(a, split, unit);
     return source.key(rows.batch, rows.kv_head, split.keys.first + piece % split.chunks * split.chunk);
 }
 
-template <class T>
-void run_few(Thread& thread, const Attention& a, const Source<T>& source, const Layout& layout, float* own) {
+template <class K, class V>
+void run_few(Thread& thread, const Attention& a, const Source<K, V>& source, const Layout& layout, float* own) {
     i64 threads = thread.team.size;
     Split split = split_few(a, threads);
     float* slots = (float*)a.scratch + threads * layout.thread;
@@ -141,7 +141,7 @@ void run_few(Thread& thread, const Attention& a, const Source<T>& source, const 
             own + layout.weights, padded(a.key_width), padded(a.value_width)};
     // New keys and values are appended by who reads them, where nobody else does.
     bool alone = split.head_groups == 1 && (split.chunks == 1 || a.queries == 1);
-    if (a.k_cache && !alone) append_all<T>(thread, a, own + layout.turned);
+    if (a.k_cache && !alone) append_all<K, V>(thread, a, own + layout.turned);
     i64 units = a.batch * a.kv_heads * split.head_groups;
     thread.share(units * split.chunks, 1, [&](i64 begin, i64 end) {
         for (i64 piece = begin; piece < end; piece++) {
@@ -153,7 +153,7 @@ void run_few(Thread& thread, const Attention& a, const Source<T>& source, const 
             begin_few(a, rows, few, own + layout.turned);
             for (i64 r = 0; chunk == 0 && r < rows.count(); r++) add_sink(a, few.rows[r]);
             if (a.k_cache && alone && chunk == split.chunks - 1)
-                for (i64 i = 0; i < a.queries; i++) append<T>(a, rows.batch, rows.kv_head, i, own + layout.turned);
+                for (i64 i = 0; i < a.queries; i++) append<K, V>(a, rows.batch, rows.kv_head, i, own + layout.turned);
             attend_few(a, source, rows, {first, last}, first_key(a, source, split, piece + 1), few);
             for (i64 r = 0; r < rows.count(); r++) {
                 if (split.chunks > 1) ((Total*)slot)[r] = few.rows[r].total;
@@ -166,9 +166,9 @@ void run_few(Thread& thread, const Attention& a, const Source<T>& source, const 
     join_chunks(thread, a, split, layout, slots, few.rows);
 }
 
-template <class T>
-void run_many(Thread& thread, const Attention& a, const Source<T>& source, const Layout& layout, float* own) {
-    if (a.k_cache) append_all<T>(thread, a, own + layout.turned);
+template <class K, class V>
+void run_many(Thread& thread, const Attention& a, const Source<K, V>& source, const Layout& layout, float* own) {
+    if (a.k_cache) append_all<K, V>(thread, a, own + layout.turned);
     Split split = split_many(a, thread.team.size);
     Packed packed{own + layout.q,      own + layout.out,    (Row*)(own + layout.rows), own + layout.keys,
                   own + layout.values, own + layout.turned, own + layout.weights,          padded(a.key_width),
@@ -178,8 +178,8 @@ void run_many(Thread& thread, const Attention& a, const Source<T>& source, const
     });
 }
 
-template <class T>
-void run(Thread& thread, const Attention& a, const Source<T>& source) {
+template <class K, class V>
+void run(Thread& thread, const Attention& a, const Source<K, V>& source) {
     Layout layout(a.key_width, a.value_width);
     float* own = (float*)a.scratch + thread.id * layout.thread;
     bool few = a.queries <= FEW_QUERIES && a.key_width >= LANES && a.value_width >= LANES && !source.turn;
@@ -187,10 +187,11 @@ void run(Thread& thread, const Attention& a, const Source<T>& source) {
     else run_many(thread, a, source, layout, own);
 }
 
-template <class T>
+template <class K, class V = K>
 void run_cached(Thread& thread, const Attention& a) {
-    run(thread, a, Source<T>{(const T*)a.k_cache, (const T*)a.v_cache, a.kc_batch, a.kc_head, a.kc_token, a.vc_batch,
-                             a.vc_head, a.vc_token, false});
+    run(thread, a, Source<K, V>{(const K*)a.k_cache, (const V*)a.v_cache, a.kc_batch, a.kc_head, a.kc_token,
+                                a.vc_batch, a.vc_head, a.vc_token, false, a.k_scale, a.v_scale, a.ks_batch, a.ks_head,
+                                a.vs_batch, a.vs_head});
 }
 
 }  // namespace
@@ -204,10 +205,15 @@ i64 attention_scratch(i64, i64, i64, i64, i64, i64 key_width, i64 value_width, i
 void attention(Thread& thread, const Attention& a) {
     if (a.queries == 0 || a.batch == 0) return;
     if (!a.k_cache) {
-        return run(thread, a, Source<float>{a.k, a.v, a.k_batch, a.k_head, a.k_token, a.v_batch, a.v_head, a.v_token,
-                                            a.cos != nullptr});
+        return run(thread, a, Source<float, float>{a.k, a.v, a.k_batch, a.k_head, a.k_token, a.v_batch, a.v_head,
+                                                   a.v_token, a.cos != nullptr, nullptr, nullptr, 0, 0, 0, 0});
     }
-    switch (a.cache_format) {
+    if (a.k_scale) {
+        bool small_keys = a.k_format == Format::int4, small_values = a.v_format == Format::int4;
+        if (small_keys) return small_values ? run_cached<nibbles>(thread, a) : run_cached<nibbles, i8>(thread, a);
+        return small_values ? run_cached<i8, nibbles>(thread, a) : run_cached<i8>(thread, a);
+    }
+    switch (a.k_format) {
         case Format::bf16: return run_cached<bf16>(thread, a);
         case Format::f16: return run_cached<f16>(thread, a);
         default: return run_cached<float>(thread, a);

@@ -46,12 +46,13 @@ template <class T>
 struct Tokens {
     const T* first;
     i64 apart, count, width;
-    const T* next;
-    i64 next_apart;
+    const char* next;
+    i64 next_apart;  // in bytes
 
     // Vector n of row j. Requests are spread over the arithmetic: in bursts they would hold it up.
     void fetch(i64 j, i64 n) const {
-        if (n * (i64)sizeof(T) * LANES % 64 == 0) __builtin_prefetch(next + j * next_apart + n * LANES);
+        i64 bytes = bytes_of<T>(n * LANES);
+        if (bytes % 64 == 0) __builtin_prefetch(next + j * next_apart + bytes);
     }
 };
 
@@ -69,8 +70,8 @@ template <class T, int ROWS, int VECTORS>
         vf acc[ROWS][4] = {};
 #pragma GCC unroll 8
         for (i64 n = 0; n < vectors; n++) {
-            i64 at = place<VECTORS != 0>(n, keys.width);
-            vf numbers[4] = {load(k[0] + at), load(k[1] + at), load(k[2] + at), load(k[3] + at)};
+            i64 p = place<VECTORS != 0>(n, keys.width);
+            vf numbers[4] = {load(at(k[0], p)), load(at(k[1], p)), load(at(k[2], p)), load(at(k[3], p))};
             for (i64 i = 0; ahead && i < 4; i++) keys.fetch(j + i, n);
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) {
@@ -103,7 +104,7 @@ template <class T, int ROWS, int N, bool WHOLE>
     const T* value = values.first;
     for (i64 j = 0; j < values.count; j++, value += values.apart) {
         vf x[N];
-        for (int n = 0; n < N; n++) x[n] = load(value + place<WHOLE>(vector + n, values.width));
+        for (int n = 0; n < N; n++) x[n] = load(at(value, place<WHOLE>(vector + n, values.width)));
         for (int r = 0; r < ROWS; r++) {
             vf weight = splat(weights[r * KEY_BLOCK + j]);
             for (int n = 0; n < N; n++) acc[r][n] += weight * x[n];
@@ -169,31 +170,34 @@ inline void begin_few(const Attention& a, const Rows& rows, const Few& few, floa
 }
 
 // Sums weighted values of keys.first..keys.last - 1. `after` are the keys that are read next.
-template <class T>
-void attend_few(const Attention& a, const Source<T>& source, const Rows& rows, Range keys, const T* after,
+template <class K, class V>
+void attend_few(const Attention& a, const Source<K, V>& source, const Rows& rows, Range keys, const K* after,
                 const Few& few) {
     float* weights = few.weights;
+    i64 key_bytes = source.k_token * (i64)sizeof(K), value_bytes = source.v_token * (i64)sizeof(V);
     for (i64 first = keys.first; first < keys.last; first += KEY_BLOCK) {
         i64 count = least(KEY_BLOCK, keys.last - first);
-        const T* key = source.key(rows.batch, rows.kv_head, first);
-        const T* value = source.value(rows.batch, rows.kv_head, first);
-        const T* next = first + KEY_BLOCK < keys.last ? key + KEY_BLOCK * source.k_token : after;
-        Tokens<T> k{key, source.k_token, count, a.key_width, value, source.v_token};
+        const K* key = source.key(rows.batch, rows.kv_head, first);
+        const V* value = source.value(rows.batch, rows.kv_head, first);
+        const char* next = (const char*)(first + KEY_BLOCK < keys.last ? key + KEY_BLOCK * source.k_token : after);
+        Tokens<K> k{key, source.k_token, count, a.key_width, (const char*)value, value_bytes};
         tile_rows(rows.count(), [&](i64 r, auto size) {
-            dots_of_width<T, size>(k, few.q + r * few.q_row, few.q_row, weights + r * KEY_BLOCK, r == 0);
+            dots_of_width<K, size>(k, few.q + r * few.q_row, few.q_row, weights + r * KEY_BLOCK, r == 0);
         });
         for (i64 r = 0; r < rows.count(); r++) {
             Row& row = few.rows[r];
             float* s = weights + r * KEY_BLOCK;
+            scale_keys(s, source.key_scale(rows.batch, rows.kv_head, first), count);
             adjust(a, rows.batch, row, first, {row.seen.first, least(row.seen.last, keys.last)}, s);
             float shrink = weigh(s, row.total);
             if (shrink != 1.0f) scale_row(few.out + r * few.out_row, few.out_row, shrink);
+            scale_keys(s, source.value_scale(rows.batch, rows.kv_head, first), count);
         }
         for (i64 j = 0; j < count; j += VALUE_STEP) {
-            Tokens<T> v{value + j * source.v_token, source.v_token, least(VALUE_STEP, count - j), a.value_width,
-                        next + j * source.k_token, source.k_token};
+            Tokens<V> v{value + j * source.v_token, source.v_token, least(VALUE_STEP, count - j), a.value_width,
+                        next + j * key_bytes, key_bytes};
             tile_rows(rows.count(), [&](i64 r, auto size) {
-                mix_of_width<T, size>(v, weights + r * KEY_BLOCK + j, few.out + r * few.out_row, few.out_row, r == 0);
+                mix_of_width<V, size>(v, weights + r * KEY_BLOCK + j, few.out + r * few.out_row, few.out_row, r == 0);
             });
         }
     }

@@ -70,39 +70,35 @@ inline void transpose_four(const float* const* rows, i64 width, float* packed, i
         for (int i = 0; i < 4; i++) packed[p * KEY_BLOCK + column + i] = rows[i][p];
 }
 
-template <class T>
-void widen(const T* x, i64 n, float* y) {
-    i64 i = 0;
-    for (; i + LANES <= n; i += LANES) store(y + i, load(x + i));
-    for (; i < n; i++) y[i] = (float)x[i];
-}
-
 // keys first..first + count - 1, transposed; the columns up to the next four repeat the last key.
-template <class T>
-void pack_keys(const Attention& a, const Source<T>& source, const Rows& rows, i64 first, i64 count, const Packed& own) {
+template <class K, class V>
+void pack_keys(const Attention& a, const Source<K, V>& source, const Rows& rows, i64 first, i64 count, const Packed& own) {
     for (i64 j = 0; j < count; j += 4) {
         const float* four[4];
         for (i64 i = 0; i < 4; i++) {
             i64 index = first + least(j + i, count - 1);
-            const T* key = source.key(rows.batch, rows.kv_head, index);
+            const K* key = source.key(rows.batch, rows.kv_head, index);
             float* row = own.turned + i * own.q_row;
             four[i] = row;
-            if constexpr (sizeof(T) == sizeof(float)) {
+            if constexpr (std::is_same<K, float>::value) {
                 if (source.turn) rotate(a, rows.batch, index, key, 1.0f, row);
                 else four[i] = key;
             } else {
-                widen(key, a.key_width, row);
+                const float* scale = source.key_scale(rows.batch, rows.kv_head, index);
+                widen(key, a.key_width, scale ? *scale : 1.0f, row);
             }
         }
         transpose_four(four, a.key_width, own.keys, j);
     }
 }
 
-template <class T>
-void pack_values(const Attention& a, const Source<T>& source, const Rows& rows, i64 first, i64 count,
+template <class K, class V>
+void pack_values(const Attention& a, const Source<K, V>& source, const Rows& rows, i64 first, i64 count,
                  const Packed& own) {
+    const float* scale = source.value_scale(rows.batch, rows.kv_head, first);
     for (i64 j = 0; j < count; j++)
-        widen(source.value(rows.batch, rows.kv_head, first + j), a.value_width, own.values + j * own.value_row);
+        widen(source.value(rows.batch, rows.kv_head, first + j), a.value_width, scale ? scale[j] : 1.0f,
+              own.values + j * own.value_row);
 }
 
 // TILE_ROWS rows from `row` on against the packed block of keys first..last - 1.
@@ -125,8 +121,8 @@ inline void attend_tile(const Attention& a, const Rows& rows, i64 row, i64 first
                    own.out + row * own.value_row, own.value_row, vectors_of(a.value_width));
 }
 
-template <class T>
-void attend_many(const Attention& a, const Source<T>& source, const Rows& rows, const Packed& own) {
+template <class K, class V>
+void attend_many(const Attention& a, const Source<K, V>& source, const Rows& rows, const Packed& own) {
     i64 count = rows.count(), tiled = (count + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
     std::memset(own.out, 0, sizeof(float) * (size_t)(tiled * own.value_row));
     std::memset(own.q + count * own.q_row, 0, sizeof(float) * (size_t)((tiled - count) * own.q_row));

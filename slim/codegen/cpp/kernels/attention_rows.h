@@ -3,7 +3,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "kernels.h"
+#include "attention_numbers.h"
 
 namespace slim {
 namespace {
@@ -20,15 +20,25 @@ constexpr i64 least(i64 x, i64 y) { return x < y ? x : y; }
 constexpr i64 most(i64 x, i64 y) { return x > y ? x : y; }
 
 // The keys and values that are attended to: the cache, or what the caller gave.
-template <class T>
+template <class K, class V>
 struct Source {
-    const T *k, *v;
+    const K* k;
+    const V* v;
     i64 k_batch, k_head, k_token, v_batch, v_head, v_token;
     bool turn;  // the keys are still to be rotated, by their own index
+    const float *k_scale, *v_scale;
+    i64 ks_batch, ks_head, vs_batch, vs_head;
 
-    const T* key(i64 batch, i64 head, i64 index) const { return k + batch * k_batch + head * k_head + index * k_token; }
-    const T* value(i64 batch, i64 head, i64 index) const {
+    const K* key(i64 batch, i64 head, i64 index) const { return k + batch * k_batch + head * k_head + index * k_token; }
+    const V* value(i64 batch, i64 head, i64 index) const {
         return v + batch * v_batch + head * v_head + index * v_token;
+    }
+    // What the numbers of keys and values from `index` on stand for; null where they stand for themselves.
+    const float* key_scale(i64 batch, i64 head, i64 index) const {
+        return QUANTIZED<K> ? k_scale + batch * ks_batch + head * ks_head + index : nullptr;
+    }
+    const float* value_scale(i64 batch, i64 head, i64 index) const {
+        return QUANTIZED<V> ? v_scale + batch * vs_batch + head * vs_head + index : nullptr;
     }
 };
 
@@ -82,15 +92,17 @@ inline void rotate(const Attention& a, i64 batch, i64 index, const float* x, flo
 }
 
 // Appends new key and value `index` of one head to the cache; `row` holds key_width floats.
-template <class T>
+template <class K, class V>
 void append(const Attention& a, i64 batch, i64 head, i64 index, float* row) {
     rotate(a, batch, index, a.k + batch * a.k_batch + head * a.k_head + index * a.k_token, 1.0f, row);
+    if (a.k_offset)
+        for (i64 p = 0; p < a.key_width; p++) row[p] -= a.k_offset[head * a.ko_head + p];
     i64 token = a.start + index;
-    T* __restrict key = (T*)a.k_cache + batch * a.kc_batch + head * a.kc_head + token * a.kc_token;
-    for (i64 p = 0; p < a.key_width; p++) key[p] = T(row[p]);
-    T* __restrict value = (T*)a.v_cache + batch * a.vc_batch + head * a.vc_head + token * a.vc_token;
-    const float* v = a.v + batch * a.v_batch + head * a.v_head + index * a.v_token;
-    for (i64 p = 0; p < a.value_width; p++) value[p] = T(v[p]);
+    put(row, a.key_width, (K*)a.k_cache + batch * a.kc_batch + head * a.kc_head + token * a.kc_token,
+        QUANTIZED<K> ? a.k_scale + batch * a.ks_batch + head * a.ks_head + token : nullptr);
+    put(a.v + batch * a.v_batch + head * a.v_head + index * a.v_token, a.value_width,
+        (V*)a.v_cache + batch * a.vc_batch + head * a.vc_head + token * a.vc_token,
+        QUANTIZED<V> ? a.v_scale + batch * a.vs_batch + head * a.vs_head + token : nullptr);
 }
 
 // -- softmax over keys that come block by block -----------------------------------------------------------------------
@@ -205,6 +217,12 @@ inline float weigh(float* s, Total& total) {
     float shrink = max == total.max ? 1.0f : exp_f(total.max - base);
     total = {max, total.sum * shrink + sum(sums)};
     return shrink;
+}
+
+// s[j] *= scale[j] for `count` keys of a block, if there is a scale.
+inline void scale_keys(float* s, const float* scale, i64 count) {
+    if (scale)
+        for (i64 j = 0; j < count; j++) s[j] *= scale[j];
 }
 
 inline void scale_row(float* x, i64 n, float factor) {

@@ -74,8 +74,12 @@ struct Attention {
     const float *k, *v;                // with a cache: the new ones [batch, kv_heads, queries, width]; without: all keys
     i64 k_batch, k_head, k_token, v_batch, v_head, v_token;
     void *k_cache, *v_cache;           // null without a cache; new rows go to index start and on
-    Format cache_format;               // f32, bf16 or f16
-    i64 kc_batch, kc_head, kc_token, vc_batch, vc_head, vc_token;
+    Format k_format, v_format;         // f32, bf16 or f16, the same for both; or each int8 or int4 (as pack() takes it)
+    i64 kc_batch, kc_head, kc_token, vc_batch, vc_head, vc_token;  // of int4: in bytes
+    float *k_scale, *v_scale;          // of int8 and int4: [batch, kv_heads, token], what a token's numbers stand for
+    i64 ks_batch, ks_head, vs_batch, vs_head;
+    const float* k_offset;             // [kv_heads, key_width] or null: taken off rotated keys before they are stored
+    i64 ko_head;
     i64 start;                         // row i of the queries is token start + i
     const float *cos, *sin;            // [batch, queries, rope_width / 2], null: q and k are rotated already
     i64 rope_batch, rope_token, rope_width;

@@ -1,0 +1,41 @@
+"""What a KV cache holds of new keys and values: floats, or int8 or packed int4 numbers with a scale a token and head."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slim.compiler.dialect.quant import _quantize, _token_scale, _unpack_int4, pack_int4
+
+LEVELS = {8: (-128, 127), 4: (-8, 7)}  # bits -> the numbers that slim.quantize may choose
+
+
+def bits_of(dtype: torch.dtype) -> int:
+    """Bits of a number in a cache of ``dtype``; 0 where it holds floats."""
+    return {torch.int8: 8, torch.uint8: 4}.get(dtype, 0)
+
+
+def hold(x: Tensor, cache: Tensor, scale: Tensor | None, start: int) -> None:
+    """Writes x [B, G, S, n] at ``start`` into a cache [B, G, C, n], rounded where there is a scale [B, G, C].
+
+    An int8 cache has n numbers a row; a uint8 one n / 2 bytes, as ``slim.unpack_int4`` reads them.
+    """
+    end = start + x.shape[2]
+    if scale is None:
+        cache[:, :, start:end].copy_(x)
+        return
+    bits = bits_of(cache.dtype)
+    step = _token_scale(x, bits=bits)
+    low, high = LEVELS[bits]
+    numbers = _quantize(x, step, axis=2, low=low, high=high)
+    cache[:, :, start:end].copy_(pack_int4(numbers) if bits == 4 else numbers)
+    scale[:, :, start:end].copy_(step)
+
+
+def held(cache: Tensor, scale: Tensor | None, first: int, end: int, dtype: torch.dtype) -> Tensor:
+    """Tokens first..end - 1 of a cache, as floats of ``dtype`` where it holds numbers."""
+    part = cache[:, :, first:end]
+    if scale is None:
+        return part
+    numbers = _unpack_int4(part) if bits_of(cache.dtype) == 4 else part
+    return (numbers.float() * scale[:, :, first:end, None]).to(dtype)
