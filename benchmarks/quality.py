@@ -13,6 +13,7 @@ adds to the file.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import subprocess
@@ -32,6 +33,8 @@ from benchmarks.peers import install
 from benchmarks.quality_peers import report
 from benchmarks.quality_peers.cases import CASES, Case
 from benchmarks.quality_peers.rows import AO, COMPRESSOR, ROWS, SLIM, Row
+from slim.compiler.lift import lift_path
+from slim.compiler.program import Program
 from slim.passes import parse_pipeline
 from slim.runtime.perplexity import score
 
@@ -129,7 +132,7 @@ def _slim(case: Case, row: Row, model: Path) -> dict[str, Any]:
     text = row.recipe.replace("{odd}", repr(case.odd))
     try:
         passes = parse_pipeline(text) if text else []
-        before = slim.compile(model, target="eager").program
+        before = _lifted(model)
         compiled = slim.compile(model, passes, calibration=case.tensors(), target="eager", verify=False)
     except slim.errors.SlimError as error:
         return {"error": str(error).partition("\n")[0]}
@@ -140,7 +143,12 @@ def _slim(case: Case, row: Row, model: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def bits(before: Any, after: Any) -> float:
+@functools.cache
+def _lifted(model: Path) -> Program:
+    return lift_path(model)
+
+
+def bits(before: Program, after: Program) -> float:
     """Bits of a weight that ``after`` holds otherwise than ``before``, with all that was added to hold them."""
     old, new = before.weights, after.weights
     same = {
