@@ -151,7 +151,7 @@ _SMALL_BLOCK, _LARGE_BLOCK, _WHOLE = 1 << 17, 1 << 20, 1 << 19
 
 
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """x (q * scale)^T + bias for x [..., n], q int8 or fp8 [m, n], scale [m]; the scale is applied to the product."""
+    """x (q * scale)^T + bias for x [..., n], q int8 or fp8 [m, n], scale [m], which is applied to the product."""
     if dtype == torch.float32:
         y = _widened_product(x, q).mul_(scale)
     elif dtype == torch.bfloat16 and _has_kernel(x := x.contiguous(), q):

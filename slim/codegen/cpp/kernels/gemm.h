@@ -35,7 +35,7 @@ struct Block {
     i64 depth_begin;      // its first column
     i64 first_units;      // units up to where the input's scale changes first
     const float* scales;  // of groups: [unit][BLOCK_PANELS][16], or null
-    const i32* zeros;     // likewise: what the sum of the input counts, with the bias; or null
+    const i32* zeros;     // likewise: of zero points, as they are stored; or null
     i32 start_factor;     // see Input::starts
 };
 
@@ -128,8 +128,9 @@ static inline void block_groups(const Packed& w, i64 group, i64 panel, i64 unit,
         for (i64 p = 0; p < b.panels; p++) {
             for (int v = 0; v < VECTORS; v++) {
                 i64 place = ((u - b.unit_begin) * BLOCK_PANELS + p) * PANEL + v * LANES;
-                store(buffers.scales + place, w.group_scale(panel + p, g, v));
-                if (w.zeros) store_bits(buffers.zeros + place, factor(-INT4_BIAS - w.group_zero(panel + p, g, v)));
+                const u8* head = w.panel(panel + p);
+                store(buffers.scales + place, w.group_scale(head, g, v));
+                if (w.zeros) store_bits(buffers.zeros + place, w.group_zero(head, g, v));
             }
         }
     }
@@ -226,11 +227,12 @@ static inline void tile_unit(vi (&totals)[HEIGHT][COUNT], const Block& b, const 
 #pragma GCC unroll 8
     for (int r = 0; r < HEIGHT; r++) {
         vi start = splat_bits(reinterpret_cast<const u32*>(in.starts) + u * HEIGHT + r);  // by the load port alone
-        if (ZEROS) start = -(start >> 3);  // the sum itself
-        else if (b.start_factor != 1) start *= b.start_factor;
+        if (b.start_factor != 1) start *= b.start_factor;
+        vi sum = -(start >> 3);  // read where ZEROS, whose start_factor is 1
+        if (ZEROS) start = (start << 4) + start + sum;  // -(ZERO_BIAS + INT4_BIAS) of them
 #pragma GCC unroll 8
         for (int c = 0; c < COUNT; c++)
-            totals[r][c] = ZEROS ? multiply_factor(load_bits(zeros + c * LANES), start) : start;
+            totals[r][c] = ZEROS ? start + multiply_small(load_bits(zeros + c * LANES), sum) : start;
     }
     tile_runs<Kind>(totals, w + begin * LINE, b.stride, in.x + begin * HEIGHT,
                     b.steps - begin < b.unit_steps ? b.steps - begin : b.unit_steps);
