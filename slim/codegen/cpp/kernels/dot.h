@@ -43,10 +43,12 @@ static inline vi multiply_words(vi a, vi b) { return (vi)_mm256_madd_epi16((__m2
 #define SLIM_NO_WORDS 1
 #endif
 
-// a from 0 to 32767, b of 16 bits: x86 has no fast product of 32 bits.
+// a * b for numbers of 16 bits, a as small() has them: x86 has no fast product of 32 bits.
 #if defined(SLIM_NO_WORDS)
+static inline vi small(vi v) { return v; }
 static inline vi multiply_small(vi a, vi b) { return a * b; }
 #else
+static inline vi small(vi v) { return v & 0xffff; }
 static inline vi multiply_small(vi a, vi b) { return multiply_words(a, b); }
 #endif
 

@@ -96,7 +96,8 @@ static inline void gemv_unit(vi (&total)[PANELS][HEIGHT][VECTORS], const GemvUni
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++)
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) total[p][r][v] = ZEROS ? start + multiply_small(zeros[p][v], vi{} + sum) : start;
+            for (int v = 0; v < VECTORS; v++)
+                total[p][r][v] = ZEROS ? start + multiply_small(zeros[p][v], vi{} + sum) : start;
     }
     if (unit.blocks == SHORT) gemv_blocks<Code, HEIGHT, PANELS, SHORT>(total, unit);
     else gemv_blocks<Code, HEIGHT, PANELS, 0>(total, unit);
