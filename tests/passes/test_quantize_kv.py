@@ -9,7 +9,7 @@ import slim
 from slim import KVCacheConfig, errors
 from slim.codegen.build import missing
 from slim.compiler.dialect.kv import held, hold
-from slim.compiler.rounding import pair_bits, rounded
+from slim.compiler.rounded_kv import pair_bits, rounded
 from slim.compiler.rules import argument
 from slim.passes import PASSES, QuantizeKV
 from tests.compiled import difference, pair, prompt
