@@ -168,9 +168,13 @@ class GQA(Pass):
 
     def _merge(self, program: Program, layer: _Layer, statistics: SiteStatistics) -> Made:
         numbers = Numbers.of(program, layer.heads)
-        stacks = Stacks.of(numbers, Moments.of(statistics, layer.heads))
-        merge = Stack.merge if self.method == "aligned" else aligned_mean
-        merged = merge_layer(numbers, stacks, layer.groups(stacks), merge)
+        moments = Moments.of(statistics, layer.heads)
+        stacks = Stacks.of(numbers, moments)
+        groups = layer.groups(stacks)
+        if self.method == "aligned":
+            merged = merge_layer(numbers, stacks, groups, Stack.merge, moments)
+        else:
+            merged = merge_layer(numbers, stacks, groups, aligned_mean)
         losses = {_KEYS: torch.tensor(merged.key_loss), _VALUES: torch.tensor(merged.value_loss)}
         return losses | as_weights(program, layer.heads, merged)
 

@@ -6,13 +6,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from slim.compiler.program import Program
 from slim.compiler.rules import argument
 from slim.compiler.statistics import SiteStatistics
+from slim.passes.heads.distances import Distances, share_keys
 from slim.passes.heads.find import Heads, Projection
 from slim.passes.heads.merge import Merged, Stack
+
+slim = torch.ops.slim
+
+_LONGEST = 2048  # tokens; beyond this distances hardly differ
 
 Made = dict[str, Tensor]  # weight name -> its new value
 
@@ -54,6 +59,7 @@ class Numbers:
         q: [H, D, n + 1]; k: [G, D, n + 1]; v: [G, E, n + 1]; o: [m, H, E]; all float64.
         pairs: how many pairs of a head's channels are rotated, from the first on.
         interleaved: a pair is two neighbours, and not p and p + pairs.
+        distances: what the rotation does on average; None where there is none, or its frequencies are computed.
     """
 
     q: Tensor
@@ -62,6 +68,7 @@ class Numbers:
     o: Tensor
     pairs: int
     interleaved: bool
+    distances: Distances | None = None
 
     @classmethod
     def of(cls, program: Program, heads: Heads) -> Numbers:
@@ -72,11 +79,28 @@ class Numbers:
         if rope is None:
             return cls(q, k, v, o, 0, False)
         pairs = int(argument(rope, "cos").meta["val"].shape[-1])
-        return cls(q, k, v, o, pairs, bool(argument(rope, "interleaved")))
+        return cls(q, k, v, o, pairs, bool(argument(rope, "interleaved")), _distances(program, heads))
 
     @property
     def share(self) -> int:
         return len(self.q) // len(self.k)
+
+
+def _distances(program: Program, heads: Heads) -> Distances | None:
+    """Read off the table of angles, over the lengths that the model was made for."""
+    rope = heads.k.rope
+    assert rope is not None
+    table = argument(rope, "cos").args[0]
+    frequencies = table.args[1] if isinstance(table, fx.Node) and table.target is slim.rope_table.default else None
+    name = program.weight_of(frequencies)
+    if name is None:
+        return None
+    made_for = (program.facts.config or {}).get("max_position_embeddings")
+    longest = min(made_for, _LONGEST) if isinstance(made_for, int) and made_for > 0 else _LONGEST
+    causal, interleaved = (
+        bool(argument(node, what)) for node, what in ((heads.attention, "causal"), (rope, "interleaved"))
+    )
+    return Distances.of(program.weights[name], heads.k.width, interleaved, longest, causal)
 
 
 def _split(program: Program, one: Projection) -> Tensor:
@@ -183,33 +207,63 @@ class MergedLayer:
     value_loss: float
 
 
-def merge_layer(numbers: Numbers, stacks: Stacks, groups: Sequence[Sequence[int]], merge: Merge) -> MergedLayer:
-    """Merges each group of kv heads into one; queries and the output projection absorb the turns."""
-    share, r = numbers.share, 2 * numbers.pairs
+def merge_layer(
+    numbers: Numbers, stacks: Stacks, groups: Sequence[Sequence[int]], merge: Merge, moments: Moments | None = None
+) -> MergedLayer:
+    """Merges each group of kv heads into one; queries and the output projection absorb the turns.
+
+    Args:
+        moments: refine keys over all frequencies together, where that is known how.
+    """
     q, o = numbers.q.clone(), numbers.o.clone()
-    k = numbers.k.new_zeros(len(groups), *numbers.k.shape[1:])
-    v = numbers.v.new_zeros(len(groups), *numbers.v.shape[1:])
-    lost = {"keys": 0.0, "values": 0.0}
-    for index, group in enumerate(groups):
-        members = _members(group, share)
-        if stacks.turning is not None:
-            made = merge(stacks.turning, group)
-            lost["keys"] += made.loss
-            k[index, :r] = _from_turning(made.shared[:, None], numbers.interleaved)[0]
-            turned = _turning(numbers.q[members], numbers.pairs, numbers.interleaved)
-            q[members, :r] = _from_turning(_turns(made, share).mH @ turned, numbers.interleaved)
-        if stacks.still is not None:
-            made = merge(stacks.still, group)
-            lost["keys"] += made.loss
-            k[index, r:] = made.shared[0]
-            q[members, r:] = _turns(made, share)[0].mT @ numbers.q[members, r:]
-        made = merge(stacks.values, group)
-        lost["values"] += made.loss
-        v[index] = made.shared[0]
-        o[:, members] = torch.einsum("mhi,hij->mhj", numbers.o[:, members], _turns(made, share)[0])
-    order = [head for group in groups for head in _members(group, share)]
-    keys, values = (lost[name] / _energy(kind) for name, kind in (("keys", stacks.keys), ("values", [stacks.values])))
-    return MergedLayer(q[order], k, v, o[:, order], order, keys, values)
+    k, v, lost = [], [], {"keys": 0.0, "values": 0.0}
+    for group in groups:
+        members = _members(group, numbers.share)
+        keys = _merge_keys(numbers, stacks, group, merge, moments)
+        values = merge(stacks.values, group)
+        k.append(keys.shared[0])
+        v.append(values.shared[0])
+        q[members] = _by_query_head(keys, numbers.share).mT @ numbers.q[members]
+        o[:, members] = torch.einsum("mhi,hij->mhj", numbers.o[:, members], _by_query_head(values, numbers.share))
+        lost = {"keys": lost["keys"] + keys.loss, "values": lost["values"] + values.loss}
+    order = [head for group in groups for head in _members(group, numbers.share)]
+    shares = lost["keys"] / _energy(stacks.keys), lost["values"] / _energy([stacks.values])
+    return MergedLayer(q[order], torch.stack(k), torch.stack(v), o[:, order], order, *shares)
+
+
+def _merge_keys(
+    numbers: Numbers, stacks: Stacks, group: Sequence[int], merge: Merge, moments: Moments | None
+) -> Merged:
+    """A group's keys as one real map of all D channels: the rotated ones and the others, each on their own at first."""
+    width, r = numbers.k.shape[1], 2 * numbers.pairs
+    shared = numbers.k.new_zeros(width, numbers.k.shape[-1])
+    turns = numbers.k.new_zeros(len(group), width, width)
+    loss = 0.0
+    if stacks.turning is not None:
+        made = merge(stacks.turning, group)
+        shared[:r] = _from_turning(made.shared[:, None], numbers.interleaved)[0]
+        turns[:, :r, :r] = _as_rotations(made.turns[:, :, 0, 0], numbers.interleaved)
+        loss += made.loss
+    if stacks.still is not None:
+        made = merge(stacks.still, group)
+        shared[r:], turns[:, r:, r:] = made.shared[0], made.turns[0]
+        loss += made.loss
+    if moments is not None and numbers.distances is not None and len(group) > 1:
+        maps = numbers.k[list(group)]
+        energy = _reader_energy(numbers.q[None], moments.whole, numbers.share)[0, list(group)]
+        shared, turns, loss = share_keys(numbers.distances, maps, energy, moments.whole, shared, turns)
+    return Merged(shared[None], turns[None], loss)
+
+
+def _as_rotations(factors: Tensor, interleaved: bool) -> Tensor:
+    """[heads, 2 pairs, 2 pairs] real, of complex factors [pairs, heads]: multiplying by a + bi is [[a, -b], [b, a]]."""
+    a, b = torch.diag_embed(factors.real.T), torch.diag_embed(factors.imag.T)
+    whole = torch.cat([torch.cat([a, -b], 2), torch.cat([b, a], 2)], 1)
+    if not interleaved:
+        return whole
+    pairs = len(factors)
+    place = torch.arange(2 * pairs).reshape(2, pairs).T.flatten()  # 0, pairs, 1, pairs + 1, ...
+    return whole[:, place][:, :, place]
 
 
 def _members(group: Sequence[int], share: int) -> list[int]:
@@ -217,9 +271,9 @@ def _members(group: Sequence[int], share: int) -> list[int]:
     return [head for j in group for head in range(j * share, (j + 1) * share)]
 
 
-def _turns(made: Merged, share: int) -> Tensor:
-    """[b, query heads, w, w]."""
-    return made.turns.repeat_interleave(share, 1)
+def _by_query_head(made: Merged, share: int) -> Tensor:
+    """The turns [query heads, w, w] of a merging that is one problem."""
+    return made.turns[0].repeat_interleave(share, 0)
 
 
 def as_weights(program: Program, heads: Heads, layer: MergedLayer) -> Made:
