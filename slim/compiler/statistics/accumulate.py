@@ -117,12 +117,18 @@ class Accumulator:
             reason = f"none of its tokens reaches {self.site}"
             raise errors.BadInput(argument="calibration", reason=reason)
         share = 1.0 / self.count
-        means = (self._gram, self._cross, self._dense_gram, self._dense_sum)
         return SiteStatistics(
             self.count,
             self._absmax,
             self._abssum * share,
             self._sum * share,
-            *(None if value is None else value.mul_(share) for value in means),
+            _times(self._gram, share),
+            _times(self._cross, share),
+            _times(self._dense_gram, share),
+            _times(self._dense_sum, share),
             self._rows if self.wanted.rows else None,
         )
+
+
+def _times(total: Tensor | None, share: float) -> Tensor | None:
+    return None if total is None else total.mul_(share)

@@ -1,9 +1,10 @@
-"""Finds, by data flow, the linears that make the queries, keys and values of an attention, and the one that reads it."""
+"""Finds, by data flow, the linears that make an attention's queries, keys and values, and the one that reads it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -229,10 +230,11 @@ class _Axes:
 
 def _order(node: fx.Node, rank: int) -> list[int]:
     """Which axis of its argument each axis of a transpose's or permute's result is."""
+    axes: Any = node.args[1:]
     if node.target is aten.permute.default:
-        return [axis % rank for axis in node.args[1]]  # type: ignore[union-attr]
+        return [axis % rank for axis in axes[0]]
     order = list(range(rank))
-    a, b = (axis % rank for axis in node.args[1:3])  # type: ignore[operator]
+    a, b = axes[0] % rank, axes[1] % rank
     order[a], order[b] = b, a
     return order
 

@@ -9,7 +9,7 @@ from torch import fx
 
 from slim.compiler.program import Program
 from slim.compiler.weights import Part
-from slim.passes.heads.find import Heads, Projection, _RESHAPES
+from slim.passes.heads.find import _RESHAPES, Heads, Projection
 from slim.passes.heads.layer import Made
 
 # What configurations call the number of kv heads.
