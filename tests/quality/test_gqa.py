@@ -43,7 +43,7 @@ def loss(pass_: GQA | None) -> float:
     return found.nats / found.tokens
 
 
-# The project asks for at most a fifth of mean pooling's loss at one head of eight: docs/gqa.md says what stands between.
+# Asked for is a fifth of mean pooling at one head of eight: docs/gqa.md says what stands between.
 @pytest.mark.parametrize(("kv_heads", "of_mean"), [(4, 0.1), (2, 1 / 6), (1, 0.3)])
 def test_the_closed_forms_cost_a_fraction_of_the_published_recipes(kv_heads: int, of_mean: float) -> None:
     before = loss(None)
