@@ -10,8 +10,8 @@ from torch import Tensor
 
 from slim.compiler.blocks import row_blocks
 from slim.compiler.dialect.attention import attend_to, visibility
-from slim.compiler.dialect.kv import held, hold
 from slim.compiler.dialect.experts import _expert_linear as expert_linear
+from slim.compiler.dialect.kv import held, hold
 from slim.compiler.dialect.norm import _rms_norm
 from slim.compiler.dialect.quant import _unpack_int3, _unpack_int4, _unpack_nf4
 from slim.compiler.dialect.rope import _rope as rope
@@ -151,7 +151,7 @@ _SMALL_BLOCK, _LARGE_BLOCK, _WHOLE = 1 << 17, 1 << 20, 1 << 19
 
 
 def int8_linear(x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """x (q * scale)^T + bias for x [..., n], q int8 or fp8 [m, n], scale [m]; the scale is applied to the product."""
+    """x (q * scale)^T + bias for x [..., n], q int8 or fp8 [m, n], scale [m], which is applied to the product."""
     if dtype == torch.float32:
         y = _widened_product(x, q).mul_(scale)
     elif dtype == torch.bfloat16 and _has_kernel(x := x.contiguous(), q):
@@ -164,7 +164,7 @@ def int8_linear(x: Tensor, q: Tensor, scale: Tensor, dtype: torch.dtype, bias: T
 
 
 def _has_kernel(x: Tensor, q: Tensor) -> bool:
-    """Whether torch's int8 kernel may be used for q, which is faster than bfloat16 itself: on a CPU, on aligned rows alone.
+    """Whether torch's int8 kernel, faster than bfloat16 itself, may be used: on a CPU, on aligned rows of int8.
 
     It loads 16 numbers at a time from aligned addresses and checks neither: a width of 51 ends the process.
     """

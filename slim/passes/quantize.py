@@ -37,10 +37,11 @@ class Quantize(Pass):
         activations: "int8" rounds the rows that enter quantised linears too, one scale a token, found as it runs.
         group_size: numbers of a row that share a scale. None is one scale a row for int8 and fp8, 32 for int4 and int3,
             64 for nf4. A weight whose rows it does not divide is left alone, and the report says so.
-        method: "rtn" rounds to nearest; "hqq" fits scales to the weights; "gptq" makes later columns answer for the
-            errors of earlier ones, "awq" makes columns that see large inputs finer, both from calibration data. None is
-            slim's best: with calibration data the combination that docs/quantize.md measures, without it "hqq" for
-            int4 and int3; "rtn" for int8 and fp8, which lose next to nothing.
+        method: "rtn" rounds to nearest; "search" tries many scales a group, "hqq" fits them to the weights; "awq" makes
+            columns that see large inputs finer, "gptq" makes later columns answer for the errors of earlier ones,
+            "best" does that, makes up for what was rounded before, and then refines numbers and scales by turns: the
+            last three from calibration data. None is "rtn" for int8 and fp8, which lose next to nothing; for the others
+            "best", or "search" where there are no calibration data. docs/quantize.md has what each loses.
         symmetric: False gives every group a zero point of its own (int4 and int3): half a bit a group, less error.
         static: one scale for all rows of a site, from calibration data, in place of one a token.
         outliers: the share of columns, those with the largest inputs, that stay in the model's own type.
@@ -63,7 +64,7 @@ class Quantize(Pass):
     weights: Literal["int8", "int4", "int3", "nf4", "fp8"] = "int8"
     activations: Literal["int8"] | None = None
     group_size: int | None = None
-    method: Literal["rtn", "gptq", "awq", "hqq"] | None = None
+    method: Literal["rtn", "search", "hqq", "awq", "gptq", "best"] | None = None
     symmetric: bool = True
     static: bool = False
     outliers: float = 0.0

@@ -9,13 +9,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
+from slim.compiler.dialect.kv import LEVELS
+from slim.compiler.dialect.quant import _dequantize, _quantize, _token_scale
 from slim.compiler.passes_base import Context, Pass
 from slim.compiler.program import Program, _Streaming
 from slim.compiler.report import Report, Skip
-from slim.compiler.rounding import readers_of, round_before, rounded
+from slim.compiler.rounded_kv import readers_of, round_before, rounded
 from slim.compiler.rules import argument
-from slim.compiler.dialect.kv import LEVELS
-from slim.compiler.dialect.quant import _dequantize, _quantize, _token_scale
 from slim.compiler.statistics import calibration_of
 from slim.compiler.statistics.batches import Batch
 
@@ -189,12 +189,11 @@ def _means(program: Program, nodes: Sequence[fx.Node], batches: Sequence[Batch])
 
 
 def _is_blind(k: fx.Node) -> bool:
-    """Whether a constant added to all scores of a query changes nothing."""
+    """Whether taking a constant off keys changes nothing: all their readers are a plain softmax away from it."""
     return all(
-        argument(node, "k") is k and argument(node, "sinks") is None and argument(node, "softcap") is None
+        argument(node, "v") is not k and argument(node, "sinks") is None and argument(node, "softcap") is None
         for node in readers_of(k)
-        if argument(node, "v") is not k
-    ) and all(argument(node, "v") is not k for node in readers_of(k))
+    )
 
 
 def _errors(

@@ -17,7 +17,7 @@ from slim import errors
 from slim.codegen import Executable, Target, select
 from slim.compiler.inputs import position_limit, vocabulary
 from slim.compiler.program import Program
-from slim.compiler.rounding import pair_bits
+from slim.compiler.rounded_kv import pair_bits
 from slim.runtime import calls, generation
 from slim.runtime.architecture import counts_real_tokens, rebuild_config, rebuild_generation_config
 from slim.runtime.binding import bind_cache, cache_slots, check_cacheable
@@ -271,7 +271,9 @@ class CompiledModel:
         key = (masked, last_only)
         if key not in self._steps:
             checked = bool(self.slots)  # or it raises
-            bound = bind_cache(self.program, masked=masked, last_only=last_only, checked=checked, bits=self.kv_cache.bits)
+            bound = bind_cache(
+                self.program, masked=masked, last_only=last_only, checked=checked, bits=self.kv_cache.bits
+            )
             name = "step" + "_masked" * masked + "_last" * last_only
             self._steps[key] = Step(bound, self._lower(name, bound))
         return self._steps[key]

@@ -150,6 +150,22 @@ def test_later_statistics_are_those_of_the_program_as_rewritten(grain: Any) -> N
     assert float((before - after).abs().max()) > 0.01
 
 
+def test_what_was_meant_may_be_a_copy_from_before_the_graph_changed() -> None:
+    """As where a table has been rounded before the walk: the copy's rows are what the others are held against."""
+    program = programs.lifted("llama", num_hidden_layers=2)
+    meant, untouched = program.copy(), program.copy()
+    (table,) = program.nodes(torch.ops.aten.embedding.default)
+    doubled = program.insert(table.next, torch.ops.aten.mul.Tensor, table, 1.5, like=table)
+    table.replace_all_uses_with(doubled, delete_user_cb=lambda user: user is not doubled)
+    values, ctx = sites(program), Context(calibration=TOKENS)
+    walked = walk(program, values, ctx, asked_by="test", gram=True, meant=meant, grain="site")
+    seen = {value.name: found for block in walked for value, found in block.statistics.items()}
+    before, after = (recorded(each, list(ctx.batches.batches)) for each in (untouched, program))
+    for name, found in seen.items():
+        torch.testing.assert_close(found.cross, before[name].T @ after[name] / len(after[name]), atol=1e-4, rtol=1e-4)
+    assert max(float((before[name] - after[name]).abs().max()) for name in seen) > 0.01
+
+
 def test_weights_of_a_stretch_are_read_once_and_dropped() -> None:
     program = programs.lifted("llama", num_hidden_layers=3)
     counted = {name: programs.Counted(program.weights[name]) for name in program.weights}

@@ -422,7 +422,7 @@ def test_a_budget_is_kept_and_gives_more_bits_to_what_needs_them() -> None:
         (dict(formats=["int8"]), "PATTERN=FORMAT"),
         (dict(formats=["*=int5"]), "PATTERN=FORMAT"),
         (dict(formats=["*=int4/x"]), "PATTERN=FORMAT"),
-        (dict(method="best"), "method"),
+        (dict(method="finest"), "method"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(options: dict[str, Any], said: str) -> None:

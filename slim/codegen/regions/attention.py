@@ -13,7 +13,7 @@ from slim.codegen.regions.pointwise import const, op
 from slim.codegen.regions.scalars import BOOL, F32, Iota, Lane, Load, Scalar, Value, cast, expand
 from slim.codegen.regions.schedule import Attention, Pointwise
 from slim.codegen.regions.views import Strided, View, same
-from slim.compiler.rounding import rounded, rounds_itself, shifted
+from slim.compiler.rounded_kv import rounded, rounds_itself, shifted
 from slim.compiler.rules import argument
 
 aten, slim = torch.ops.aten, torch.ops.slim
@@ -67,7 +67,8 @@ def _sources(node: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node, tuple[int
     bits = None
     if rounds_itself(node):
         rounded_keys, rounded_values = rounded(keys), rounded(values)
-        assert rounded_keys is not None and rounded_values is not None
+        assert rounded_keys is not None
+        assert rounded_values is not None
         keys, values, bits = rounded_keys.x, rounded_values.x, (rounded_keys.bits, rounded_values.bits)
     elif node.target is slim.attention.default or argument(node, "k_scale") is None:
         return keys, None, values, None

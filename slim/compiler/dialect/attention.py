@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slim.compiler.dialect._register import define
-from slim.compiler.dialect.kv import hold, held
+from slim.compiler.dialect.kv import held, hold
 
 
 def visibility(

@@ -1,4 +1,4 @@
-"""What a KV cache holds of new keys and values: floats, or int8 or packed int4 numbers with a scale a token and head."""
+"""What a KV cache holds of keys and values: floats, or int8 or packed int4 numbers, a scale a token and head."""
 
 from __future__ import annotations
 

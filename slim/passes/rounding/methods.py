@@ -28,9 +28,9 @@ _ROUNDS, _SWEEPS = 3, 3
 
 def default_method(grid: Grid, data: bool) -> Method:
     """What ``method=None`` means: see docs/quantize.md for what was measured."""
-    if grid.format == "fp8":
+    if grid.format in ("int8", "fp8"):  # what they lose is noise
         return "rtn"
-    return "best" if data else "rtn" if grid.format == "int8" else "search"
+    return "best" if data else "search"
 
 
 def round_weight(weight: Tensor, grid: Grid, method: Method, curvature: Curvature | None = None) -> Rounded:

@@ -274,7 +274,7 @@ def check(case: Case, seed: int = 0) -> Call:
 
 
 def _near(case: Case, call: Call) -> dict[str, float]:
-    """How near the numbers of a cache are: one step, where what is quantised was rotated or shifted, and rounded, before."""
+    """How near the numbers of a cache are: one step, where what is quantised was rotated or shifted before."""
     if case.quantised and (case.rope is not None or case.offset) and case.dtype != F32:
         return dict(rtol=0.02, atol=1.1 * float(call.k.abs().max()) / (2 ** (case.quantised - 1) - 1))
     return dict(rtol=1e-2 if case.dtype == BF16 else 1e-3, atol=1e-5 if case.dtype == F32 else 1e-2)

@@ -18,13 +18,13 @@ from tests import programs
 
 
 @cache
-def llama(layers: int) -> CompiledModel:
-    return slim.compile(programs.model("llama", num_hidden_layers=layers), target="cuda", verify=False)
+def llama(layers: int, passes: str = "") -> CompiledModel:
+    return slim.compile(programs.model("llama", num_hidden_layers=layers), passes, target="cuda", verify=False)
 
 
-def decode_call(layers: int, batch: int = 1):
+def decode_call(layers: int, batch: int = 1, passes: str = ""):
     """A decoding step of a Llama block, bound to its cache."""
-    compiled = llama(layers)
+    compiled = llama(layers, passes)
     step = compiled.step(masked=False, last_only=True)
     cache = compiled.new_cache(batch, 16)
     tokens = torch.ones(batch, 1, dtype=torch.int64, device=compiled.device)
@@ -32,9 +32,9 @@ def decode_call(layers: int, batch: int = 1):
     return step.executable.bind(*step.arguments(cache, cache.prepare(4), inputs))
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-def test_a_layer_decodes_in_five_kernels(batch: int):
-    few, more = (decode_call(layers, batch).steps for layers in (1, 3))
+@pytest.mark.parametrize(("batch", "passes"), [(1, ""), (8, ""), (1, 'quantize("int8", activations="int8")')])
+def test_a_layer_decodes_in_five_kernels(batch: int, passes: str):
+    few, more = (decode_call(layers, batch, passes).steps for layers in (1, 3))
     assert all(isinstance(step, Launch) for step in more)
     assert len(more) - len(few) == 2 * 5
 

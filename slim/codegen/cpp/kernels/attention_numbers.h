@@ -34,18 +34,19 @@ static inline vf load(const i8* p) {
 #endif
 }
 
-// LANES numbers of LANES / 2 bytes, in their order.
+// LANES numbers of LANES / 2 bytes, in their order: each lane shifts its own nibble down.
 static inline vf load(const nibbles* p) {
 #if defined(__AVX512F__) && !defined(SLIM_SCALAR)
-    __m128i bytes = _mm_cvtepu8_epi16(_mm_loadl_epi64((const __m128i*)p));
-    __m128i spread = _mm_and_si128(_mm_or_si128(bytes, _mm_slli_epi16(bytes, 4)), _mm_set1_epi8(15));
-    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_sub_epi8(spread, _mm_set1_epi8(8))));
+    const __m512i half = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+    const __m512i shift = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+    const __m512 number = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+    __m512i bits = _mm512_permutexvar_epi32(half, _mm512_castsi128_si512(_mm_loadl_epi64((const __m128i*)p)));
+    return (vf)_mm512_permutexvar_ps(_mm512_srlv_epi32(bits, shift), number);  // which looks at four bits alone
 #elif defined(__AVX2__) && !defined(SLIM_SCALAR)
     i32 four;
     std::memcpy(&four, p, 4);
-    __m128i bytes = _mm_cvtepu8_epi16(_mm_cvtsi32_si128(four));
-    __m128i spread = _mm_and_si128(_mm_or_si128(bytes, _mm_slli_epi16(bytes, 4)), _mm_set1_epi8(15));
-    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_sub_epi8(spread, _mm_set1_epi8(8))));
+    __m256i bits = _mm256_srlv_epi32(_mm256_set1_epi32(four), _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28));
+    return (vf)_mm256_cvtepi32_ps(_mm256_and_si256(bits, _mm256_set1_epi32(15))) - 8.0f;
 #else
     vf v;
     for (int i = 0; i < LANES; i++) v[i] = (float)((p[i / 2].both >> i % 2 * 4 & 15) - 8);

@@ -57,4 +57,43 @@ struct Nf4Code {
     static vi step(const vi (&lines)[LINES], int s) { return nf4_levels(Int4Code::step(lines, s)); }
 };
 
+// -- whole blocks for a prefill ----------------------------------------------------------------------------------------
+
+// 4 bytes of a row become 2 + 2 words, in two steps.
+static inline void store_words(vi bytes, u8* to) {
+    vi first = (((bytes << 24) >> 24) & 0xffff) | (((bytes << 16) >> 8) & (i32)0xffff0000);
+    vi second = (((bytes << 8) >> 24) & 0xffff) | ((bytes >> 8) & (i32)0xffff0000);
+    store_bits(to, first);
+    store_bits(to + LINE, second);
+}
+
+// Blocks as the steps that the tile kernels read: nibbles with the bias of int4, bytes with that of int8 or as words.
+template <class Code, bool WORDS = false>
+static void unpack_blocks(const u8* from, i64 count, u8* to) {
+    constexpr i32 SHIFT = Code::BIAS == INT3_BIAS ? 0x01010101 * (INT4_BIAS - INT3_BIAS) : 0;
+    for (i64 i = 0; i < count; i++) {
+        for (int v = 0; v < VECTORS; v++) {
+            vi lines[Code::LINES];
+            for (int l = 0; l < Code::LINES; l++)
+                lines[l] = load_bits(from + (i * Code::LINES + l) * LINE + v * sizeof(vi));
+#pragma GCC unroll 8
+            for (int s = 0; s < Code::STEPS; s++) {
+                vi numbers = Code::step(lines, s) + SHIFT;
+                u8* place = to + (i * Code::STEPS + s) * LINE * (WORDS ? 2 : 1) + v * sizeof(vi);
+                if constexpr (WORDS) store_words(numbers, place);
+                else store_bits(place, numbers);
+            }
+        }
+    }
+}
+
+static inline void unpack_panel(Format format, const u8* from, i64 count, u8* to) {
+    switch (format) {
+        case Format::int8: return unpack_blocks<Int8Code<Bytes>, WIDENS>(from, count, to);
+        case Format::nf4: return unpack_blocks<Nf4Code<Bytes>, WIDENS>(from, count, to);
+        case Format::int3: return unpack_blocks<Int3Code>(from, count, to);
+        default: return unpack_blocks<Int4Code>(from, count, to);
+    }
+}
+
 }  // namespace slim

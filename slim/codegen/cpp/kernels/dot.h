@@ -43,13 +43,13 @@ static inline vi multiply_words(vi a, vi b) { return (vi)_mm256_madd_epi16((__m2
 #define SLIM_NO_WORDS 1
 #endif
 
-// A number of 16 bits in each lane, to be multiplied with others: x86 has no fast product of 32 bits.
+// a * b for numbers of 16 bits, a as small() has them: x86 has no fast product of 32 bits.
 #if defined(SLIM_NO_WORDS)
-static inline vi factor(vi v) { return v; }
-static inline vi multiply_factor(vi a, vi b) { return a * b; }
+static inline vi small(vi v) { return v; }
+static inline vi multiply_small(vi a, vi b) { return a * b; }
 #else
-static inline vi factor(vi v) { return v & 0xffff; }
-static inline vi multiply_factor(vi a, vi b) { return multiply_words(a, b); }
+static inline vi small(vi v) { return v & 0xffff; }
+static inline vi multiply_small(vi a, vi b) { return multiply_words(a, b); }
 #endif
 
 // -- kinds ------------------------------------------------------------------------------------------------------------

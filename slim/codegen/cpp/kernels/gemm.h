@@ -35,48 +35,11 @@ struct Block {
     i64 depth_begin;      // its first column
     i64 first_units;      // units up to where the input's scale changes first
     const float* scales;  // of groups: [unit][BLOCK_PANELS][16], or null
-    const i32* zeros;     // likewise: what the sum of the input counts, with the bias; or null
+    const i32* zeros;     // likewise: what sums of the input count, for zero points and bias, as small(); or null
     i32 start_factor;     // see Input::starts
 };
 
 // -- bringing weights into blocks -------------------------------------------------------------------------------------
-
-// 4 bytes of a row become 2 + 2 words, in two steps.
-static inline void store_words(vi bytes, u8* to) {
-    vi first = (((bytes << 24) >> 24) & 0xffff) | (((bytes << 16) >> 8) & (i32)0xffff0000);
-    vi second = (((bytes << 8) >> 24) & 0xffff) | ((bytes >> 8) & (i32)0xffff0000);
-    store_bits(to, first);
-    store_bits(to + LINE, second);
-}
-
-// Blocks as the steps that the tile kernels read: nibbles with the bias of int4, bytes with that of int8 or as words.
-template <class Code, bool WORDS = false>
-static void unpack_blocks(const u8* from, i64 count, u8* to) {
-    constexpr i32 SHIFT = Code::BIAS == INT3_BIAS ? 0x01010101 * (INT4_BIAS - INT3_BIAS) : 0;
-    for (i64 i = 0; i < count; i++) {
-        for (int v = 0; v < VECTORS; v++) {
-            vi lines[Code::LINES];
-            for (int l = 0; l < Code::LINES; l++)
-                lines[l] = load_bits(from + (i * Code::LINES + l) * LINE + v * sizeof(vi));
-#pragma GCC unroll 8
-            for (int s = 0; s < Code::STEPS; s++) {
-                vi numbers = Code::step(lines, s) + SHIFT;
-                u8* place = to + (i * Code::STEPS + s) * LINE * (WORDS ? 2 : 1) + v * sizeof(vi);
-                if constexpr (WORDS) store_words(numbers, place);
-                else store_bits(place, numbers);
-            }
-        }
-    }
-}
-
-static inline void unpack_panel(Format format, const u8* from, i64 count, u8* to) {
-    switch (format) {
-        case Format::int8: return unpack_blocks<Int8Code<Bytes>, WIDENS>(from, count, to);
-        case Format::nf4: return unpack_blocks<Nf4Code<Bytes>, WIDENS>(from, count, to);
-        case Format::int3: return unpack_blocks<Int3Code>(from, count, to);
-        default: return unpack_blocks<Int4Code>(from, count, to);
-    }
-}
 
 template <int HALF, int LANE, bool SECOND>
 constexpr i32 exchanged() {
@@ -128,8 +91,10 @@ static inline void block_groups(const Packed& w, i64 group, i64 panel, i64 unit,
         for (i64 p = 0; p < b.panels; p++) {
             for (int v = 0; v < VECTORS; v++) {
                 i64 place = ((u - b.unit_begin) * BLOCK_PANELS + p) * PANEL + v * LANES;
-                store(buffers.scales + place, w.group_scale(panel + p, g, v));
-                if (w.zeros) store_bits(buffers.zeros + place, factor(-INT4_BIAS - w.group_zero(panel + p, g, v)));
+                const u8* head = w.panel(panel + p);
+                store(buffers.scales + place, w.group_scale(head, g, v));
+                if (w.zeros)
+                    store_bits(buffers.zeros + place, small(w.group_zero(head, g, v) - (ZERO_BIAS + INT4_BIAS)));
             }
         }
     }
@@ -230,7 +195,7 @@ static inline void tile_unit(vi (&totals)[HEIGHT][COUNT], const Block& b, const 
         else if (b.start_factor != 1) start *= b.start_factor;
 #pragma GCC unroll 8
         for (int c = 0; c < COUNT; c++)
-            totals[r][c] = ZEROS ? multiply_factor(load_bits(zeros + c * LANES), start) : start;
+            totals[r][c] = ZEROS ? multiply_small(load_bits(zeros + c * LANES), start) : start;
     }
     tile_runs<Kind>(totals, w + begin * LINE, b.stride, in.x + begin * HEIGHT,
                     b.steps - begin < b.unit_steps ? b.steps - begin : b.unit_steps);
@@ -313,7 +278,8 @@ static void tile_panels(const Block& b, i64 panel, const TileInput& in, float* r
     if constexpr (KIND == TileKind::nibbles) quantized_tile<Nibbles, HEIGHT, PANELS>(b, panel, in, results);
     if constexpr (KIND == TileKind::bytes_grouped)
         grouped_tile<PrefillInt8, false, HEIGHT, PANELS>(b, panel, in, results);
-    if constexpr (KIND == TileKind::nibbles_grouped) grouped_tile<Nibbles, false, HEIGHT, PANELS>(b, panel, in, results);
+    if constexpr (KIND == TileKind::nibbles_grouped)
+        grouped_tile<Nibbles, false, HEIGHT, PANELS>(b, panel, in, results);
     if constexpr (KIND == TileKind::nibbles_zeros) grouped_tile<Nibbles, true, HEIGHT, PANELS>(b, panel, in, results);
 }
 

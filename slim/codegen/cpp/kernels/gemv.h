@@ -92,11 +92,12 @@ static inline void gemv_unit(vi (&total)[PANELS][HEIGHT][VECTORS], const GemvUni
 #pragma GCC unroll 8
     for (int r = 0; r < HEIGHT; r++) {
         i32 sum = -unit.starts[r] / INT4_BIAS;
-        vi start = vi{} - sum * Code::BIAS;
+        vi start = vi{} - sum * (Code::BIAS + (ZEROS ? ZERO_BIAS : 0));
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++)
 #pragma GCC unroll 4
-            for (int v = 0; v < VECTORS; v++) total[p][r][v] = ZEROS ? multiply_factor(zeros[p][v], vi{} + sum) : start;
+            for (int v = 0; v < VECTORS; v++)
+                total[p][r][v] = ZEROS ? start + multiply_small(zeros[p][v], vi{} + sum) : start;
     }
     if (unit.blocks == SHORT) gemv_blocks<Code, HEIGHT, PANELS, SHORT>(total, unit);
     else gemv_blocks<Code, HEIGHT, PANELS, 0>(total, unit);
@@ -120,6 +121,8 @@ static void gemv_panels(const Packed& w, const Streams& at, i64 group, const Inp
     GemvUnit unit{w.numbers(at.first), at.apart * w.panel_bytes, PREFETCH,
                   Input::tile(in.bytes, in.tiles, tile, in.padded / 4),
                   Input::tile(in.starts, in.tiles, tile, by.units), 0};
+    const u8* heads[PANELS];
+    for (int p = 0; p < PANELS; p++) heads[p] = w.panel(at.first + p * at.apart);
     vf result[PANELS][HEIGHT][VECTORS] = {};
     vi zeros[PANELS][VECTORS] = {};
     for (i64 u = 0, g = 0, in_group = 0; u < by.units; u++) {
@@ -127,15 +130,14 @@ static void gemv_panels(const Packed& w, const Streams& at, i64 group, const Inp
         if (at.left - (w.blocks - left) * BYTES <= PREFETCH) unit.ahead = PREFETCH + at.jump;
         if constexpr (ZEROS)
             for (int p = 0; p < PANELS; p++)
-                for (int v = 0; v < VECTORS; v++)
-                    zeros[p][v] = factor(-Code::BIAS - w.group_zero(at.first + p * at.apart, g, v));
+                for (int v = 0; v < VECTORS; v++) zeros[p][v] = w.group_zero(heads[p], g, v);
         vi total[PANELS][HEIGHT][VECTORS];
         gemv_unit<Code, ZEROS, HEIGHT, PANELS>(total, unit, zeros);
 #pragma GCC unroll 4
         for (int p = 0; p < PANELS; p++)
 #pragma GCC unroll 4
             for (int v = 0; v < VECTORS; v++) {
-                vf scale = group ? w.group_scale(at.first + p * at.apart, g, v) : splat(1);
+                vf scale = group ? w.group_scale(heads[p], g, v) : splat(1);
 #pragma GCC unroll 8
                 for (int r = 0; r < HEIGHT; r++)
                     result[p][r][v] += to_float(total[p][r][v]) * (scale * scales[u * HEIGHT + r]);

@@ -23,7 +23,7 @@ void pack_scales(const PackedLayout& layout, ScaleFormat format, const float* sc
         for (i64 r = 0; r < rows; r++) {
             float value = scale[(first_row + r) * layout.groups + g];
             f16 half = (f16)value;
-            u8* place = to + (g * PANEL + r) * layout.scale_size;
+            u8* place = to + g * layout.group_bytes + r * layout.scale_size;
             if (format == ScaleFormat::f16) std::memcpy(place, &half, sizeof half);
             else std::memcpy(place, &value, sizeof value);
         }
@@ -31,8 +31,9 @@ void pack_scales(const PackedLayout& layout, ScaleFormat format, const float* sc
 }
 
 void pack_zeros(const PackedLayout& layout, const i8* zero, i64 rows, u8* to) {
+    to += PANEL * layout.scale_size;
     for (i64 g = 0; g < layout.groups; g++)
-        for (i64 r = 0; r < rows; r++) to[g * PANEL + r] = (u8)zero[r * layout.groups + g];
+        for (i64 r = 0; r < rows; r++) to[g * layout.group_bytes + r] = (u8)(ZERO_BIAS - zero[r * layout.groups + g]);
 }
 
 void pack_int8(const i8* q, i64 n, i64 rows, u8* to) {
@@ -94,7 +95,7 @@ void slim_pack(i32 f, i64 m, i64 n, i64 group, const void* q, const float* scale
         i64 rows = m - first < PANEL ? m - first : PANEL;
         std::memset(panel, 0, layout.panel_bytes);
         pack_scales(layout, header.scales, scale, first, rows, panel);
-        if (zero) pack_zeros(layout, zero + first * layout.groups, rows, panel + layout.zeros_offset);
+        if (zero) pack_zeros(layout, zero + first * layout.groups, rows, panel);
         const u8* from = static_cast<const u8*>(q) + first * row_bytes(format, n);
         u8* numbers = panel + layout.data_offset;
         if (format == Format::int8) pack_int8(reinterpret_cast<const i8*>(from), n, rows, numbers);

@@ -10,6 +10,7 @@ constexpr int PANEL = 16;
 constexpr i64 LINE = 64;        // bytes; also of the 16 rows x 4 columns (int4: 8) that are stored side by side
 constexpr i64 GROUP_STEP = 16;  // groups, of weights and of activations, are multiples of this
 constexpr i64 INT3_STEP = 32;   // those of int3, and of what shares an input with it, of this
+constexpr int ZERO_BIAS = 127;  // a zero point z is stored as 127 - z, 0..255: what sums of the input are multiplied by
 
 static inline i64 ceil_div(i64 a, i64 b) { return (a + b - 1) / b; }
 static inline i64 round_up(i64 a, i64 b) { return ceil_div(a, b) * b; }
@@ -35,7 +36,7 @@ struct PackedHeader {
 struct PackedLayout {
     i64 panels, groups;
     i64 columns, block_lines, blocks;  // columns and lines of a block; blocks of a panel
-    i64 scale_size, zeros_offset;
+    i64 scale_size, group_bytes;       // of the scales and zero points of a group, which lie side by side
     i64 data_offset, panel_bytes;
 
     PackedLayout(Format format, i64 m, i64 n, i64 group, ScaleFormat scales, bool zeros) {
@@ -45,8 +46,8 @@ struct PackedLayout {
         blocks = ceil_div(n, columns);
         groups = group ? n / group : 0;
         scale_size = scales == ScaleFormat::f16 ? 2 : 4;
-        zeros_offset = groups * PANEL * scale_size;
-        data_offset = round_up(zeros_offset + (zeros ? groups * PANEL : 0), LINE);
+        group_bytes = PANEL * (scale_size + (zeros ? 1 : 0));
+        data_offset = round_up(groups * group_bytes, LINE);
         panel_bytes = data_offset + blocks * block_lines * LINE;
     }
 };
@@ -59,18 +60,18 @@ struct Packed : PackedLayout {
 
     explicit Packed(const Matrix& w) : Packed(w, *static_cast<const PackedHeader*>(w.data)) {}
 
-    const u8* numbers(i64 panel) const { return base + panel * panel_bytes + data_offset; }
-    // Of LANES of the panel's rows, the vector'th ones.
-    vf group_scale(i64 panel, i64 group, int vector) const {
-        const u8* all = base + panel * panel_bytes;
-        i64 index = group * PANEL + vector * LANES;
-        if (scales == ScaleFormat::f16) return load(reinterpret_cast<const f16*>(all) + index);
-        return load(reinterpret_cast<const float*>(all) + index);
+    const u8* panel(i64 index) const { return base + index * panel_bytes; }
+    const u8* numbers(i64 index) const { return panel(index) + data_offset; }
+    // Of LANES of a panel's rows, the vector'th ones.
+    vf group_scale(const u8* panel, i64 group, int vector) const {
+        const u8* at = panel + group * group_bytes;
+        if (scales == ScaleFormat::f16) return load(reinterpret_cast<const f16*>(at) + vector * LANES);
+        return load(reinterpret_cast<const float*>(at) + vector * LANES);
     }
-    vi group_zero(i64 panel, i64 group, int vector) const {
-        typedef i8 bytes __attribute__((vector_size(LANES)));
+    vi group_zero(const u8* panel, i64 group, int vector) const {
+        typedef u8 bytes __attribute__((vector_size(LANES)));
         bytes v;
-        std::memcpy(&v, base + panel * panel_bytes + zeros_offset + group * PANEL + vector * LANES, sizeof v);
+        std::memcpy(&v, panel + group * group_bytes + PANEL * scale_size + vector * LANES, sizeof v);
         return __builtin_convertvector(v, vi);
     }
 
