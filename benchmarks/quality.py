@@ -149,7 +149,7 @@ def _lifted(model: Path) -> Program:
 
 
 def bits(before: Program, after: Program) -> float | None:
-    """Bits of a weight that ``after`` holds otherwise than ``before``, with all that was added to hold them; None without any."""
+    """Bits of a weight that ``after`` holds otherwise than ``before``, with all that was added; None without any."""
     old, new = before.weights, after.weights
     same = {
         name
