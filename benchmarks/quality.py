@@ -148,8 +148,8 @@ def _lifted(model: Path) -> Program:
     return lift_path(model)
 
 
-def bits(before: Program, after: Program) -> float:
-    """Bits of a weight that ``after`` holds otherwise than ``before``, with all that was added to hold them."""
+def bits(before: Program, after: Program) -> float | None:
+    """Bits of a weight that ``after`` holds otherwise than ``before``, with all that was added; None without any."""
     old, new = before.weights, after.weights
     same = {
         name
@@ -158,7 +158,7 @@ def bits(before: Program, after: Program) -> float:
     }
     numbers = sum(old.numel(name) for name in old if name not in same)
     held = sum(new.nbytes(name) for name in new if name not in same)
-    return 8 * held / numbers if numbers else 8.0 * max(old.dtype(name).itemsize for name in old)
+    return 8 * held / numbers if numbers else None
 
 
 # -- peers -------------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ HEADER = """# Quality of quantised models
 
 Written by `python -m benchmarks.quality`. Loss: nats a held-out token above floating point; best of each table in bold.
 Bits: of a quantised weight on disk, scales (16 bits with peers) and zero points included. The head, embeddings and
-norms stay in floating point. {versions}
+norms stay in floating point. A method that is not in a table was not measured. {versions}
 """
 
 
@@ -23,7 +23,11 @@ def line(model: str, row: Row, found: dict[str, Any]) -> str:
 def _told(found: dict[str, Any]) -> str:
     if "error" in found:
         return found["error"][:100]
-    return f"{_nats(found):.5f} nats, {found['bits']:.2f} bits, {found['seconds']} s"
+    return f"{_nats(found):.5f} nats, {_bits(found)} bits, {found['seconds']} s"
+
+
+def _bits(found: dict[str, Any]) -> str:
+    return "-" if found["bits"] is None else f"{found['bits']:.2f}"  # keys and values are no weights
 
 
 def _nats(found: dict[str, Any]) -> float:
@@ -58,7 +62,7 @@ def _table(name: str, found: dict[str, Any], exact: dict[str, Any] | None) -> st
             continue
         loss = f"{losses[row.key]:+.5f}"
         loss = f"**{loss}**" if losses[row.key] == min(losses.values()) else loss
-        lines.append(f"| {row.engine} | {row.name} | {value['bits']:.2f} | {math.exp(_nats(value)):.4f} | {loss} |")
+        lines.append(f"| {row.engine} | {row.name} | {_bits(value)} | {math.exp(_nats(value)):.4f} | {loss} |")
     return "\n".join(lines) + "\n"
 
 

@@ -68,10 +68,10 @@ def prepared(program: Program) -> Callable[[Path], None]:
     """
     facts = program.facts
     model = architecture(facts, FORMAT)
+    _check_roundings(program)
     matrices = _matrices(program, model)
     if not matrices:
         refuse(FORMAT, "no weight is quantised; format='transformers' writes it as it is")
-    _check_roundings(program)
     _check_additions(program, matrices)
     state: dict[str, Lazy | Matrix] = {**_plain(program, matrices), **matrices}
     dtype = main_dtype(state)
@@ -200,12 +200,22 @@ def _check_roundings(program: Program) -> None:
                     refuse(FORMAT, f"{reason}; leave out the pass that rounds it")
 
 
+def _grids(program: Program) -> set[str]:
+    """The names of scales and zero points, of weights and of what is rounded."""
+    return {
+        str(weight.target)
+        for node in program.nodes(DEQUANTIZE, QUANTIZE)
+        for argument in node.args[1:3]
+        for weight in stored_in(argument)
+    }
+
+
 def _check_additions(program: Program, matrices: Mapping[str, Matrix]) -> None:
     """Refuses what stands beside a quantised weight and is added to its product."""
+    known = _grids(program)
     for matrix in matrices.values():
         for _, piece in matrix.pieces:
-            own = {piece.name, piece.scale, *(str(weight.target) for weight in stored_in(piece.zero))}
-            extra = [name for name in program.weights if name.startswith(f"{piece.name}_") and name not in own]
+            extra = [name for name in program.weights if name.startswith(f"{piece.name}_") and name not in known]
             if extra:
                 reason = f"{piece.name} has outlier columns or a correction beside it ({', '.join(extra)})"
                 refuse(FORMAT, f"{reason}, which compressed-tensors cannot hold; quantise it without, or exclude it")
@@ -216,12 +226,7 @@ def _plain(program: Program, matrices: Mapping[str, Matrix]) -> dict[str, Lazy]:
     weights = program.weights
     held = {piece.name for matrix in matrices.values() for _, piece in matrix.pieces}
     tables = {weight_name(node): node for node in quantised_weights(program) if weight_name(node) not in held}
-    grids = {
-        str(weight.target)
-        for node in program.nodes(DEQUANTIZE, QUANTIZE)
-        for argument in node.args[1:3]
-        for weight in stored_in(argument)
-    }
+    grids = _grids(program)
     values = {
         name: Lazy(weights.dtype(name), weights.shape(name), functools.partial(weights.__getitem__, name))
         for name in weights

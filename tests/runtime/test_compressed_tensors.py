@@ -223,6 +223,34 @@ def test_what_the_pass_makes_is_read_back_in_the_type_of_the_model(package, pipe
     assert difference(logits(again), logits(compiled)) < (1e-5 if dtype == torch.float32 else 3e-2)
 
 
+CALIBRATION = [torch.randint(3, 101, (2, 24), generator=torch.Generator().manual_seed(seed)) for seed in range(4)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    ['"int8", activations="int8", static=True', '"int4", group_size=16, symmetric=False', '"fp8"',
+     '"int3", group_size=8', '"int4", group_size=16, formats=["*.down_proj.weight=int8"]'],
+)  # fmt: skip
+def test_all_that_the_pass_can_make_of_a_model_is_read_back(package, options, tmp_path):
+    passes = f"fold_norms, quantize({options})"
+    compiled = slim.compile(pair("llama")[0], passes, calibration=CALIBRATION, target="eager")
+    compiled.export(tmp_path / "out", format="compressed-tensors")
+    assert difference(logits(reloaded(tmp_path / "out")), logits(compiled)) < 1e-5
+
+
+@pytest.mark.parametrize("options", ["outliers=0.05", "correction=4"])
+def test_outlier_columns_and_corrections_are_refused(options, tmp_path):
+    passes = f'quantize("int4", group_size=16, {options})'
+    compiled = slim.compile(pair("llama")[0], passes, calibration=CALIBRATION, target="eager")
+    refused(compiled.program, tmp_path, "weight has outlier columns or a correction beside it")
+
+
+@pytest.mark.parametrize("passes", ['quantize_kv("int8")', 'quantize("int8"), quantize_kv("int8")'])
+def test_rounded_keys_and_values_are_refused(passes, tmp_path):
+    compiled = slim.compile(pair("llama")[0], passes, target="eager")
+    refused(compiled.program, tmp_path, "rounds what attention.* reads, which is no quantised linear")
+
+
 def test_formats_that_differ_become_groups_and_what_is_left_out_is_ignored(package, tmp_path):
     program = pair("llama")[1].program.copy()
     for name in linear_weights(program):
