@@ -17,7 +17,7 @@ import torch
 from torch import fx
 
 from slim.compiler.program import Program
-from slim.compiler.rounding import held_bytes, pair_bits
+from slim.compiler.rounded_kv import held_bytes, pair_bits
 from slim.compiler.rules import argument
 from slim.compiler.types import expression
 from slim.compiler.uses import ATTENTION, EXPERTS, LINEAR, RESTORING, Role, stored_in, uses

@@ -14,7 +14,7 @@ from slim.compiler.dialect.quant import _dequantize, _quantize, _token_scale
 from slim.compiler.passes_base import Context, Pass
 from slim.compiler.program import Program, _Streaming
 from slim.compiler.report import Report, Skip
-from slim.compiler.rounding import readers_of, round_before, rounded
+from slim.compiler.rounded_kv import readers_of, round_before, rounded
 from slim.compiler.rules import argument
 from slim.compiler.statistics import calibration_of
 from slim.compiler.statistics.batches import Batch

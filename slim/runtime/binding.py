@@ -12,7 +12,7 @@ from slim import errors
 from slim.compiler.dialect.kv import bits_of
 from slim.compiler.inputs import evaluate
 from slim.compiler.program import Program, where
-from slim.compiler.rounding import pair_bits, rounded
+from slim.compiler.rounded_kv import pair_bits, rounded
 from slim.compiler.rules import argument
 from slim.compiler.types import Input
 from slim.runtime.cache import Slot

@@ -13,7 +13,7 @@ from slim.codegen.regions.pointwise import const, op
 from slim.codegen.regions.scalars import BOOL, F32, Iota, Lane, Load, Scalar, Value, cast, expand
 from slim.codegen.regions.schedule import Attention, Pointwise
 from slim.codegen.regions.views import Strided, View, same
-from slim.compiler.rounding import rounded, rounds_itself, shifted
+from slim.compiler.rounded_kv import rounded, rounds_itself, shifted
 from slim.compiler.rules import argument
 
 aten, slim = torch.ops.aten, torch.ops.slim

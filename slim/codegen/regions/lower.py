@@ -38,7 +38,7 @@ from slim.codegen.regions.scalars import (
 from slim.codegen.regions.schedule import Foreign, Norm, Pointwise, Product, Region, Schedule
 from slim.codegen.regions.views import Buffer, Size, View, same
 from slim.compiler.program import Program
-from slim.compiler.rounding import done_by_attention
+from slim.compiler.rounded_kv import done_by_attention
 from slim.compiler.types import expression
 from slim.compiler.uses import LINEAR
 

@@ -23,6 +23,7 @@ class SiteStatistics:
         mean: E x_j, [n].
         gram: E[x x^T], uncentred, [n, n]; None where it was not asked for.
         cross: E[x_dense x^T], [n, n], where x_dense are the same rows in the model before the walk changed it.
+        dense_gram, dense_mean: E[x_dense x_dense^T], [n, n], and E x_dense, [n]; there where ``cross`` is.
         rows: a sample, [r, n], the same whenever the data are.
     """
 
@@ -32,6 +33,8 @@ class SiteStatistics:
     mean: Tensor
     gram: Tensor | None = None
     cross: Tensor | None = None
+    dense_gram: Tensor | None = None
+    dense_mean: Tensor | None = None
     rows: Tensor | None = None
 
     def tensors(self) -> dict[str, Tensor]:
@@ -60,14 +63,16 @@ class Accumulator:
         self.count = 0
         self._absmax, self._abssum, self._sum = (torch.zeros(width) for _ in range(3))
         self._gram = torch.zeros(width, width) if wanted.gram else None
-        self._cross = torch.zeros(width, width) if wanted.cross else None
+        self._cross, self._dense_gram = (torch.zeros(width, width) if wanted.cross else None for _ in range(2))
+        self._dense_sum = torch.zeros(width) if wanted.cross else None
         self._rows, self._keys = torch.zeros(0, width), torch.zeros(0)
         self._generator = torch.Generator().manual_seed(_SEED)
 
     @property
     def nbytes(self) -> int:
-        parts = (self._absmax, self._abssum, self._sum, self._gram, self._cross, self._rows)
-        return sum(part.nbytes for part in parts if part is not None)
+        own = (self._absmax, self._abssum, self._sum, self._gram, self._rows)
+        dense = (self._cross, self._dense_gram, self._dense_sum)
+        return sum(part.nbytes for part in (*own, *dense) if part is not None)
 
     def add(self, rows: Tensor, dense: Tensor | None = None) -> None:
         """Counts ``rows`` [r, n] in; ``dense`` are the same rows of the model as it was.
@@ -87,10 +92,18 @@ class Accumulator:
         self._sum += rows.sum(0)
         if self._gram is not None:
             self._gram.addmm_(rows.T, rows)
-        if self._cross is not None and dense is not None:
-            self._cross.addmm_(dense.float().T, rows)
+        if dense is not None:
+            self._add_dense(dense.float(), rows)
         if self.wanted.rows:
             self._sample(rows)
+
+    def _add_dense(self, dense: Tensor, rows: Tensor) -> None:
+        assert self._cross is not None
+        assert self._dense_gram is not None
+        assert self._dense_sum is not None
+        self._cross.addmm_(dense.T, rows)
+        self._dense_gram.addmm_(dense.T, dense)
+        self._dense_sum += dense.sum(0)
 
     def _sample(self, rows: Tensor) -> None:
         """Every row gets a random key, and those with the largest keys stay: a fair sample of rows seen so far."""
@@ -109,7 +122,13 @@ class Accumulator:
             self._absmax,
             self._abssum * share,
             self._sum * share,
-            None if self._gram is None else self._gram.mul_(share),
-            None if self._cross is None else self._cross.mul_(share),
+            _times(self._gram, share),
+            _times(self._cross, share),
+            _times(self._dense_gram, share),
+            _times(self._dense_sum, share),
             self._rows if self.wanted.rows else None,
         )
+
+
+def _times(total: Tensor | None, share: float) -> Tensor | None:
+    return None if total is None else total.mul_(share)

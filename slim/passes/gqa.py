@@ -1,0 +1,248 @@
+"""Merges kv heads: multi-head attention becomes grouped-query attention, without training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NoReturn
+
+import torch
+from torch import Tensor, fx
+
+from slim import errors
+from slim.compiler.cost import cost
+from slim.compiler.passes_base import FLOAT_WEIGHTS, STATISTICS, Context, Pass
+from slim.compiler.program import Program
+from slim.compiler.report import Report, Skip, short_bytes
+from slim.compiler.statistics import SiteStatistics, walk
+from slim.compiler.weights import Deferred
+from slim.passes.heads.find import Heads, LeftAlone, find_heads
+from slim.passes.heads.grouping import Groups, cheapest, contiguous
+from slim.passes.heads.layer import Made, Moments, Numbers, Stacks, as_weights, merge_layer, pooled
+from slim.passes.heads.merge import Stack, aligned_mean
+from slim.passes.heads.refit import refit
+from slim.passes.heads.write import write_config, write_heads, write_parts
+
+
+@dataclass(frozen=True)
+class GQA(Pass):
+    """Merges kv heads, so that there are fewer keys and values to compute, to cache and to read.
+
+    Each group of kv heads becomes one, in a basis that loses least of what the group does on the calibration data.
+    Values: the joint SVD of all M_h = W_o^h W_v^h of the group, whitened by the layer's input, so that the new W_v
+    spans the best shared subspace and each new W_o^h reads it as the old one did. Keys that RoPE rotates: the same
+    for each frequency by itself, a pair of channels being one complex channel, because only complex factors commute
+    with the rotation; queries absorb the factors. Keys, or channels of them, that are not rotated: the joint SVD of
+    W_q^h^T W_k^h. Heads that cost least together are grouped (query heads are permuted accordingly), layers are
+    merged one after the other, each on the input that the merged ones before it give, and W_o is then fitted by least
+    squares to what it returned in the original. Heads that differ by nothing but such a change of basis merge exactly.
+
+    Shapes: W_k and W_v [G D, n] and their biases get fewer rows; W_q and W_o keep theirs. ``num_key_value_heads`` of
+    the configuration follows where all layers agree, and the result then loads in plain transformers.
+
+    A layer is left alone, and the report says why, where a learned norm of queries or keys follows the heads (unless
+    method is "mean"), where another layer reads its keys, where q, k and v are not plain linears (MLA), and where its
+    kv heads do not divide into the groups asked for.
+
+    Args:
+        kv_heads: how many each layer keeps: a number for all; a share of what it has, in (0, 1), rounded down to a
+            divisor; or a list with a number for every attention layer in the order of execution.
+        method: "aligned" is the above. Baselines: "procrustes" turns heads towards each other (each RoPE pair by an
+            angle), takes the mean and restores its norm; "mean" takes the mean of neighbours as they are, and needs
+            no calibration. They fit nothing anew.
+
+    Source: the closed forms are this project's own (docs/gqa.md). Mean pooling: Ainslie et al., GQA, 2023.
+    Procrustes, mean and norm: Jin et al., Align Attention Heads Before Merging Them, 2024.
+
+    Example:
+        >>> slim.compile(model, passes=[GQA(2)], calibration=texts)
+    """
+
+    kv_heads: int | float | tuple[int, ...]
+    method: Literal["aligned", "procrustes", "mean"] = "aligned"
+
+    requires = frozenset({FLOAT_WEIGHTS, STATISTICS})
+
+    def check(self) -> None:
+        """Refuses numbers of heads that no layer can have."""
+        if isinstance(self.kv_heads, float) and not 0.0 < self.kv_heads < 1.0:
+            self._refuse(f"a share of the heads lies between 0 and 1, and {self.kv_heads} does not")
+        numbers = self.kv_heads if isinstance(self.kv_heads, tuple) else (self.kv_heads,)
+        if not numbers or min(numbers) <= 0:
+            self._refuse("a layer keeps one kv head at least")
+
+    def _refuse(self, reason: str) -> NoReturn:
+        raise errors.BadPassOption(pass_name=self.name, option="kv_heads", reason=reason)
+
+    def run(self, program: Program, ctx: Context) -> Report:
+        """Changes the weights of attention layers, the shapes behind them, and ``facts.config``."""
+        report = Report()
+        before, held = _kv_bytes(program), _kv_heads(program)
+        layers = list(self._layers(program, report))
+        merged = (
+            self._pooled(program, ctx, layers) if self.method == "mean" else self._walked(program, ctx, layers, report)
+        )
+        for layer in merged:
+            write_parts(program, layer.heads)
+            report.matched.append(layer.heads.site)
+            report.notes.append(str(layer))
+        program.infer()
+        if layers:
+            note = write_config(program, held, _kv_heads(program))
+            report.notes += [] if note is None else [note]
+            after = short_bytes(_kv_bytes(program))
+            report.notes.append(f"keys and values of a token take {after}; they took {short_bytes(before)}")
+        return report
+
+    # -- choosing --------------------------------------------------------------------------------------------------
+
+    def _layers(self, program: Program, report: Report) -> Iterator[_Layer]:
+        """The layers to merge; the others go into the report with the reason."""
+        nodes = program.attention_nodes()
+        if isinstance(self.kv_heads, tuple) and len(self.kv_heads) != len(nodes):
+            self._refuse(f"it names {len(self.kv_heads)} layers, and this model has {len(nodes)}")
+        for index, node in enumerate(nodes):
+            try:
+                heads = find_heads(program, node)
+                wanted = self._wanted(index, heads.k.heads)
+                self._check_basis(heads)
+            except LeftAlone as reason:
+                report.skipped.append(Skip(node.meta.get("module") or node.name, str(reason)))
+                continue
+            yield _Layer(index, heads, wanted, program.weights.raw(heads.out_weight))
+
+    def _wanted(self, index: int, held: int) -> int:
+        """How many of its ``held`` kv heads a layer is to keep."""
+        if isinstance(self.kv_heads, float):
+            wanted = max((n for n in range(1, held) if held % n == 0 and n <= self.kv_heads * held), default=1)
+        else:
+            wanted = self.kv_heads[index] if isinstance(self.kv_heads, tuple) else self.kv_heads
+        if wanted >= held:
+            raise LeftAlone(f"it has no more than {held} kv head{'s' * (held > 1)}")
+        if held % wanted:
+            raise LeftAlone(f"its {held} kv heads do not divide into {wanted} groups")
+        return wanted
+
+    def _check_basis(self, heads: Heads) -> None:
+        """Refuses layers whose heads can be given no common basis."""
+        if self.method == "mean":
+            return
+        for one in (heads.q, heads.k, heads.v):
+            if one.norm is not None:
+                raise LeftAlone(
+                    f"a norm follows its {one.what}, and heads that are normed one by one have no common basis "
+                    '(method="mean" merges them as they are)'
+                )
+        if len({one.linear.args[0] for one in (heads.q, heads.k, heads.v)}) > 1:
+            raise LeftAlone("its queries, keys and values are made of different rows")
+
+    # -- merging ---------------------------------------------------------------------------------------------------
+
+    def _pooled(self, program: Program, ctx: Context, layers: Sequence[_Layer]) -> Iterator[_Layer]:
+        """Merges every layer into means."""
+        for layer in ctx.track("merging kv heads", layers):
+            write_heads(program, layer.heads, pooled(program, layer.heads, layer.kv_heads), layer.kv_heads)
+            yield layer
+
+    def _walked(self, program: Program, ctx: Context, layers: Sequence[_Layer], report: Report) -> Iterator[_Layer]:
+        """Merges every layer on what its input has become by then, and fits what reads it."""
+        if not layers:
+            return
+        fits = self.method == "aligned"
+        steps: dict[fx.Node, tuple[_Layer, Callable[[Program, _Layer, SiteStatistics], Made]]] = {}
+        for layer in layers:
+            steps[layer.rows_in] = (layer, self._merge)
+            if fits:
+                steps[layer.rows_out] = (layer, _fit)
+        blocks = walk(
+            program, list(steps), ctx, asked_by=repr(self), gram=True, cross=fits, grain="site", notes=report.notes
+        )
+        for block in blocks:
+            (site,) = block.values
+            layer, step = steps[site]
+            if not block.restored:
+                block.results.update(step(program, layer, block.statistics[site]))
+            layer.take(program, block.results)
+            if step is _fit or not fits:
+                yield layer
+
+    def _merge(self, program: Program, layer: _Layer, statistics: SiteStatistics) -> Made:
+        numbers = Numbers.of(program, layer.heads)
+        moments = Moments.of(statistics, layer.heads)
+        stacks = Stacks.of(numbers, moments)
+        groups = layer.groups(stacks)
+        if self.method == "aligned":
+            merged = merge_layer(numbers, stacks, groups, Stack.merge, moments)
+        else:
+            merged = merge_layer(numbers, stacks, groups, aligned_mean)
+        losses = {_KEYS: torch.tensor(merged.key_loss), _VALUES: torch.tensor(merged.value_loss)}
+        return losses | as_weights(program, layer.heads, merged)
+
+
+# What layers tell of themselves, among the results of a walk; no weight is called that.
+_KEYS, _VALUES, _OUTPUT = "loss of keys", "loss of values", "loss of the output"
+
+
+@dataclass
+class _Layer:
+    """A layer on its way: ``original`` is the output projection's weight as it was."""
+
+    index: int
+    heads: Heads
+    kv_heads: int
+    original: Tensor | Deferred
+    losses: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rows_in(self) -> fx.Node:
+        """What the linears of q, k and v read."""
+        return _rows(self.heads.q.linear)
+
+    @property
+    def rows_out(self) -> fx.Node:
+        """What the output projection reads."""
+        return _rows(self.heads.out)
+
+    def groups(self, stacks: Stacks) -> Groups:
+        """Which kv heads to merge: neighbours, where what is added to the scores differs from head to head."""
+        held = self.heads.k.heads
+        if self.heads.ordered:
+            return contiguous(held, self.kv_heads)
+        return cheapest(stacks.pair_costs(), self.kv_heads, stacks.cost)
+
+    def take(self, program: Program, results: Made) -> None:
+        """Puts the results of a stretch into ``program``."""
+        self.losses |= {name: float(results[name]) for name in (_KEYS, _VALUES, _OUTPUT) if name in results}
+        made = {name: value for name, value in results.items() if name not in self.losses}
+        write_heads(program, self.heads, made, self.kv_heads)
+
+    def __str__(self) -> str:
+        text = f"layer {self.index}: {self.heads.k.heads} to {self.kv_heads} kv heads"
+        if not self.losses:
+            return text
+        predicted = (
+            f"; predicted: keys lose {self.losses[_KEYS]:.2%} of their energy, values {self.losses[_VALUES]:.2%}"
+        )
+        measured = f"; measured: the output loses {self.losses[_OUTPUT]:.2%}" if _OUTPUT in self.losses else ""
+        return text + predicted + measured
+
+
+def _fit(program: Program, layer: _Layer, statistics: SiteStatistics) -> Made:
+    original = layer.original if isinstance(layer.original, Tensor) else layer.original.load()
+    made, missing = refit(program, layer.heads, original, statistics)
+    return made | {_OUTPUT: torch.tensor(missing)}
+
+
+def _rows(linear: fx.Node) -> fx.Node:
+    rows = linear.args[0]
+    assert isinstance(rows, fx.Node)
+    return rows
+
+
+def _kv_bytes(program: Program) -> int:
+    return cost(program).kv_bytes_per_token
+
+
+def _kv_heads(program: Program) -> set[int]:
+    """The numbers of kv heads that layers have."""
+    return {int(node.args[1].meta["val"].shape[1]) for node in program.attention_nodes()}  # type: ignore[union-attr]

@@ -1,0 +1,141 @@
+"""How heads merge: the closed forms, for values, for keys that are rotated and for keys that are not.
+
+All three are one problem. Each old head h is a map W_h [w, n] of the layer's input, and what reads it (queries, or the
+output projection) weighs its channels by a matrix E_h [w, w]. Wanted are one shared map S [w, n] and, for each head,
+a turn T_h [w, w] that its reader can absorb, such that
+
+    sum_h tr(E_h (W_h - T_h S) C (W_h - T_h S)^H)
+
+is least, with C = E[x x^T]. With E_h = R_h^H R_h this is a low-rank approximation of the stack of R_h W_h C^(1/2),
+which the eigenvectors U of its Gram matrix solve: S = sum_h U_h^H R_h W_h and T_h = R_h^-1 U_h. The loss is the sum
+of the eigenvalues left out. A pair of channels that RoPE rotates is one complex channel, and only complex factors
+commute with the rotation: there w is 1, and each frequency is a problem of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+_FLOOR = 1e-14  # of the largest eigenvalue: what lies below is rounding
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What became of one group of heads.
+
+    Attributes:
+        shared: [b, w, n], the one map.
+        turns: [b, heads, w, w]: head h is about ``turns[:, h] @ shared``.
+        loss: what that loses, of the stack's energy.
+    """
+
+    shared: Tensor
+    turns: Tensor
+    loss: float
+
+
+@dataclass(frozen=True)
+class Stack:
+    """The maps of all heads of a layer, and what their merging costs.
+
+    Attributes:
+        maps: [b, heads, w, n], W_h; b independent problems.
+        roots: [b, heads, w, w], R_h, hermitian.
+        inverses: their pseudo-inverses.
+        plain: [b, heads, w, heads, w], W_g C W_h^H.
+        moment: [n, n], C.
+    """
+
+    maps: Tensor
+    roots: Tensor
+    inverses: Tensor
+    plain: Tensor
+    moment: Tensor
+
+    @classmethod
+    def of(cls, maps: Tensor, energy: Tensor, moment: Tensor) -> Stack:
+        """For maps [b, heads, w, n], their readers' weights E_h [b, heads, w, w], and C [n, n]."""
+        b, heads, w, n = maps.shape
+        flat = maps.reshape(b, heads * w, n)
+        plain = (flat @ moment.to(maps.dtype)) @ flat.mH
+        values, vectors = torch.linalg.eigh(energy)
+        values = values.clamp_min(0.0)
+        kept = values > _FLOOR * values.amax(-1, keepdim=True).amax(1, keepdim=True)
+        roots = values.sqrt()
+        inverses = torch.where(kept, 1.0 / roots.clamp_min(torch.finfo(roots.dtype).tiny), 0.0)
+        scaled = [(vectors * each.unsqueeze(-2).to(vectors.dtype)) @ vectors.mH for each in (roots, inverses)]
+        return cls(maps, scaled[0], scaled[1], plain.reshape(b, heads, w, heads, w), moment)
+
+    def _gram(self, group: Sequence[int]) -> Tensor:
+        """[b, g w, g w], of the stack of R_h W_h C^(1/2)."""
+        index = torch.tensor(group)
+        roots = self.roots[:, index]
+        plain = self.plain[:, index][:, :, :, index]
+        gram = torch.einsum("bgij,bgjhk,bhlk->bgihl", roots, plain, roots.conj())
+        b, g, w = gram.shape[:3]
+        gram = gram.reshape(b, g * w, g * w)
+        return (gram + gram.mH) / 2
+
+    @cached_property
+    def energy(self) -> float:
+        """The loss if nothing were kept."""
+        heads = range(self.maps.shape[1])
+        return sum(float(self._gram([h]).diagonal(dim1=-2, dim2=-1).sum().real) for h in heads)
+
+    def loss(self, group: Sequence[int]) -> float:
+        """What the best merging of ``group`` loses."""
+        values = torch.linalg.eigvalsh(self._gram(group))
+        return float(values[:, : -self.maps.shape[2]].clamp_min(0.0).sum())
+
+    def merge(self, group: Sequence[int]) -> Merged:
+        """The best merging of ``group``."""
+        w = self.maps.shape[2]
+        values, vectors = torch.linalg.eigh(self._gram(group))
+        lost, values = float(values[:, :-w].clamp_min(0.0).sum()), values[:, -w:].clamp_min(0.0)
+        index = torch.tensor(group)
+        u = vectors[:, :, -w:].reshape(len(vectors), len(group), w, w)
+        shared = torch.einsum("bgij,bgik,bgkn->bjn", u.conj(), self.roots[:, index], self.maps[:, index])
+        turns = self.inverses[:, index] @ u
+        gauge = self._gauge(group, values).to(shared.dtype)
+        return Merged(shared * gauge.unsqueeze(-1), turns / gauge[:, None, None, :], lost)
+
+    def _gauge(self, group: Sequence[int], values: Tensor) -> Tensor:
+        """[b, w]: any factor may move from the turns to the shared map; this one gives it the heads' mean energy.
+
+        Between its channels it lets the map and its reader share what sets them apart, so that neither has a wide
+        range of magnitudes.
+        """
+        floor = values.amax(-1, keepdim=True) * 1e-12
+        values = torch.where(floor > 0.0, values.maximum(floor), 1.0)
+        relative = values.pow(-0.25)
+        plain = torch.stack([self.plain[:, h, :, h].diagonal(dim1=-2, dim2=-1).real.sum(-1) for h in group])
+        wanted, found = plain.mean(0), (values * relative**2).sum(-1)
+        scale = torch.where(wanted > 0.0, (wanted / found).sqrt(), 1.0)
+        return relative * scale.unsqueeze(-1)
+
+    def residual(self, group: Sequence[int], shared: Tensor, turns: Tensor) -> float:
+        """What a merging of ``group`` loses, however it was made."""
+        error = self.roots[:, list(group)] @ (self.maps[:, list(group)] - turns @ shared[:, None])
+        return float(((error @ self.moment.to(error.dtype)) * error.conj()).real.sum())
+
+
+def aligned_mean(stack: Stack, group: Sequence[int], rounds: int = 50) -> Merged:
+    """Generalised Procrustes: unitary turns that bring the heads together, their mean, and its norm restored."""
+    index = torch.tensor(group)
+    plain = stack.plain[:, index][:, :, :, index]
+    b, g, w = plain.shape[:3]
+    turns = torch.eye(w, dtype=plain.dtype).repeat(b, g, 1, 1)
+    for _ in range(rounds):
+        onto = torch.einsum("bgij,bgjhk->bhik", turns, plain)
+        u, _, vh = torch.linalg.svd(onto)
+        turns = u @ vh
+    maps = stack.maps[:, index]
+    mean = (turns @ maps).mean(1)
+    wanted = maps.abs().square().sum((0, 2, 3)).sqrt().mean()
+    shared = mean * (wanted / mean.abs().square().sum().sqrt())
+    return Merged(shared, turns.mH, stack.residual(group, shared, turns.mH))
