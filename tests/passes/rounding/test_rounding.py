@@ -75,7 +75,8 @@ def test_what_is_stored_unpacks_to_numbers_of_the_grid_whose_product_with_the_sc
     assert (stored.scale != 0).all()
     assert stored.scale.isfinite().all()
     assert stored.scale.dtype in ((torch.float16, torch.float32) if grid.group_size else (torch.float32,))
-    assert (weight.float() - rounded.restored()).norm() < 0.5 * weight.float().norm()
+    if method in ("rtn", "search", "hqq"):  # the others move weights that the inputs do not tell apart
+        assert (weight.float() - rounded.restored()).norm() < 0.5 * weight.float().norm()
 
 
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
