@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import slim
-from slim.passes import Quantize, QuantizeKV
+from slim.passes import Quantize
 from slim.runtime.perplexity import pieces, score
 
 MARKER, SCORED, CALIBRATED = "Once upon a time", 40, 100
@@ -38,12 +38,3 @@ def test_the_default_loses_less_than_half_of_what_rounding_to_nearest_does(share
 def test_int8_weights_and_rows_cost_less_than_a_fifth_of_a_percent(shared: Path) -> None:
     model, text = shared / "models" / "babyllama361", shared / "text" / "tinystories_val.txt"
     assert nats(model, text, Quantize("int8", activations="int8")) < nats(model, text) + 0.002
-
-
-@pytest.mark.parametrize(("dtype", "most"), [("int8", 0.001), ("int4", 0.01)])
-@pytest.mark.parametrize("name", ["babyllama361", "stories260K"])
-def test_keys_and_values_cost_a_tenth_of_a_percent_in_int8_and_one_in_int4(
-    shared: Path, name: str, dtype, most: float
-) -> None:
-    model, text = shared / "models" / name, shared / "text" / "tinystories_val.txt"
-    assert nats(model, text, QuantizeKV(dtype)) < nats(model, text) + most
