@@ -5,6 +5,8 @@ import contextlib
 from dataclasses import dataclass
 from typing import Literal
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -73,7 +75,7 @@ def test_every_pass_in_the_folder_is_found_and_exported():
 def test_every_pass_explains_itself():
     for kind in PASSES.values():
         assert len((kind.__doc__ or "").splitlines()) > 3
-        assert "Source: " in (kind.__doc__ or "")
+        assert re.search(r"Sources?: ", kind.__doc__ or "")
 
 
 @pytest.mark.parametrize(
@@ -107,11 +109,10 @@ def test_pipelines_are_written_in_many_ways():
         ("quantise", errors.UnknownPass, "Did you mean 'quantize'?"),
         ("Quantize()", errors.UnknownPass, "Did you mean 'quantize'?"),
         ('quantize("int9")', errors.BadPassOption, "Did you mean 'int8'?"),
-        ('quantize("int3")', errors.BadPassOption, "comes with a later version"),
-        ('quantize("int4", group_size=5)', errors.BadPassOption, "two numbers in a byte, and 5 is odd"),
+        ('quantize("int8", symmetric=False)', errors.BadPassOption, "int8 has no zero point"),
         ("quantize(group_size=0)", errors.BadPassOption, "a group of 0 holds no number"),
         ('quantize("int4", group_size=2.5)', errors.BadPassOption, "group_size"),
-        ('quantize(method="gptq")', errors.BadPassOption, '"gptq" comes with a later version'),
+        ('quantize(method="gtpq")', errors.BadPassOption, "Did you mean 'gptq'?"),
         ("quantize(haed=False)", errors.BadPassOption, "Did you mean 'head'?"),
         ("quantize(head=1)", errors.BadPassOption, "1 is not True or False"),
         ("quantize(head=True, head=False)", errors.ContradictoryOptions, "head=True and head=False"),

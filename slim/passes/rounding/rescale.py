@@ -11,7 +11,7 @@ from slim.compiler.passes_base import STATISTICS, Context
 from slim.compiler.program import Program
 from slim.compiler.scaling import ScaleSite, scale_sites, settle
 from slim.compiler.scaling.sites import FIXED
-from slim.compiler.statistics import SiteStatistics, walk
+from slim.compiler.statistics import SiteStatistics, calibration_of, walk
 from slim.passes.rounding.awq import awq_factors
 from slim.passes.rounding.curvature import Curvature
 from slim.passes.rounding.grid import Grid
@@ -24,7 +24,11 @@ def move_scales(program: Program, ctx: Context, grids: Mapping[fx.Node, Grid], a
 
     Returns:
         What was done, for the report.
+
+    Raises:
+        NeedsCalibration.
     """
+    calibration_of(program, ctx, asked_by)
     sites = [site for site in scale_sites(program)[0] if _grid_of(program, site, grids) is not None]
     values = list(dict.fromkeys(site.values[0] for site in sites))
     factors: dict[str, Tensor] = {}
