@@ -2,10 +2,9 @@
 
 import ast
 import contextlib
+import re
 from dataclasses import dataclass
 from typing import Literal
-
-import re
 
 import pytest
 from hypothesis import given
