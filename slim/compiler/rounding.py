@@ -37,9 +37,10 @@ def rounded(value: Any) -> Rounded | None:
     numbers, scale = value.args[:2]
     if not isinstance(numbers, fx.Node) or numbers.target is not _QUANTIZE or numbers.args[1] is not scale:
         return None
-    x: Any = numbers.args[0]
+    x = numbers.args[0]
     if not isinstance(scale, fx.Node) or scale.target is not _SCALE or scale.args[0] is not x:
         return None
+    assert isinstance(x, fx.Node)
     bits = argument(scale, "bits")
     grain = [argument(node, name) for node in (numbers, value) for name in ("zero_point", "axis", "group_size")]
     levels = (argument(numbers, "low"), argument(numbers, "high"))

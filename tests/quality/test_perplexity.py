@@ -80,8 +80,13 @@ def test_int4_in_groups_costs_some_percent_of_perplexity_and_less_than_one_scale
 
 @pytest.mark.parametrize(
     ("name", "dtype", "most"),
-    [("stories260K", "int8", 1.001), ("stories260K", "int4", 1.01), ("babyllama361", "int8", 1.001), ("babyllama361", "int4", 1.01)],
-)  # fmt: skip
+    [
+        ("stories260K", "int8", 1.001),
+        ("stories260K", "int4", 1.01),
+        ("babyllama361", "int8", 1.001),
+        ("babyllama361", "int4", 1.01),
+    ],
+)
 def test_a_quantised_cache_costs_a_thousandth_of_perplexity_in_int8_and_a_hundredth_in_int4(
     name: str, dtype: str, most: float, shared: Path
 ) -> None:
