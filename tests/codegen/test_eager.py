@@ -247,7 +247,7 @@ def test_cached_attention_is_cached_attention(look, padded, start, new):
     )
     seen = eager_ops.seen_cached_keys(q, mask, start, options["window"])
     found = eager_ops.cached_attention(
-        seen, q, k, v, *caches, start, options["window"], sinks, slopes, 0.3, options["softcap"]
+        seen, q, k, v, *caches, None, None, start, options["window"], sinks, slopes, 0.3, options["softcap"]
     )
     assert torch.allclose(found, expected, atol=1e-6)
     assert all(torch.equal(a, b) for a, b in zip(caches, expected_caches, strict=True))
@@ -260,3 +260,22 @@ def test_a_linear_of_fp8_is_the_linear_of_its_dequantised_weight(dtype):
     y = eager_ops.int8_linear(x, q, scale, dtype)
     expected = torch.nn.functional.linear(x.float(), q.float() * scale[:, None])
     assert close(y, expected, max(1e-5, 4 * torch.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize(("start", "queries"), [(0, 4), (5, 1), (5, 3)])
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8], ids=str)
+def test_cached_attention_over_numbers_is_the_same_over_what_they_stand_for(kind, start, queries, window):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 4, queries, 8), torch.randn(2, 2, queries, 8), torch.randn(2, 2, queries, 6)
+    widths = [size if kind == torch.int8 else size // 2 for size in (8, 6)]
+    caches = [torch.randint(0, 100, (2, 2, 9, width)).to(kind) for width in widths]
+    scales = [torch.rand(2, 2, 9) * 0.1 for _ in widths]
+    others = [tensor.clone() for tensor in (*caches, *scales)]
+    expected = slim.cached_attention(
+        q, k, v, *others[:2], start, None, None, None, *others[2:], layer=0, scale=0.3, window=window
+    )
+    seen = eager_ops.seen_cached_keys(q, None, start, window)
+    found = eager_ops.cached_attention(seen, q, k, v, *caches, *scales, start, window, None, None, 0.3, None)
+    assert torch.allclose(found, expected, atol=1e-6)
+    assert all(torch.equal(a, b) for a, b in zip((*caches, *scales), others, strict=True))

@@ -80,9 +80,13 @@ def test_int4_in_groups_costs_some_percent_of_perplexity_and_less_than_one_scale
 
 @pytest.mark.parametrize(
     ("name", "dtype", "most"),
-    [("stories260K", "int8", 1.001), ("stories260K", "int4", 1.01),
-     ("babyllama361", "int8", 1.001), ("babyllama361", "int4", 1.01)],
-)  # fmt: skip
+    [
+        ("stories260K", "int8", 1.001),
+        ("stories260K", "int4", 1.01),
+        ("babyllama361", "int8", 1.001),
+        ("babyllama361", "int4", 1.01),
+    ],
+)
 def test_a_quantised_cache_costs_a_thousandth_of_perplexity_in_int8_and_a_hundredth_in_int4(
     name: str, dtype: str, most: float, shared: Path
 ) -> None:
@@ -92,7 +96,7 @@ def test_a_quantised_cache_costs_a_thousandth_of_perplexity_in_int8_and_a_hundre
     assert perplexity(quantised, text) < perplexity(slim.compile(model), text) * most
 
 
-def test_the_demo_model_keeps_all_its_keys_in_int4_and_loses_less_than_a_hundredth() -> None:
+def test_the_demo_model_keeps_keys_of_two_layers_in_int4_and_loses_less_than_a_hundredth() -> None:
     import argparse
     import inspect
 
@@ -104,6 +108,7 @@ def test_the_demo_model_keeps_all_its_keys_in_int4_and_loses_less_than_a_hundred
     passages = windows((model / "heldout.txt").read_text(), AutoTokenizer.from_pretrained(model), 512, 8000)
     code = [inspect.getsource(module) for module in (argparse, inspect)]
     quantised = slim.compile(model, passes='quantize_kv("int4")', calibration=code)
-    assert quantised.report.passes[0].notes == []
+    assert [slot.key_bits for slot in quantised.slots] == [4, 4, 8, 8]
+    assert [slot.value_bits for slot in quantised.slots] == [4] * 4
     plain = score(slim.compile(model), passages).perplexity
     assert plain < score(quantised, passages).perplexity < plain * 1.01
