@@ -155,8 +155,9 @@ class GQA(Pass):
             if fits:
                 steps[layer.rows_out] = (layer, _fit)
         blocks = walk(
-            program, list(steps), ctx, asked_by=repr(self), gram=True, cross=fits, grain="site", notes=report.notes
-        )
+            program, list(steps), ctx, asked_by=repr(self), gram=True, cross=fits, dense=fits, grain="site",
+            notes=report.notes,
+        )  # fmt: skip
         for block in blocks:
             (site,) = block.values
             layer, step = steps[site]

@@ -126,10 +126,10 @@ class Quantize(Pass):
         choice = Choice(self.name, self.embeddings, self.head, self.exclude)
         grids = self._grids(program, choice, report)
         if self.method == "awq":
-            report.notes.append(move_scales(program, ctx, grids, self.name))
+            report.notes.append(move_scales(program, ctx, grids, repr(self)))
         if self.budget is not None:
-            grids = within_budget(program, ctx, report, grids, self.budget, self.name)
-        recipe = Recipe(self.name, self.method, self.activations, self.static, self.outliers, self.correction)
+            grids = within_budget(program, ctx, report, grids, self.budget, repr(self))
+        recipe = Recipe(repr(self), self.method, self.activations, self.static, self.outliers, self.correction)
         Work(program, ctx, report, recipe, grids).run()
         return report
 

@@ -72,7 +72,7 @@ class SmoothQuant(Pass):
         report = Report(skipped=skipped)
         rows = _ROWS if self.alpha == "search" else 0
         values = list(dict.fromkeys(value for site in sites for value in site.values))
-        statistics = collect(program, values, ctx, asked_by=self.name, rows=rows, notes=report.notes) if sites else {}
+        statistics = collect(program, values, ctx, asked_by=repr(self), rows=rows, notes=report.notes) if sites else {}
         known = len(program.facts.added)
         chosen: Counter[str] = Counter()
         for site in ctx.track("smoothing", sites):

@@ -228,6 +228,30 @@ def test_an_interrupted_walk_goes_on_where_it_was(empty_cache: Path, monkeypatch
     assert list(empty_cache.rglob("*.safetensors")) == []
 
 
+def test_an_interrupted_collection_goes_on_with_the_same_statistics(
+    empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoints, "EVERY", 0.0)
+    program = programs.lifted("llama", num_hidden_layers=4)
+    wanted = collect(program, sites(program), Context(calibration=TOKENS), asked_by="other", gram=True, rows=4)
+
+    def stop(what: str, done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    ctx = Context(calibration=TOKENS, progress=stop)
+    with pytest.raises(KeyboardInterrupt):
+        collect(program, sites(program), ctx, asked_by="test", gram=True, rows=4)
+    steps: list[int] = []
+    ctx = Context(calibration=TOKENS, progress=lambda what, done, total: steps.append(done))
+    found = collect(program, sites(program), ctx, asked_by="test", gram=True, rows=4)
+    assert len(steps) < 9  # of twelve, and one that ends them
+    for value in wanted:
+        a, b = wanted[value].tensors(""), found[value].tensors("")
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+
+
 def test_a_checkpoint_of_other_weights_or_data_is_not_taken(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "EVERY", 0.0)
     with pytest.raises(KeyboardInterrupt):

@@ -59,7 +59,7 @@ def collect(
 
     Args:
         values: the sites: nodes whose rows enter linears; see ``site_values``.
-        asked_by: the pass, for messages and progress.
+        asked_by: the pass with its options, its repr: for messages, progress, and to know its own checkpoint again.
         gram: whether E[x x^T] is needed.
         rows: how many sampled rows are needed.
         notes: takes what the user should know: how much data there was, and the memory it took.
@@ -71,7 +71,10 @@ def collect(
     missing = [value for value in values if not _serves(cache.get(value.name), gram, rows)]
     if missing:
         for block in walk(program, missing, ctx, asked_by=asked_by, gram=gram, rows=rows, changes=False, notes=notes):
-            cache |= {value.name: statistics for value, statistics in block.statistics.items()}
+            for value in block.values:
+                if not block.restored:
+                    block.results |= block.statistics[value].tensors(value.name)
+                cache[value.name] = SiteStatistics.of(block.results, value.name)
     return {value: cache[value.name] for value in values}
 
 
@@ -90,6 +93,7 @@ def walk(
     gram: bool = False,
     rows: int = 0,
     cross: bool = False,
+    dense: bool = False,
     meant: Program | None = None,
     grain: Grain = "block",
     changes: bool = True,
@@ -101,9 +105,10 @@ def walk(
     the statistics of that one are then those of the Program as rewritten so far.
 
     Args:
-        gram, rows: as ``collect`` has them.
+        asked_by, gram, rows: as ``collect`` has them.
         cross: whether E[x_dense x^T] is needed, with x_dense what entered the site before anything was changed; the
             model is then run twice side by side.
+        dense: whether the moments of x_dense themselves are needed too; beside cross.
         meant: a copy of the Program from before something was changed, that x_dense are to come from; implies cross.
         grain: "block": a stretch a transformer block. "site": a stretch a site, so that k sees what became of q.
         changes: False promises that nothing is rewritten, and saves running each stretch again.
@@ -114,7 +119,7 @@ def walk(
         ...         for linear in readers(value): ...
     """
     calibration = calibration_of(program, ctx, asked_by)
-    wanted = Wanted(gram=gram, rows=rows, cross=cross or meant is not None)
+    wanted = Wanted(gram=gram, rows=rows, cross=cross or meant is not None, dense=dense)
     label = f"{asked_by}: calibrating"
     run = Walk(program, list(values), ctx, calibration, wanted, grain, changes, label, meant)
     yield from run

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,7 @@ class SiteStatistics:
         mean: E x_j, [n].
         gram: E[x x^T], uncentred, [n, n]; None where it was not asked for.
         cross: E[x_dense x^T], [n, n], where x_dense are the same rows in the model before the walk changed it.
-        dense_gram, dense_mean: E[x_dense x_dense^T], [n, n], and E x_dense, [n]; there where ``cross`` is.
+        dense_gram, dense_mean: E[x_dense x_dense^T], [n, n], and E x_dense, [n]; None where they were not asked for.
         rows: a sample, [r, n], the same whenever the data are.
     """
 
@@ -37,18 +39,30 @@ class SiteStatistics:
     dense_mean: Tensor | None = None
     rows: Tensor | None = None
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The parts that are there, by name."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+    def tensors(self, site: str) -> dict[str, Tensor]:
+        """All of it as tensors, under names that begin with ``site``."""
+        return {f"{site}.{name}": torch.as_tensor(value) for name, value in vars(self).items() if value is not None}
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], site: str) -> SiteStatistics:
+        """What ``tensors`` made tensors of."""
+        held: dict[str, Any] = {field.name: tensors.get(f"{site}.{field.name}") for field in fields(cls)}
+        return cls(**{**held, "count": int(tensors[f"{site}.count"])})
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to keep of each site beside the sums over channels."""
+    """What to keep of each site beside the sums over channels.
+
+    Attributes:
+        gram, rows, cross: of ``SiteStatistics``.
+        dense: its ``dense_gram`` and ``dense_mean``, beside ``cross``.
+    """
 
     gram: bool = False
     rows: int = 0
     cross: bool = False
+    dense: bool = False
 
 
 class Accumulator:
@@ -63,8 +77,9 @@ class Accumulator:
         self.count = 0
         self._absmax, self._abssum, self._sum = (torch.zeros(width) for _ in range(3))
         self._gram = torch.zeros(width, width) if wanted.gram else None
-        self._cross, self._dense_gram = (torch.zeros(width, width) if wanted.cross else None for _ in range(2))
-        self._dense_sum = torch.zeros(width) if wanted.cross else None
+        self._cross = torch.zeros(width, width) if wanted.cross else None
+        self._dense_gram = torch.zeros(width, width) if wanted.dense else None
+        self._dense_sum = torch.zeros(width) if wanted.dense else None
         self._rows, self._keys = torch.zeros(0, width), torch.zeros(0)
         self._generator = torch.Generator().manual_seed(_SEED)
 
@@ -98,12 +113,11 @@ class Accumulator:
             self._sample(rows)
 
     def _add_dense(self, dense: Tensor, rows: Tensor) -> None:
-        assert self._cross is not None
-        assert self._dense_gram is not None
-        assert self._dense_sum is not None
-        self._cross.addmm_(dense.T, rows)
-        self._dense_gram.addmm_(dense.T, dense)
-        self._dense_sum += dense.sum(0)
+        if self._cross is not None:
+            self._cross.addmm_(dense.T, rows)
+        if self._dense_gram is not None and self._dense_sum is not None:
+            self._dense_gram.addmm_(dense.T, dense)
+            self._dense_sum += dense.sum(0)
 
     def _sample(self, rows: Tensor) -> None:
         """Every row gets a random key, and those with the largest keys stay: a fair sample of rows seen so far."""

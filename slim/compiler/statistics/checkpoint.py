@@ -33,7 +33,7 @@ State = list[list[dict[fx.Node, Any]]]
 
 
 class Checkpoint:
-    """The file of one walk, which its Program, its data and its label name."""
+    """The file of one walk, which its Program, its data and what is done with them name."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -43,14 +43,14 @@ class Checkpoint:
         self._open()
 
     @classmethod
-    def of(cls, program: Program, batches: Sequence[Batch], label: str) -> Checkpoint:
+    def of(cls, program: Program, batches: Sequence[Batch], purpose: str) -> Checkpoint:
         mark = zlib.crc32(str(program).encode())
         for name in program.weights:
             mark = _weight_mark(program, name, mark)
         for batch in batches:
             for value in batch.inputs:
                 mark = _tensor_mark(value, mark)
-        mark = zlib.crc32(label.encode(), mark)
+        mark = zlib.crc32(purpose.encode(), mark)
         return cls(cache_dir() / "walks" / f"{mark:08x}.safetensors")
 
     def _open(self) -> None:
@@ -63,7 +63,7 @@ class Checkpoint:
                 for key in file.keys():  # noqa: SIM118  it is no mapping
                     kind, index, name = key.split("/", 2)
                     if kind == "result":
-                        self._results.setdefault(int(index), {})[name] = file.get_tensor(key)
+                        self._results.setdefault(int(index), {})[name] = _aligned(file.get_tensor(key))
             log.info("going on with a walk that was interrupted after %d stretches: %s", self.stretches, self.path)
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             log.warning("%s cannot be used (%s): the walk begins anew", self.path, error)
@@ -84,7 +84,7 @@ class Checkpoint:
             for key in file.keys():  # noqa: SIM118
                 kind, index, name = key.split("/", 2)
                 if kind.startswith("live"):
-                    found.setdefault((int(kind[4:]), int(index)), {})[name] = file.get_tensor(key)
+                    found.setdefault((int(kind[4:]), int(index)), {})[name] = _aligned(file.get_tensor(key))
         return [[found.get((track, batch), {}) for batch in range(count)] for track, count in enumerate(counts)]
 
     def save(self, stretches: int, state: State) -> None:
@@ -116,6 +116,11 @@ class Checkpoint:
         """The walk is over."""
         with contextlib.suppress(OSError):
             self.path.unlink()
+
+
+def _aligned(read: Tensor) -> Tensor:
+    """In memory as torch lays it out, and not as it lies in the file: products add up in an order that hangs on it."""
+    return read.clone()
 
 
 def _weight_mark(program: Program, name: str, mark: int) -> int:

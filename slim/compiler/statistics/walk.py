@@ -131,7 +131,7 @@ class _Stretch:
             for spent in last.get(node, ()):
                 if spent not in self.out:
                     values.pop(spent, None)
-        return {node: value for node, value in values.items() if node in self.out}
+        return {node: _own(value) for node, value in values.items() if node in self.out}
 
     def _last_uses(self) -> dict[fx.Node, list[fx.Node]]:
         """Node -> the values that nothing reads after it."""
@@ -164,6 +164,11 @@ class _Both:
 def _call(node: fx.Node, values: Values | _Both) -> Any:
     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: values[n])
     return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _own(value: Any) -> Any:
+    """In memory of its own, and as a checkpoint brings it back: sums add up in the order of memory."""
+    return value.contiguous() if isinstance(value, Tensor) else value
 
 
 def _weight(program: Program, node: fx.Node) -> Tensor:
@@ -227,7 +232,7 @@ class Walk:
         return groups
 
     def __iter__(self) -> Iterator[Block]:
-        checkpoint = Checkpoint.of(self.program, self.batches, self.label)
+        checkpoint = Checkpoint.of(self.program, self.batches, self._purpose())
         start = self._restore(checkpoint)
         for index in range(start):
             yield Block(self.groups[index], {}, checkpoint.results(index), restored=True)
@@ -243,6 +248,10 @@ class Walk:
                 checkpoint.save(index + 1, self._state())
         self.ctx.progress(self.label, 1, 1)
         checkpoint.drop()
+
+    def _purpose(self) -> str:
+        """What tells this walk from others over the same Program and data: who asked, with which options, for what."""
+        return repr((self.label, self.wanted, self.changes, [[value.name for value in each] for each in self.groups]))
 
     # -- one stretch -----------------------------------------------------------------------------------------------
 

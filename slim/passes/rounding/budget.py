@@ -15,7 +15,7 @@ from slim.compiler.blocks import row_blocks
 from slim.compiler.passes_base import Context
 from slim.compiler.program import Program
 from slim.compiler.report import Report, short_bytes
-from slim.compiler.statistics import collect
+from slim.compiler.statistics import walk
 from slim.compiler.uses import Role, uses
 from slim.passes.rounding.curvature import Curvature
 from slim.passes.rounding.grid import Grid
@@ -99,10 +99,11 @@ def within_budget(
     """
     nodes = list(grids)
     choices = [_choices(node, grids[node]) for node in nodes]
-    curvatures = _curvatures(program, ctx, nodes, asked_by)
-    options = []
-    for node, found in ctx.track("weighing formats", list(zip(nodes, choices, strict=True))):
-        options.append([Option(_bytes(node, grid), _damage(program, node, grid, curvatures[node])) for grid in found])
+    damages = _damages(program, ctx, dict(zip(nodes, choices, strict=True)), asked_by)
+    options = [
+        [Option(_bytes(node, grid), damage) for grid, damage in zip(found, damages[node], strict=True)]
+        for node, found in zip(nodes, choices, strict=True)
+    ]
     rest = program.nbytes - sum(int(program.weights[str(node.target)].nbytes) for node in nodes)
     chosen = allocate(options, budget - rest)
     if chosen is None:
@@ -143,22 +144,32 @@ def _bytes(node: fx.Node, grid: Grid) -> float:
     return grid.bits(int(shape[-1])) * shape.numel() / 8
 
 
-def _curvatures(
-    program: Program, ctx: Context, nodes: Sequence[fx.Node], asked_by: str
-) -> dict[fx.Node, Curvature | None]:
-    """Of the first site that each weight is read at; None for tables."""
-    sites: dict[fx.Node, fx.Node] = {}
-    for node in nodes:
-        for use in uses(node):
-            if use.role in (Role.LINEAR, Role.EXPERTS) and isinstance(use.node.args[0], fx.Node):
-                sites.setdefault(node, use.node.args[0])
-    values = list(dict.fromkeys(sites.values()))
-    seen = {
-        value: Curvature(statistics.gram)
-        for value, statistics in collect(program, values, ctx, asked_by=asked_by, gram=True).items()
-        if statistics.gram is not None
-    }
-    return {node: seen.get(sites[node]) if node in sites else None for node in nodes}
+def _damages(
+    program: Program, ctx: Context, choices: Mapping[fx.Node, Sequence[Grid]], asked_by: str
+) -> dict[fx.Node, list[float]]:
+    """What each choice of each weight loses; by the inputs of the first site that reads it, where there are data."""
+    found: dict[fx.Node, list[float]] = {}
+    sites: dict[fx.Node, list[fx.Node]] = {}
+    if ctx.calibration is not None:
+        for node in choices:
+            for use in uses(node):
+                if use.role in (Role.LINEAR, Role.EXPERTS) and isinstance(use.node.args[0], fx.Node):
+                    sites.setdefault(use.node.args[0], []).append(node)
+                    break
+    for block in walk(program, list(sites), ctx, asked_by=asked_by, gram=True, changes=False) if sites else ():
+        for value in block.values:
+            for node in sites[value]:
+                name = str(node.target)
+                if not block.restored:
+                    gram = block.statistics[value].gram
+                    assert gram is not None
+                    curvature = Curvature(gram)
+                    lost = [_damage(program, node, grid, curvature) for grid in choices[node]]
+                    block.results[name] = torch.tensor(lost, dtype=torch.float64)
+                found[node] = block.results[name].tolist()
+    for node in ctx.track("weighing formats", [node for node in choices if node not in found]):
+        found[node] = [_damage(program, node, grid, None) for grid in choices[node]]
+    return found
 
 
 def _damage(program: Program, node: fx.Node, grid: Grid, curvature: Curvature | None) -> float:

@@ -32,12 +32,12 @@ def move_scales(program: Program, ctx: Context, grids: Mapping[fx.Node, Grid], a
     sites = [site for site in scale_sites(program)[0] if _grid_of(program, site, grids) is not None]
     values = list(dict.fromkeys(site.values[0] for site in sites))
     factors: dict[str, Tensor] = {}
-    for block in walk(program, values, ctx, asked_by=f"{asked_by} scales", gram=True, changes=False):
+    for block in walk(program, values, ctx, asked_by=asked_by, gram=True, changes=False):
         for site in sites:
-            statistics = block.statistics.get(site.values[0])
             grid = _grid_of(program, site, grids)
-            if statistics is not None and grid is not None:
-                factors[site.name] = _factors(program, site, grid, statistics)
+            if site.values[0] in block.statistics and grid is not None:
+                block.results[site.name] = _factors(program, site, grid, block.statistics[site.values[0]])
+        factors |= block.results
     moved = 0
     for site in sites:
         if bool((factors[site.name] != 1).any()):

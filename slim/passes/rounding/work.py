@@ -31,7 +31,7 @@ class Recipe:
     """How weights are rounded, and what is done beside it; see ``Quantize`` for each.
 
     Attributes:
-        asked_by: the pass, for messages and progress.
+        asked_by: the pass with its options: for messages, progress, and to know its checkpoint again.
         method: None where slim chooses by format and data.
     """
 
