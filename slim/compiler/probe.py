@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from slim.compiler.blocks import row_blocks
 from slim.compiler.program import Program
 from slim.compiler.types import Input, expression
-from slim.compiler.weights import Deferred
+from slim.compiler.weights import Derived
 
 # Two rows of thirteen tokens, one of them padded by four: enough for masks, positions and every layer to matter,
 # and small beside the weights that have to be read anyway.
@@ -177,21 +177,11 @@ def rounding_noise(probe: Probe, program: Program, outputs: Outputs) -> float:
 
 
 @dataclass(frozen=True, eq=False)
-class _Shaken:
+class _Shaken(Derived):
     """A weight that is off by one part in 1/eps at most, the same each time it is read."""
 
-    value: Tensor | Deferred
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.value.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape)
-
     def load(self) -> Tensor:
-        weight = self.value if isinstance(self.value, Tensor) else self.value.load()
+        weight = self.source()
         generator = torch.Generator().manual_seed(weight.numel())
         flat, eps = weight.reshape(-1), torch.finfo(weight.dtype).eps
         out = torch.empty_like(flat)

@@ -129,7 +129,7 @@ class Program:
     @torch.no_grad()
     def run(self, *args: Any) -> tuple[Any, ...]:
         """Executes node by node, dropping each value after its last use: weights on disk pass through one at a time."""
-        return _Streaming(self).run(*args)
+        return Streaming(self).run(*args)
 
     # -- rewriting -------------------------------------------------------------------------------------------------
 
@@ -182,7 +182,9 @@ class Program:
             del self.weights[name]
 
 
-class _Streaming(fx.Interpreter):
+class Streaming(fx.Interpreter):
+    """Runs a Program node by node; a subclass may look at what comes by."""
+
     def __init__(self, program: Program) -> None:
         super().__init__(fx.GraphModule({}, fx.Graph()), garbage_collect_values=True, graph=program.graph)
         self.extra_traceback = False  # errors of slim's own say all there is to say

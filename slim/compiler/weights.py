@@ -102,6 +102,25 @@ class Part:
         return tuple(slice(start, stop) for start, stop in self.index)
 
 
+@dataclass(frozen=True, eq=False)
+class Derived:
+    """A weight of the shape and type of another, made from it whenever it is read; a subclass says how, in ``load``."""
+
+    value: Tensor | Deferred
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.value.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    def source(self) -> Tensor:
+        """The other weight."""
+        return self.value if isinstance(self.value, Tensor) else self.value.load()
+
+
 @dataclass(frozen=True)
 class PartOf:
     """A Part of a value that may itself be deferred."""

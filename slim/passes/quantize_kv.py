@@ -10,16 +10,15 @@ import torch
 from torch import Tensor, fx
 
 from slim.compiler.dialect.kv import LEVELS
-from slim.compiler.dialect.quant import _dequantize, _quantize, _token_scale
 from slim.compiler.passes_base import Context, Pass
-from slim.compiler.program import Program, _Streaming
+from slim.compiler.program import Program, Streaming
 from slim.compiler.report import Report, Skip
 from slim.compiler.rounded_kv import readers_of, round_before, rounded
 from slim.compiler.rules import argument
 from slim.compiler.statistics import calibration_of
 from slim.compiler.statistics.batches import Batch
 
-aten = torch.ops.aten
+aten, slim = torch.ops.aten, torch.ops.slim
 
 _TOKENS = 8192  # of calibration that are looked at: means and errors of a layer need no more
 _TOLERATED = 0.08  # of what attention returns: a layer's error from int4 keys above which they get int8
@@ -64,6 +63,7 @@ class QuantizeKV(Pass):
         wide: dict[fx.Node, float] = {}
         if nodes and (ctx.calibration is not None or (self.dtype == "int4" and self.keys is None)):
             batches = _first(calibration_of(program, ctx, self.name).batches)
+            report.notes.append(f"looked at {sum(batch.tokens for batch in batches):,} calibration tokens")
             means = _means(program, nodes, batches)
             if self.dtype == "int4" and self.keys is None:
                 wide = {k: e for k, e in _errors(program, nodes, batches, means).items() if e > _TOLERATED}
@@ -124,7 +124,7 @@ class QuantizeKV(Pass):
 
 
 def _objection(node: fx.Node) -> str | None:
-    if node.target is not torch.ops.slim.attention.default:
+    if node.target is not slim.attention.default:
         return "it has a cache already"
     if not argument(node, "causal"):
         return "it looks at later tokens, so that no cache can hold its keys"
@@ -154,7 +154,7 @@ def _first(batches: Sequence[Batch]) -> list[Batch]:
     return taken
 
 
-class _Watching(_Streaming):
+class _Watching(Streaming):
     """Runs the Program, and shows ``seen`` each attention with its arguments and its result."""
 
     def __init__(self, program: Program, nodes: Sequence[fx.Node], seen: Any) -> None:
@@ -222,8 +222,8 @@ def _errors(
 
 def _rounded(x: Tensor, bits: int) -> Tensor:
     low, high = LEVELS[bits]
-    step = _token_scale(x, bits=bits)
-    return _dequantize(_quantize(x, step, axis=2, low=low, high=high), step, axis=2, dtype=x.dtype)
+    step = slim.token_scale(x, bits=bits)
+    return slim.dequantize(slim.quantize(x, step, axis=2, low=low, high=high), step, axis=2, dtype=x.dtype)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from slim import errors
 from slim.compiler.passes_base import Context
-from slim.compiler.program import Program, _Streaming
+from slim.compiler.program import Program, Streaming
 from slim.compiler.statistics import Block, calibration_of, collect, readers, site_values, walk
 from slim.compiler.statistics import checkpoint as checkpoints
 from slim.compiler.statistics.accumulate import Accumulator, Wanted
@@ -27,7 +27,7 @@ def sites(program: Program) -> list[fx.Node]:
     return site_values(list(program.nodes(LINEAR, EXPERTS)))
 
 
-class Recorded(_Streaming):
+class Recorded(Streaming):
     """Runs a Program node by node and keeps the rows of its sites."""
 
     def __init__(self, program: Program) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slim.compiler.blocks import row_blocks
 from slim.compiler.program import Program
-from slim.compiler.weights import Deferred
+from slim.compiler.weights import Derived
 
 
 def by_rows(weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype, of: Callable[[slice], Tensor]) -> Tensor:
@@ -22,7 +22,7 @@ def by_rows(weight: Tensor, shape: tuple[int, ...], dtype: torch.dtype, of: Call
 
 
 @dataclass(frozen=True, eq=False)
-class Scaled:
+class Scaled(Derived):
     """A weight [..., n] or [..., m, n] that is scaled whenever it is read: ``value * rows[:, None] * columns``.
 
     Attributes:
@@ -31,20 +31,11 @@ class Scaled:
         columns: float32 [n], or None for ones.
     """
 
-    value: Tensor | Deferred
     rows: Tensor | None = None
     columns: Tensor | None = None
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.value.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.value.shape)
-
     def load(self) -> Tensor:
-        weight = self.value if isinstance(self.value, Tensor) else self.value.load()
+        weight = self.source()
         rows = None if self.rows is None else self.rows.to(weight.device)
         columns = None if self.columns is None else self.columns.to(weight.device)
 

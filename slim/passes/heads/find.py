@@ -18,7 +18,7 @@ aten, slim = torch.ops.aten, torch.ops.slim
 _COPIES = frozenset({
     aten.clone.default, aten.contiguous.default, aten.alias.default, aten._to_copy.default, aten.detach.default,
 })  # fmt: skip
-_RESHAPES = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
+RESHAPES = frozenset({aten.view.default, aten._unsafe_view.default, aten.reshape.default})
 _TRANSPOSES = frozenset({aten.transpose.int, aten.permute.default})
 _SCALES = frozenset({aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar})
 _NORMS = frozenset({slim.rms_norm.default, slim.layer_norm.default})
@@ -157,7 +157,7 @@ def _projection(value: object, what: str) -> Projection:
 
 def _source(node: fx.Node, what: str) -> fx.Node:
     """The value that ``node`` moves, copies, scales or turns."""
-    known = node.target in _COPIES | _RESHAPES | _TRANSPOSES | _SCALES | _NORMS or node.target is _ROPE
+    known = node.target in _COPIES | RESHAPES | _TRANSPOSES | _SCALES | _NORMS or node.target is _ROPE
     if not known:
         origin = node.target if node.op == "call_function" else f"{node.op} {node.target}"
         raise LeftAlone(f"{origin} stands between its {what} and a linear")
@@ -192,7 +192,7 @@ class _Axes:
         rank = len(node.meta["val"].shape)
         if node.target in _COPIES:
             return
-        if node.target in _RESHAPES:
+        if node.target in RESHAPES:
             self._split(node)
         elif node.target in _TRANSPOSES:
             moved = _order(node, rank)
@@ -265,7 +265,7 @@ def _reader(attention: fx.Node) -> fx.Node:
         if user.target in _TRANSPOSES and not flat:
             moved = _order(user, len(shape))
             head, channel = moved.index(head), moved.index(channel)
-        elif user.target in _RESHAPES and _joins(node, shape, head, channel, flat):
+        elif user.target in RESHAPES and _joins(node, shape, head, channel, flat):
             flat, head, channel = True, len(shape) - 1, len(shape) - 1
         elif user.target not in _COPIES:
             raise LeftAlone(f"{user.target} stands between its result and the next linear")

@@ -9,7 +9,7 @@ from torch import fx
 
 from slim.compiler.program import Program
 from slim.compiler.weights import Part
-from slim.passes.heads.find import _RESHAPES, Heads, Projection
+from slim.passes.heads.find import RESHAPES, Heads, Projection
 from slim.passes.heads.layer import Made
 
 # What configurations call the number of kv heads.
@@ -24,7 +24,7 @@ def write_heads(program: Program, heads: Heads, made: Made, kv_heads: int) -> No
         node.meta["val"] = program.typer.value(node, program.weights)
     for one in (heads.k, heads.v):
         for node in one.path:
-            if node.target in _RESHAPES:
+            if node.target in RESHAPES:
                 _say_heads(node, one, kv_heads)
         for node in (one.linear, *one.path):
             node.meta["val"] = program.typer.value(node, program.weights)

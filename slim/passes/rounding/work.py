@@ -146,6 +146,14 @@ class Work:
         self._note(f"experts get no {what}")
         return False
 
+    def _is_worth_correcting(self, name: str, weight: Tensor) -> bool:
+        """Whether the product is smaller than the weight that it stands beside."""
+        m, n = weight.shape
+        if self.recipe.correction * (m + n) < m * n:
+            return True
+        self._note(f"{name} gets no correction: of rank {self.recipe.correction} it would hold as much as the weight")
+        return False
+
     def _note(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
@@ -164,7 +172,7 @@ class Work:
         if curvature is not None and is_shared(node):
             curvature = curvature.for_table()
         rounded = round_weight(weight, grid, self._method(grid, curvature), curvature)
-        if corrects and curvature is not None:
+        if corrects and curvature is not None and self._is_worth_correcting(name, weight):
             error = weight.float() - rounded.restored()
             outer, inner = low_rank_correction(error, curvature, self.recipe.correction)
             made |= {f"{name}_inner": inner.to(weight.dtype), f"{name}_outer": outer.to(weight.dtype)}
