@@ -125,7 +125,14 @@ BLOCKS = {
     "bf16": (64, 96, torch.bfloat16, 0.5, "", 3e-2),
     "int8": (48, 80, torch.float32, 0.6, 'quantize("int8", method="rtn")', 0.06),
     "int4 in groups": (64, 96, torch.float32, 0.8, 'quantize("int4", group_size=16, method="rtn")', 0.06),
-    "int8 rows": (48, 80, torch.float32, 0.6, 'quantize("int8", activations="int8", method="rtn")', 5e-3),  # a tie may turn
+    "int8 rows": (
+        48,
+        80,
+        torch.float32,
+        0.6,
+        'quantize("int8", activations="int8", method="rtn")',
+        5e-3,
+    ),  # a tie may turn
 }
 
 

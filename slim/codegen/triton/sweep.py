@@ -181,7 +181,7 @@ class Results:
         goes = Axis(column.name.replace("column", f"goes{tag}"), column.mask)
         placed = _Stored.of(self.writer, to.body, to.out.shape, to.out, row, goes, {}, f"placed{index}", "p", f"{tag}p")
         offset = "" if to.columns.offset == 0 else f" + {self.writer.size(to.columns.offset)}"
-        placed.lines.append(f"goes{tag} = tl.load({self.writer.pointer(to.columns.buffer)}{offset} + at)")
+        placed.lines.append(f"goes{tag} = tl.load({self.writer.pointer(to.columns.buffer)}{offset} + at).to(tl.int32)")
         return plain, placed
 
     def early(self) -> list[str]:

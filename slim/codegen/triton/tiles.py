@@ -226,6 +226,8 @@ def many_configurations(sweep: Sweep) -> list[Config]:
             (128, 128, 64, 8, 3), (128, 256, 64, 8, 3), (128, 128, 64, 4, 4), (64, 128, 64, 4, 4), (128, 64, 64, 4, 4),
             (64, 64, 64, 4, 4), (256, 128, 64, 8, 3), (128, 128, 128, 8, 2),
         ]  # fmt: skip
+        if any(branch.part.placed is not None for branch in sweep.branches):  # an address for each result, in registers
+            shapes.insert(0, (128, 64, 64, 8, 3))
     found: list[Config] = []
     for block_m, block_n, block_k, warps, stages in shapes:
         if operand(sweep) == "tl.int8":

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks.pairs import RandomPairs
 from slim.codegen.regions.lower import lower
-from slim.codegen.regions.schedule import Schedule
+from slim.codegen.regions.schedule import Linear, Schedule
 from slim.codegen.triton.ahead import compile_for
 from slim.codegen.triton.decoding import choose
 from slim.codegen.triton.device import ahead
@@ -20,6 +21,7 @@ from slim.codegen.triton.emit import WANTS, Unit, emit
 from slim.codegen.triton.kernel import Kernel, Stage
 from slim.codegen.triton.launching import Sizes, form_of
 from slim.compiler.lift import lift
+from slim.compiler.passes_base import Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.uses import UNPACKS
 from slim.runtime.binding import bind_cache
@@ -41,6 +43,18 @@ def llama() -> list[Schedule]:
     torch.manual_seed(0)
     lifted = lift(LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).eval())
     return [lower(bind_cache(lifted, masked=masked, last_only=True), WANTS) for masked in (False, True)]
+
+
+def pairs(*passes: Pass) -> Schedule:
+    """Linears of the same Llama in pivot storage: those whose kernels hold most at once."""
+    torch.manual_seed(0)
+    lifted = lift(LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).eval())
+    for each in (RandomPairs(0.6), *passes):
+        each.run(lifted, Context())
+    schedule = lower(bind_cache(lifted, masked=False, last_only=True), WANTS)
+    placing = [r for r in schedule.regions if isinstance(r, Linear) and any(part.placed for part in r.parts)]
+    schedule.regions = [placing[0], placing[4], placing[-1]]  # q, k and v; pivots and others that a residual reads
+    return schedule
 
 
 # format -> (bits of a number, group, format of zero points, type in memory)
@@ -107,7 +121,7 @@ def facts(kernel: Kernel, arch: str, sizes: dict[str, int] | None = None) -> dic
 
 
 def main(*archs: str) -> None:
-    schedules = {"bf16": llama()}
+    schedules = {"bf16": llama(), "pairs": [pairs()]}
     for format in FORMATS:
         schedules[format] = [lower(gate_and_up(format), WANTS)]
     for format in ("int8", "int4"):

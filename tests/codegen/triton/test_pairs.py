@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from slim.codegen.regions.pointwise import op
 from slim.codegen.regions.scalars import Lane, Load
@@ -12,13 +13,12 @@ from slim.codegen.regions.schedule import Linear, Pair, Placed
 pytest.importorskip("triton")
 
 from benchmarks.pairs import RandomPairs
+from slim.compiler.lift import lift
 from slim.compiler.passes_base import Context
-from slim.compiler.program import Program
 from slim.runtime.compiled import CompiledModel
 from tests.codegen.triton.run import run
 from tests.codegen.triton.test_linear import ROWS, TOLERANCE, Case, node
 from tests.compiled import difference
-from tests.programs import program
 
 WHOLE = 40  # columns
 
@@ -48,31 +48,25 @@ def test_each_result_goes_to_its_column(rows: tuple[int, ...], dtype: torch.dtyp
         assert difference(case.tensors[part.out.buffer], results) < TOLERANCE[dtype]
 
 
-def gated() -> Program:
-    """A gated feed-forward with its residual, all of pairs."""
-    torch.manual_seed(0)
-    weights = {"gain": torch.rand(32) + 0.5}
-    weights |= {name: torch.randn(48, 32) / 6 for name in ("gate", "up")}
-    weights |= {"down": torch.randn(32, 48) / 7, "shift": torch.randn(32)}
-    text = """
-        n = slim.rms_norm.default(x, weights["gain"], eps=1e-5)
-        gate = aten.linear.default(n, weights["gate"])
-        up = aten.linear.default(n, weights["up"])
-        a = aten.silu.default(gate)
-        b = aten.mul.Tensor(a, up)
-        down = aten.linear.default(b, weights["down"], weights["shift"])
-        y = aten.add.Tensor(x, down)
-        return (y,)
-    """
-    lines = "\n".join(line.strip() for line in text.strip().splitlines())
-    found = program(lines, weights, inputs="x: f32[B, S, 32]")
-    RandomPairs(0.6, multiple=1).run(found, Context())
-    return found
+class FeedForward(nn.Module):
+    """Gated, with its norm and residual."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(32)
+        self.gate, self.up = nn.Linear(32, 48), nn.Linear(32, 48, bias=False)
+        self.down = nn.Linear(48, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        return x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
 
 
 @pytest.mark.parametrize("rows", [(1, 1), (2, 3), (1, 40)])
 def test_a_feed_forward_of_pairs_says_what_the_graph_does(rows: tuple[int, int]) -> None:
-    found = gated()
-    kernels, eager = (CompiledModel(found, target) for target in ("cuda", "eager"))
+    torch.manual_seed(0)
+    program = lift(FeedForward().eval(), (torch.randn(2, 3, 32),))
+    RandomPairs(0.6, multiple=1).run(program, Context())
+    kernels, eager = (CompiledModel(program, target) for target in ("cuda", "eager"))
     x = torch.randn(*rows, 32)
     assert difference(kernels(x.to(kernels.device)).cpu(), eager(x)) < 1e-5
