@@ -127,6 +127,7 @@ class Context:
         calibration: what the user gave, for passes that need activations.
         batches: the calibration data as read for the Program, once a pass has asked.
         collected: what passes collected, by name; the pipeline drops what a pass does not preserve.
+        original: the Program before any pass, for passes that hold a later one against it.
         probed: the probe and what the Program makes of it after the last pass, where the pipeline measured that.
     """
 
@@ -138,6 +139,7 @@ class Context:
     calibration: Any = None
     batches: Any = None
     collected: dict[str, Any] = field(default_factory=dict)
+    original: Program | None = None
     probed: tuple[Probe, Any] | None = None
 
     def track(self, what: str, items: Iterable[T]) -> Iterator[T]:

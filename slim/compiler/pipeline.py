@@ -75,6 +75,7 @@ class _Run:
     latest: Outputs = ()
 
     def begin(self, program: Program) -> None:
+        self.ctx.original = program
         self.dump.stage("lift", program)
         if self.passes and self.ctx.verify:
             with _timed(self.report.seconds, "probe"):
