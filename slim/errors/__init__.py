@@ -36,6 +36,7 @@ from slim.errors.running import (
     CacheMismatch,
     CacheUnsupported,
     EmptyPrompt,
+    MissingPackage,
     NotGenerative,
     PromptTooLong,
     TokenOutOfRange,
@@ -47,8 +48,9 @@ from slim.errors.targets import BadEnvironment, BuildFailed, KernelFailed, Targe
 __all__ = [
     "ArtifactCorrupt", "ArtifactVersion", "BadEnvironment", "BadIR", "BadInput", "BadPassOption", "BadPipelineText",
     "BuildFailed", "CacheMismatch", "CacheUnsupported", "CheckpointCorrupt", "ContradictoryOptions", "EmptyPrompt",
-    "ExportUnsupported", "KernelFailed", "LiftFailed", "ModelNotFound", "NeedsCalibration", "NoTokenizer",
-    "NonFiniteActivation", "NonFiniteWeight", "NotGenerative", "NotLossless", "PassFailed", "PassMatchedNothing",
-    "PassOrder", "PromptTooLong", "SaveFailed", "SlimError", "TargetUnavailable", "TokenOutOfRange", "UnknownPass",
-    "UnknownTarget", "UnreadableFile", "UnsupportedGenerateOption", "UnsupportedModel", "VerificationFailed",
+    "ExportUnsupported", "KernelFailed", "LiftFailed", "MissingPackage", "ModelNotFound", "NeedsCalibration",
+    "NoTokenizer", "NonFiniteActivation", "NonFiniteWeight", "NotGenerative", "NotLossless", "PassFailed",
+    "PassMatchedNothing", "PassOrder", "PromptTooLong", "SaveFailed", "SlimError", "TargetUnavailable",
+    "TokenOutOfRange", "UnknownPass", "UnknownTarget", "UnreadableFile", "UnsupportedGenerateOption",
+    "UnsupportedModel", "VerificationFailed",
 ]  # fmt: skip
