@@ -37,6 +37,7 @@ from slim.errors.running import (
     CacheMismatch,
     CacheUnsupported,
     EmptyPrompt,
+    MissingPackage,
     NotGenerative,
     PromptTooLong,
     TokenOutOfRange,
@@ -48,9 +49,9 @@ from slim.errors.targets import BadEnvironment, BuildFailed, KernelFailed, Targe
 __all__ = [
     "ArtifactCorrupt", "ArtifactVersion", "BadEnvironment", "BadIR", "BadInput", "BadPassOption", "BadPipelineText",
     "BuildFailed", "CacheMismatch", "CacheUnsupported", "CheckpointCorrupt", "ContradictoryOptions", "EmptyPrompt",
-    "ExportUnsupported", "KernelFailed", "LiftFailed", "ModelNotFound", "NeedsCalibration", "NoTokenizer",
-    "NonFiniteActivation", "NonFiniteWeight", "NotGenerative", "NotLossless", "NothingToHeal", "PassFailed",
-    "PassMatchedNothing", "PassOrder", "PromptTooLong", "SaveFailed", "SlimError", "TargetUnavailable",
+    "ExportUnsupported", "KernelFailed", "LiftFailed", "MissingPackage", "ModelNotFound", "NeedsCalibration",
+    "NoTokenizer", "NonFiniteActivation", "NonFiniteWeight", "NotGenerative", "NotLossless", "NothingToHeal",
+    "PassFailed", "PassMatchedNothing", "PassOrder", "PromptTooLong", "SaveFailed", "SlimError", "TargetUnavailable",
     "TokenOutOfRange", "UnknownPass", "UnknownTarget", "UnreadableFile", "UnsupportedGenerateOption",
     "UnsupportedModel", "VerificationFailed",
 ]  # fmt: skip

@@ -24,6 +24,17 @@ class UnreadableFile(SlimError, OSError):
     reason: str
 
 
+class MissingPackage(SlimError, ImportError):
+    """Something was asked for that needs a package which slim does without otherwise."""
+
+    message = "{what} needs {package}, which is not installed"
+    hint = "pip install 'slim-compiler[{extra}]'."
+
+    what: str
+    package: str
+    extra: str
+
+
 class EmptyPrompt(SlimError, ValueError):
     """There is no token to continue from."""
 
