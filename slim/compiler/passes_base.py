@@ -18,6 +18,8 @@ from slim.compiler.report import Report
 
 # What may be true of a Program and taken away for good: the vocabulary of requires and invalidates.
 FLOAT_WEIGHTS = "float weights"
+FLOAT_KV = "keys and values in floating point"
+UNSMOOTHED = "norm gains that hold no smoothing"  # to fold them would undo it
 
 # What may be collected from a Program, once, and handed from pass to pass: the vocabulary of preserves.
 STATISTICS = "statistics"
