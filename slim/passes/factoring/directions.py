@@ -1,0 +1,120 @@
+"""The directions that a linear's results mostly lie in, seen by what enters and by what is made of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+_DAMPING = 0.01  # of the mean diagonal of what weighs results: no direction of them costs nothing
+_RETRIES = 10
+
+
+def leading_directions(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """(losses [k], directions [m, k]), k = min(m, n): the orthonormal u that W x mostly lies along, the longest first.
+
+    Keeping r of them, as ``u u^T W``, is the product of rank r that loses least of E|W x|^2, and what it loses is the
+    sum of the losses behind the first r. They are the eigenvectors of W C W^T, and no inverse is taken: C may be
+    singular.
+
+    Args:
+        weight: W, [m, n], float64. moments: C = E[x x^T], [n, n], float64.
+    """
+    m, n = weight.shape
+    if m <= n:
+        values, vectors = _eigen(weight @ moments @ weight.T)
+        return values, vectors
+    root = _root(moments)  # the same directions, from the smaller side
+    values, vectors = _eigen(root.T @ weight.T @ weight @ root)
+    return values, torch.linalg.qr(weight @ (root @ vectors)).Q
+
+
+def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, the largest first and none below zero, and eigenvectors of a symmetric matrix."""
+    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
+    return values.flip(0).clamp_min(0), vectors.flip(1)
+
+
+def _root(matrix: Tensor) -> Tensor:
+    """R with ``R R^T = matrix``, which may be singular."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return vectors * values.clamp_min(0).sqrt()
+
+
+@dataclass(frozen=True, eq=False)
+class Importance:
+    """How much an error e of a linear's result costs: e^T S e, with S = E[g g^T] damped, or 1 where nothing is known.
+
+    Args:
+        moments: of gradients by the results: S [m, m], its diagonal [m], or None for 1.
+    """
+
+    moments: Tensor | None = None
+
+    @cached_property
+    def _lower(self) -> Tensor:
+        """K with K K^T = S; of a diagonal, its root."""
+        assert self.moments is not None
+        wide = self.moments.double()
+        if wide.dim() == 1:
+            return (wide + _damp(wide.mean())).sqrt()
+        unit, damping = _damp(wide.diagonal().mean()), 1.0
+        for _ in range(_RETRIES):
+            damped = wide.clone()
+            damped.diagonal().add_(damping * unit)
+            lower, failed = torch.linalg.cholesky_ex(damped)
+            if not int(failed):
+                return lower
+            damping *= 2
+        raise ArithmeticError("moments of gradients are not positive definite")
+
+    def weighed(self, rows: Tensor) -> Tensor:
+        """K^T rows: what has the plain square that ``rows`` [m, ...] have in S."""
+        if self.moments is None:
+            return rows
+        return self._lower.T @ rows if self._lower.dim() == 2 else self._lower[:, None] * rows
+
+    def unweighed(self, rows: Tensor) -> Tensor:
+        """K^-T rows."""
+        if self.moments is None:
+            return rows
+        if self._lower.dim() == 1:
+            return rows / self._lower[:, None]
+        return torch.linalg.solve_triangular(self._lower.T, rows, upper=True)
+
+
+def _damp(mean: Tensor) -> Tensor:
+    return _DAMPING * mean if float(mean) > 0.0 else torch.ones_like(mean)
+
+
+@dataclass(frozen=True, eq=False)
+class Product:
+    """W as ``outer inner``, of the rank that it has left.
+
+    Attributes:
+        outer: [m, r]. inner: [r, n]. Both float64.
+    """
+
+    outer: Tensor
+    inner: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, moments: Tensor, importance: Importance, rank: int) -> Product:
+        """The product of rank ``rank`` that loses least of what W x is worth."""
+        seen = importance.weighed(weight.double())
+        _, directions = leading_directions(seen, moments.double())
+        kept = directions[:, :rank]
+        return cls(importance.unweighed(kept), kept.T @ seen)
+
+    @property
+    def whole(self) -> Tensor:
+        return self.outer @ self.inner
+
+
+def losses(weight: Tensor, moments: Tensor, importance: Importance) -> Tensor:
+    """What keeping r directions loses, for r = 0 to min(m, n): [min(m, n) + 1]; the first is all there is."""
+    values, _ = leading_directions(importance.weighed(weight.double()), moments.double())
+    lost = values.flip(0).cumsum(0).flip(0)
+    return torch.cat([lost, lost.new_zeros(1)])
