@@ -34,17 +34,40 @@ def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[int] | 
     left = budget - sum(site[index].cost for site, index in zip(options, chosen, strict=True))
     if left < 0:
         return None
-    steps = []
-    for site, hull in enumerate(hulls):
-        for before, after in pairwise(hull):
-            old, new = options[site][before], options[site][after]
-            steps.append(((old.damage - new.damage) / (new.cost - old.cost), site, before, after))
-    for _, site, before, after in sorted(steps, key=lambda step: (-step[0], step[1])):
+    for site, before, after in _climb(options, hulls):
         price = options[site][after].cost - options[site][before].cost
         if chosen[site] == before and price <= left:
             chosen[site] = after
             left -= price
     return chosen
+
+
+def together(options: Sequence[Sequence[Option]]) -> list[tuple[Option, list[int]]]:
+    """The options of several sites taken as one: what they cost and lose in sum, and which option each takes.
+
+    Those on the lower convex hull of all combinations, the cheapest first.
+    """
+    hulls = [_hull(site) for site in options]
+    chosen = [hull[0] for hull in hulls]
+    found = [chosen]
+    for site, _, after in _climb(options, hulls):
+        found.append([after if index == site else held for index, held in enumerate(found[-1])])
+    return [(_sum(options, chosen), chosen) for chosen in found]
+
+
+def _sum(options: Sequence[Sequence[Option]], chosen: Sequence[int]) -> Option:
+    taken = [site[index] for site, index in zip(options, chosen, strict=True)]
+    return Option(sum(option.cost for option in taken), sum(option.damage for option in taken))
+
+
+def _climb(options: Sequence[Sequence[Option]], hulls: Sequence[Sequence[int]]) -> list[tuple[int, int, int]]:
+    """(site, from, to) along all hulls, the step that undoes the most damage for its cost first."""
+    steps = []
+    for site, hull in enumerate(hulls):
+        for before, after in pairwise(hull):
+            old, new = options[site][before], options[site][after]
+            steps.append(((old.damage - new.damage) / (new.cost - old.cost), site, before, after))
+    return [step[1:] for step in sorted(steps, key=lambda step: (-step[0], step[1]))]
 
 
 def _hull(site: Sequence[Option]) -> list[int]:

@@ -11,8 +11,8 @@ from slim.compiler.passes_base import FLOAT_WEIGHTS, STATISTICS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip, short_count
 from slim.passes.factoring.forms import Storage
-from slim.passes.factoring.ranks import Budget, chosen_ranks, share
-from slim.passes.factoring.sites import Site, find_sites
+from slim.passes.factoring.ranks import Budget, Group, chosen_ranks, share
+from slim.passes.factoring.sites import Linear, Site, by_rows, find_linears
 from slim.passes.factoring.work import factor, factor_as_published, spectra, weigh
 from slim.passes.rounding.select import Choice
 
@@ -31,6 +31,7 @@ class LowRank(Pass):
 
     Shapes: W [m, n] of rank r becomes r of its rows, ``<name>_pivots`` [r, n], and the coefficients that make the other
     rows of these, ``<name>_rest`` [m - r, r]: r (m + n - r) numbers, and ``<name>_order`` [m] puts results in order.
+    Linears that read the same rows (q, k and v; gate and up) become one matrix where that loses less.
     ``storage="factors"`` holds ``<name>_inner`` [r, n] and ``<name>_outer`` [m, r]: r (m + n). What the Program takes
     and returns, and its configuration, stay as they are; plain transformers cannot hold the result.
 
@@ -99,41 +100,44 @@ class LowRank(Pass):
         """Replaces linears, and the weights that they read."""
         report = Report()
         multiple = 1 if self._published and self.multiple is None else self.multiple
-        choice = Choice(self.name, False, self.head, self.exclude)
-        sites = list(find_sites(program, choice, report, multiple))
         budget = Budget(self.keep, self._storage, multiple, self.least_saving)
-        if sites:
-            self._choose(program, ctx, sites, budget)
+        linears = list(find_linears(program, Choice(self.name, False, self.head, self.exclude), report, multiple))
+        sites = self._with_ranks(program, ctx, linears, budget) if linears else []
         chosen = [site for site in sites if site.rank is not None]
-        report.skipped += [Skip(site.name, self._whole(site, budget)) for site in sites if site.rank is None]
+        for site in sites:
+            if site.rank is None:
+                report.skipped += [Skip(linear.name, self._whole(site, budget)) for linear in site.linears]
         if chosen and self.method == "whitened":
             factor(program, ctx, chosen, self._storage, repr(self), report)
         elif chosen:
             factor_as_published(program, ctx, chosen, self._storage, self.method, repr(self), report)
-        report.matched += [site.name for site in chosen]
+        report.matched += [linear.name for site in chosen for linear in site.linears]
         report.notes += [str(site) for site in chosen]
         report.notes += [self._held(sites)] if chosen else []
         return report
 
-    def _choose(self, program: Program, ctx: Context, sites: Sequence[Site], budget: Budget) -> None:
-        """Gives every site its rank, or None, and says what it will lose where that is known."""
+    def _with_ranks(self, program: Program, ctx: Context, linears: Sequence[Linear], budget: Budget) -> list[Site]:
+        """Every linear in a site with its rank, or None, and with what it will lose, where that is known."""
+        alone = [Site((linear,)) for linear in linears]
         if self._published:
-            for site in sites:
+            for site in alone:
                 site.rank = budget.even(site)
-            return
-        if self.importance != "none":
-            weigh(program, ctx, sites, repr(self))
-        lost = spectra(program, ctx, sites, repr(self))
+            return alone
         even = self.importance == "none"
-        ranks = [budget.even(site) for site in sites] if even else chosen_ranks(sites, lost, budget)
-        if ranks is None:
+        if not even:
+            weigh(program, ctx, linears, repr(self))
+        groups = [Group([Site((linear,))], None) for linear in linears] if even else _groups(linears)
+        lost = spectra(program, ctx, [site for group in groups for site in group.sites], repr(self))
+        apart = [site for group in groups for site in group.apart]
+        plan = [(site, budget.even(site)) for site in apart] if even else chosen_ranks(groups, lost, budget)
+        if plan is None:
             self._refuse("keep", f"even the smallest ranks hold more than {self.keep:.1%} of the numbers")
-        for site, rank in zip(sites, ranks, strict=True):
-            site.rank = rank
-            site.predicted = None if rank is None else share(lost[site.name], rank)
+        for site, rank in plan:
+            site.rank, site.predicted = rank, None if rank is None else share(lost[site.name], rank)
+        return [site for site, _ in plan]
 
     def _whole(self, site: Site, budget: Budget) -> str:
-        """Why a site is not factored."""
+        """Why a linear is not factored."""
         if not budget.ranks(site):
             saved = f", {self.least_saving:,} bytes at least" * bool(self.least_saving)
             return f"no lower rank saves enough{saved}"
@@ -145,3 +149,11 @@ class LowRank(Pass):
         """How much of the budget is used."""
         held, whole = sum(site.cost(self._storage, site.rank) for site in sites), sum(site.size for site in sites)
         return f"the linears hold {short_count(held)} numbers of {short_count(whole)}: {held / whole:.2%}"
+
+
+def _groups(linears: Sequence[Linear]) -> list[Group]:
+    """Linears that read the same rows, each on its own and all as one."""
+    return [
+        Group([Site((linear,)) for linear in found], Site(tuple(found)) if len(found) > 1 else None)
+        for found in by_rows(linears)
+    ]

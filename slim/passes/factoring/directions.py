@@ -48,45 +48,54 @@ class Importance:
     """How much an error e of a linear's result costs: e^T S e, with S = E[g g^T] damped, or 1 where nothing is known.
 
     Args:
-        moments: of gradients by the results: S [m, m], its diagonal [m], or None for 1.
+        moments: of gradients by the results: S [m, m] or its diagonal [m], one for each of the linears whose results
+            are taken together; none for 1.
     """
 
-    moments: Tensor | None = None
+    moments: tuple[Tensor, ...] = ()
 
     @cached_property
-    def _lower(self) -> Tensor:
-        """K with K K^T = S; of a diagonal, its root."""
-        assert self.moments is not None
-        wide = self.moments.double()
-        if wide.dim() == 1:
-            return (wide + _damp(wide.mean())).sqrt()
-        unit, damping = _damp(wide.diagonal().mean()), 1.0
-        for _ in range(_RETRIES):
-            damped = wide.clone()
-            damped.diagonal().add_(damping * unit)
-            lower, failed = torch.linalg.cholesky_ex(damped)
-            if not int(failed):
-                return lower
-            damping *= 2
-        raise ArithmeticError("moments of gradients are not positive definite")
+    def _roots(self) -> list[Tensor]:
+        return [_root_of_importance(moments.double()) for moments in self.moments]
 
     def weighed(self, rows: Tensor) -> Tensor:
-        """K^T rows: what has the plain square that ``rows`` [m, ...] have in S."""
-        if self.moments is None:
+        """K^T rows, with K K^T = S: what has the plain square that ``rows`` [m, ...] have in S."""
+        if not self.moments:
             return rows
-        return self._lower.T @ rows if self._lower.dim() == 2 else self._lower[:, None] * rows
+        parts = rows.split([len(root) for root in self._roots])
+        done = [
+            root.T @ part if root.dim() == 2 else root[:, None] * part
+            for root, part in zip(self._roots, parts, strict=True)
+        ]
+        return torch.cat(done)
 
     def unweighed(self, rows: Tensor) -> Tensor:
         """K^-T rows."""
-        if self.moments is None:
+        if not self.moments:
             return rows
-        if self._lower.dim() == 1:
-            return rows / self._lower[:, None]
-        return torch.linalg.solve_triangular(self._lower.T, rows, upper=True)
+        parts = rows.split([len(root) for root in self._roots])
+        done = [
+            torch.linalg.solve_triangular(root.T, part, upper=True) if root.dim() == 2 else part / root[:, None]
+            for root, part in zip(self._roots, parts, strict=True)
+        ]
+        return torch.cat(done)
 
 
-def _damp(mean: Tensor) -> Tensor:
-    return _DAMPING * mean if float(mean) > 0.0 else torch.ones_like(mean)
+def _root_of_importance(moments: Tensor) -> Tensor:
+    """K, lower triangular, with K K^T = moments, damped; of a diagonal, its root."""
+    wide = moments.dim() == 1
+    mean = moments.mean() if wide else moments.diagonal().mean()
+    unit, damping = mean if float(mean) > 0.0 else torch.ones_like(mean), _DAMPING
+    if wide:
+        return (moments + damping * unit).sqrt()
+    for _ in range(_RETRIES):
+        damped = moments.clone()
+        damped.diagonal().add_(damping * unit)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            return lower
+        damping *= 2
+    raise ArithmeticError("moments of gradients are not positive definite")
 
 
 @dataclass(frozen=True, eq=False)

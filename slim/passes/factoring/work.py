@@ -16,7 +16,7 @@ from slim.compiler.statistics.gradients import output_moments
 from slim.compiler.statistics.paired import Paired
 from slim.passes.factoring.directions import Importance, Product, losses
 from slim.passes.factoring.forms import Factors, Pivoted, Storage
-from slim.passes.factoring.sites import Site
+from slim.passes.factoring.sites import Linear, Site
 from slim.passes.factoring.write import Made, as_weights, install
 
 Method = Literal["whitened", "svd_llm", "asvd", "svd"]
@@ -24,11 +24,11 @@ Method = Literal["whitened", "svd_llm", "asvd", "svd"]
 _MEASURED = "loss of the results"  # among the results of a walk; no weight is called that
 
 
-def weigh(program: Program, ctx: Context, sites: Sequence[Site], asked_by: str) -> None:
-    """Gives every site the importance of its results, from gradients."""
-    moments = output_moments(program, [site.linear for site in sites], ctx, asked_by=asked_by)
-    for site in sites:
-        site.importance = Importance(moments[site.linear])
+def weigh(program: Program, ctx: Context, linears: Sequence[Linear], asked_by: str) -> None:
+    """Gives every linear the importance of its results, from gradients."""
+    moments = output_moments(program, [linear.node for linear in linears], ctx, asked_by=asked_by)
+    for linear in linears:
+        linear.importance = Importance((moments[linear.node],))
 
 
 def spectra(program: Program, ctx: Context, sites: Sequence[Site], asked_by: str) -> dict[str, Tensor]:
@@ -39,7 +39,7 @@ def spectra(program: Program, ctx: Context, sites: Sequence[Site], asked_by: str
         for value in block.values:
             for site in by_rows[value]:
                 if not block.restored:
-                    moments = _moments(block.statistics[value], centred=site.bias is not None)
+                    moments = _moments(block.statistics[value], centred=site.has_bias)
                     block.results[site.name] = losses(site.load(), moments, site.importance)
                 found[site.name] = block.results[site.name]
     return found
@@ -111,11 +111,10 @@ def _moments(statistics: SiteStatistics, *, centred: bool) -> Tensor:
 def _fitted(program: Program, site: Site, statistics: SiteStatistics, storage: Storage) -> Made:
     """What stands for the linear, and what it does not reproduce of the original."""
     assert site.rank is not None
-    old, rows = site.load(), Paired.of(statistics, centred=site.bias is not None)
+    old, rows = site.load(), Paired.of(statistics, centred=site.has_bias)
     product = Product.of(rows.fit(old, old), rows.gram, site.importance, site.rank)
-    bias = None
-    if site.bias is not None:
-        bias = program.weights[site.bias].double() + rows.shift(old, product.whole)
+    bias = site.load_bias(program)
+    bias = None if bias is None else bias + rows.shift(old, product.whole)
     made = as_weights(site, _form(product, bias, storage))
     weighed = (site.importance.weighed(weight) for weight in (old, product.whole))
     return made | {f"{site.name} {_MEASURED}": torch.tensor(rows.missing(*weighed))}
@@ -124,8 +123,7 @@ def _fitted(program: Program, site: Site, statistics: SiteStatistics, storage: S
 def _published(program: Program, site: Site, moments: Tensor, storage: Storage) -> Made:
     assert site.rank is not None
     product = Product.of(site.load(), moments, Importance(), site.rank)
-    bias = None if site.bias is None else program.weights[site.bias].double()
-    return as_weights(site, _form(product, bias, storage))
+    return as_weights(site, _form(product, site.load_bias(program), storage))
 
 
 def _form(product: Product, bias: Tensor | None, storage: Storage) -> Factors | Pivoted:
