@@ -101,7 +101,9 @@ class LowRank(Pass):
         report = Report()
         multiple = 1 if self._published and self.multiple is None else self.multiple
         budget = Budget(self.keep, self._storage, multiple, self.least_saving)
-        linears = list(find_linears(program, Choice(self.name, False, self.head, self.exclude), report, multiple))
+        linears = list(
+            find_linears(program, Choice(self.name, False, self.head or None, self.exclude), report, multiple)
+        )
         sites = self._with_ranks(program, ctx, linears, budget) if linears else []
         chosen = [site for site in sites if site.rank is not None]
         for site in sites:
@@ -123,7 +125,11 @@ class LowRank(Pass):
             for site in alone:
                 site.rank = budget.even(site)
             return alone
+        whole = [site for site in alone if not budget.ranks(site)]
+        linears = [site.linears[0] for site in alone if site not in whole]
         even = self.importance == "none"
+        if not linears:
+            return whole
         if not even:
             weigh(program, ctx, linears, repr(self))
         groups = [Group([Site((linear,))], None) for linear in linears] if even else _groups(linears)
@@ -134,7 +140,7 @@ class LowRank(Pass):
             self._refuse("keep", f"even the smallest ranks hold more than {self.keep:.1%} of the numbers")
         for site, rank in plan:
             site.rank, site.predicted = rank, None if rank is None else share(lost[site.name], rank)
-        return [site for site, _ in plan]
+        return [*whole, *(site for site, _ in plan)]
 
     def _whole(self, site: Site, budget: Budget) -> str:
         """Why a linear is not factored."""

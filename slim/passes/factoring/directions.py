@@ -12,8 +12,8 @@ _DAMPING = 0.01  # of the mean diagonal of what weighs results: no direction of 
 _RETRIES = 10
 
 
-def leading_directions(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """(losses [k], directions [m, k]), k = min(m, n): the orthonormal u that W x mostly lies along, the longest first.
+def leading_directions(weight: Tensor, moments: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
+    """(losses [min(m, n)], directions [m, r]): the orthonormal u that W x mostly lies along, the longest first.
 
     Keeping r of them, as ``u u^T W``, is the product of rank r that loses least of E|W x|^2, and what it loses is the
     sum of the losses behind the first r. They are the eigenvectors of W C W^T, and no inverse is taken: C may be
@@ -21,14 +21,16 @@ def leading_directions(weight: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]
 
     Args:
         weight: W, [m, n], float64. moments: C = E[x x^T], [n, n], float64.
+        rank: r, how many directions there shall be; None, or more than there are, is min(m, n).
     """
     m, n = weight.shape
+    rank = min(m, n) if rank is None else min(rank, m, n)
     if m <= n:
         values, vectors = _eigen(weight @ moments @ weight.T)
-        return values, vectors
+        return values, vectors[:, :rank]
     root = _root(moments)  # the same directions, from the smaller side
     values, vectors = _eigen(root.T @ weight.T @ weight @ root)
-    return values, torch.linalg.qr(weight @ (root @ vectors)).Q
+    return values, torch.linalg.qr(weight @ (root @ vectors[:, :rank])).Q
 
 
 def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,8 +115,7 @@ class Product:
     def of(cls, weight: Tensor, moments: Tensor, importance: Importance, rank: int) -> Product:
         """The product of rank ``rank`` that loses least of what W x is worth."""
         seen = importance.weighed(weight.double())
-        _, directions = leading_directions(seen, moments.double())
-        kept = directions[:, :rank]
+        _, kept = leading_directions(seen, moments.double(), rank)
         return cls(importance.unweighed(kept), kept.T @ seen)
 
     @property
@@ -124,6 +125,6 @@ class Product:
 
 def losses(weight: Tensor, moments: Tensor, importance: Importance) -> Tensor:
     """What keeping r directions loses, for r = 0 to min(m, n): [min(m, n) + 1]; the first is all there is."""
-    values, _ = leading_directions(importance.weighed(weight.double()), moments.double())
+    values, _ = leading_directions(importance.weighed(weight.double()), moments.double(), 0)
     lost = values.flip(0).cumsum(0).flip(0)
     return torch.cat([lost, lost.new_zeros(1)])

@@ -19,7 +19,7 @@ from slim.passes.rounding.select import Choice, chosen_weights
 _FEW = 2  # ranks to choose from, at least
 
 # The side of a matrix from which on its rank is a multiple, and of what: kernels and groups of quantised numbers.
-_MULTIPLES = ((256, 32), (128, 16), (32, 8), (0, 4))
+_MULTIPLES = ((256, 32), (128, 8), (0, 4))
 
 
 @dataclass(eq=False)

@@ -111,12 +111,12 @@ def _moments(statistics: SiteStatistics, *, centred: bool) -> Tensor:
 def _fitted(program: Program, site: Site, statistics: SiteStatistics, storage: Storage) -> Made:
     """What stands for the linear, and what it does not reproduce of the original."""
     assert site.rank is not None
-    old, rows = site.load(), Paired.of(statistics, centred=site.has_bias)
-    product = Product.of(rows.fit(old, old), rows.gram, site.importance, site.rank)
+    old, rows, importance = site.load(), Paired.of(statistics, centred=site.has_bias), site.importance
+    product = Product.of(rows.fit(old, old), rows.gram, importance, site.rank)
     bias = site.load_bias(program)
     bias = None if bias is None else bias + rows.shift(old, product.whole)
     made = as_weights(site, _form(product, bias, storage))
-    weighed = (site.importance.weighed(weight) for weight in (old, product.whole))
+    weighed = (importance.weighed(weight) for weight in (old, product.whole))
     return made | {f"{site.name} {_MEASURED}": torch.tensor(rows.missing(*weighed))}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -28,41 +29,48 @@ def as_weights(site: Site, form: Factors | Pivoted) -> Made:
 
 
 def install(program: Program, site: Site, made: Mapping[str, Tensor]) -> None:
-    """Puts what ``as_weights`` made for ``site``, among ``made``, in place of its linears."""
+    """Puts what ``as_weights`` made for ``site``, among ``made``, in place of its linears.
+
+    The node of each linear stays and becomes the last of what stands for it: others, and a walk, know it.
+    """
     name, first = site.name, min(linear.node for linear in site.linears)  # fx orders nodes by their place
     for key in (f"{name}_{part}" for part in _PARTS):
         if key in made:
             program.weights[key] = made[key]
-    if f"{name}_order" in made:
-        program.facts.constants.add(f"{name}_order")
-        result = _pivoted(program, first, site)
-    else:
-        inner = _linear(program, first, site.rows, f"{name}_inner")
-        result = _linear(program, first, inner, f"{name}_outer", f"{name}_bias")
-    start = 0
+    target, args = _pivoted(program, first, site) if f"{name}_order" in made else _plain(program, first, site)
+    if len(site.linears) == 1:
+        _become(program, first, target, args)
+        return
+    whole = program.insert(first, target, *args, like=first)
+    start, dim = 0, whole.meta["val"].dim() - 1
     for linear in site.linears:
-        own = result if len(site.linears) == 1 else _columns(program, first, result, start, start + linear.results)
-        linear.node.replace_all_uses_with(own)
+        _become(program, linear.node, aten.slice.Tensor, (whole, dim, start, start + linear.results))
         start += linear.results
-    for linear in site.linears:
-        program.graph.erase_node(linear.node)
 
 
-def _columns(program: Program, before: fx.Node, result: fx.Node, start: int, stop: int) -> fx.Node:
-    """Some of the results, of a linear that stands for several."""
-    return program.insert(before, aten.slice.Tensor, result, result.meta["val"].dim() - 1, start, stop, like=before)
+def _become(program: Program, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    node.target, node.args = target, args
+    node.meta["val"] = program.typer.value(node, program.weights)
 
 
-def _pivoted(program: Program, before: fx.Node, site: Site) -> fx.Node:
+Last = tuple[Any, tuple[Any, ...]]  # an operation and its arguments
+
+
+def _plain(program: Program, before: fx.Node, site: Site) -> Last:
+    inner = program.insert(before, LINEAR, *_args(program, site.rows, f"{site.name}_inner"), like=before)
+    return LINEAR, _args(program, inner, f"{site.name}_outer", f"{site.name}_bias")
+
+
+def _pivoted(program: Program, before: fx.Node, site: Site) -> Last:
     name = site.name
-    picked = _linear(program, before, site.rows, f"{name}_pivots", f"{name}_bias")
-    rest = _linear(program, before, picked, f"{name}_rest", f"{name}_rest_bias")
+    program.facts.constants.add(f"{name}_order")
+    picked = program.insert(before, LINEAR, *_args(program, site.rows, f"{name}_pivots", f"{name}_bias"), like=before)
+    rest = program.insert(before, LINEAR, *_args(program, picked, f"{name}_rest", f"{name}_rest_bias"), like=before)
     both = program.insert(before, aten.cat.default, [picked, rest], -1, like=before)
-    order = program.weight_node(f"{name}_order")
-    return program.insert(before, aten.index_select.default, both, -1, order, like=before)
+    return aten.index_select.default, (both, -1, program.weight_node(f"{name}_order"))
 
 
-def _linear(program: Program, like: fx.Node, rows: object, weight: str, bias: str | None = None) -> fx.Node:
-    """A linear before ``like``; with a bias, if there is one of that name."""
+def _args(program: Program, rows: fx.Node, weight: str, bias: str | None = None) -> tuple[fx.Node, ...]:
+    """Of a linear; with a bias, if there is one of that name."""
     names = [weight] if bias is None or bias not in program.weights else [weight, bias]
-    return program.insert(like, LINEAR, rows, *map(program.weight_node, names), like=like)
+    return rows, *map(program.weight_node, names)
