@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from slim.passes.factoring.directions import leading_directions
 from slim.passes.rounding.curvature import Curvature
 
 
@@ -30,23 +31,6 @@ def low_rank_correction(error: Tensor, curvature: Curvature, rank: int) -> tuple
 
     A rank beyond the smaller side of the matrix is that side.
     """
-    rank = min(rank, *error.shape)
-    wide, moments = error.double(), curvature.moments.double()
-    m, n = error.shape
-    if m <= n:
-        outer = _leading(wide @ moments @ wide.T, rank)
-    else:  # the same directions, from the smaller side
-        root = _root(moments)
-        outer = torch.linalg.qr(wide @ (root @ _leading(root.T @ wide.T @ wide @ root, rank))).Q
+    wide = error.double()
+    outer = leading_directions(wide, curvature.moments.double(), rank)[1]
     return outer.float(), (outer.T @ wide).float()
-
-
-def _leading(matrix: Tensor, count: int) -> Tensor:
-    """The eigenvectors [n, count] of a symmetric matrix with the largest eigenvalues, the largest first."""
-    return torch.linalg.eigh((matrix + matrix.T) / 2).eigenvectors[:, -count:].flip(1)
-
-
-def _root(matrix: Tensor) -> Tensor:
-    """R with ``R R^T = matrix``, which may be singular."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp_min(0).sqrt()

@@ -26,13 +26,14 @@ class Choice(NamedTuple):
 
     Attributes:
         pass_name: for messages.
-        embeddings: tables too. head: a language model's head too.
+        embeddings: tables too.
+        head: a language model's head too; None is False, but says nothing where there is none.
         exclude: patterns of names to leave alone.
     """
 
     pass_name: str
     embeddings: bool
-    head: bool
+    head: bool | None
     exclude: Sequence[str]
 
 
@@ -44,7 +45,7 @@ def chosen_weights(program: Program, choice: Choice, report: Report) -> Iterator
     """
     excluded = {name: f"it is excluded by {literal(pattern)}" for name, pattern in _excluded(program, choice).items()}
     heads = _heads(program)
-    if not choice.head and not heads:
+    if choice.head is False and not heads:
         report.notes.append("head=False has nothing to leave out: this model has no language model head")
     for node in _matrices(program):
         name = str(node.target)

@@ -1,0 +1,40 @@
+"""What lower ranks cost on real models, beside SVD-LLM at equal stored numbers; nothing is trained."""
+
+import functools
+
+import pytest
+
+import slim
+from benchmarks.quality_peers.cases import CASES, Case
+from slim.passes import LowRank
+from slim.runtime.perplexity import score
+
+SEQUENCES, SCORED = 32, {"demo": 8, "babyllama361": 40}
+
+pytestmark = pytest.mark.slow
+
+
+@functools.cache
+def case(name: str) -> Case:
+    return CASES[name]()
+
+
+@functools.cache
+def nats(name: str, *passes: LowRank) -> float:
+    """Per token, on less text than benchmarks/low_rank.py reads."""
+    calibration = case(name).tensors()[:SEQUENCES]
+    compiled = slim.compile(case(name).model, passes, calibration=calibration, target="eager", verify=False)
+    found = score(compiled, case(name).passages[: SCORED[name]])
+    return found.nats / found.tokens
+
+
+@pytest.mark.parametrize(("keep", "of_published"), [(0.8, 1 / 4), (0.6, 1 / 2)])
+@pytest.mark.parametrize("name", SCORED)
+def test_a_lower_rank_costs_a_fraction_of_what_it_does_as_published(
+    name: str, keep: float, of_published: float, request: pytest.FixtureRequest
+) -> None:
+    if name != "demo":
+        request.getfixturevalue("shared")
+    before = nats(name)
+    ours, published = (nats(name, LowRank(keep, method)) - before for method in ("whitened", "svd_llm"))
+    assert ours < of_published * published
