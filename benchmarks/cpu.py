@@ -38,6 +38,11 @@ from benchmarks.peers.report import Row  # noqa: E402
 PEERS = (
     Peer("slim int8", "ours", "int8", None, 1.5),
     Peer("slim int4", "ours", "int4", None, 1.0),
+    Peer("slim W8A8", "ours", "w8a8", None, 1.5),
+    Peer("slim int4 with zero points", "ours", "int4z", None, 1.0),
+    Peer("slim int3", "ours", "int3", None, 0.9),
+    Peer("slim nf4", "ours", "nf4", None, 1.0),
+    Peer("slim fp8", "ours", "fp8", None, 1.5),
     Peer("slim bf16", "ours", "bf16", None, 0.3, maps=True),
     Peer("llama.cpp q8_0", "llama", "q8_0", "llama_cpp", 1.1, converts=True),
     Peer("llama.cpp q4_0", "llama", "q4_0", "llama_cpp", 0.7, converts=True),

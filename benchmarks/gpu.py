@@ -44,7 +44,7 @@ from torch._dynamo.utils import counters  # noqa: E402
 
 from benchmarks.gpu_peers import kernels, report  # noqa: E402
 from benchmarks.gpu_peers.device import Ceilings, Device, Memory, ceilings, machine  # noqa: E402
-from benchmarks.gpu_peers.engines import FORMATS, PEERS, Engine, Kind, NotHere, Setup, kinds  # noqa: E402
+from benchmarks.gpu_peers.engines import FORMATS, PEERS, USUAL, Engine, Kind, NotHere, Setup, kinds  # noqa: E402
 from benchmarks.gpu_peers.models import SHAPES, build, cached_bytes, prompt, prompt_operations  # noqa: E402
 from benchmarks.gpu_peers.report import DECODE, PREFILL, Case, Row  # noqa: E402
 from benchmarks.peers import install  # noqa: E402
@@ -321,7 +321,13 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--shapes", type=_names(tuple(SHAPES)), default=["1b", "8b"], help="by commas (default: 1b,8b)")
-    add("--formats", type=_names(FORMATS), default=list(FORMATS), help="by commas (default: all)")
+    usual = ",".join(USUAL)
+    add(
+        "--formats",
+        type=_names(FORMATS),
+        default=list(USUAL),
+        help=f"by commas, of {', '.join(FORMATS)} (default: {usual})",
+    )
     add("--peers", type=_names(PEERS), default=list(PEERS), help=f"by commas, of {','.join(PEERS)} (default: all)")
     add("--batches", type=_numbers, default=[1, 8, 64], help="of decoding; '' is none (default: 1,8,64)")
     add("--prompt", type=int, default=128, help="tokens before decoding (default: %(default)s)")

@@ -17,10 +17,19 @@ import slim
 from benchmarks.gpu_peers.device import Device
 from slim.passes import Quantize
 
-FORMATS = ("bf16", "int8", "int4")
 PEERS = ("slim", "torch.compile", "torchao", "transformers")
-GROUP = 32  # numbers that share a scale in int4, here and in torchao
-PASSES: dict[str, list[Any]] = {"bf16": [], "int8": [Quantize("int8")], "int4": [Quantize("int4", group_size=GROUP)]}
+GROUP = 32  # numbers that share a scale in int4 and int3, here and in torchao
+PASSES: dict[str, list[Any]] = {
+    "bf16": [],
+    "int8": [Quantize("int8")],
+    "int4": [Quantize("int4", group_size=GROUP)],
+    "w8a8": [Quantize("int8", activations="int8")],
+    "fp8": [Quantize("fp8")],
+    "int3": [Quantize("int3", group_size=GROUP)],
+    "nf4": [Quantize("nf4")],
+}
+FORMATS = tuple(PASSES)
+USUAL = FORMATS[:3]  # measured where a call names none
 
 
 class NotHere(Exception):
@@ -96,7 +105,7 @@ def kinds(peers: list[str], formats: list[str]) -> Iterator[Kind]:
         if "slim" in peers:
             yield Kind("slim", form)
         peer = "torch.compile" if form == "bf16" else "torchao"
-        if peer in peers:
+        if peer in peers and (peer != "torchao" or form in TORCHAO):
             yield Kind(peer, form)
     if "torch.compile" in peers and "bf16" not in formats:
         yield Kind("torch.compile", "bf16")  # what no format may be slower than
@@ -218,18 +227,24 @@ def _read_of(model: Any) -> Callable[[Tensor], tuple[Tensor, list[Tensor]]]:
     return read
 
 
+# Format -> torchao's configuration and its arguments. Tiles are PyTorch's own int4 kernel's; others want more packages.
+TORCHAO: dict[str, tuple[str, dict[str, Any]]] = {
+    "int8": ("Int8WeightOnlyConfig", {}),
+    "int4": ("Int4WeightOnlyConfig", {"group_size": GROUP, "int4_packing_format": "tile_packed_to_4d"}),
+    "w8a8": ("Int8DynamicActivationInt8WeightConfig", {}),
+    "fp8": ("Float8WeightOnlyConfig", {}),
+}
+
+
 def _torchao(setup: Setup, form: str) -> Any:
     """A copy of the model with its linears held by torchao."""
     if importlib.util.find_spec("torchao") is None:
         raise NotHere("torchao is not installed; carry its wheel")
-    from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    from torchao import quantization
 
+    name, arguments = TORCHAO[form]
     model = copy.deepcopy(setup.model)
-    tiled: Any = "tile_packed_to_4d"  # PyTorch's own kernel; the default one wants another package
-    quantize_(
-        model,
-        Int8WeightOnlyConfig() if form == "int8" else Int4WeightOnlyConfig(GROUP, int4_packing_format=tiled),
-    )
+    quantization.quantize_(model, getattr(quantization, name)(**arguments))
     return model
 
 

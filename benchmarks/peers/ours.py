@@ -1,4 +1,4 @@
-"""slim itself: ``f32``, ``bf16``, ``int8``, and ``int4`` in groups of 32."""
+"""slim itself: ``f32``, ``bf16``, and every format of ``Quantize``: integers of four and three bits in groups of 32."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from protocol import Clock, Setup
 import slim
 from slim.passes import Quantize
 
-PASSES: dict[str, dict[str, Any]] = {"int8": {"weights": "int8"}, "int4": {"weights": "int4", "group_size": 32}}
+PASSES: dict[str, dict[str, Any]] = {
+    "int8": {"weights": "int8"},
+    "w8a8": {"weights": "int8", "activations": "int8"},
+    "int4": {"weights": "int4", "group_size": 32},
+    "int4z": {"weights": "int4", "group_size": 32, "symmetric": False},
+    "int3": {"weights": "int3", "group_size": 32},
+    "nf4": {"weights": "nf4"},
+    "fp8": {"weights": "fp8"},
+}
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 

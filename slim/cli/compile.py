@@ -8,7 +8,14 @@ import click
 
 from slim.cli.calibration import calibration_option, read_calibration
 from slim.cli.progress import Steps
-from slim.cli.shell import debug_option, pipeline_option, read_pipeline_option, target_option
+from slim.cli.shell import (
+    charts_option,
+    debug_option,
+    pipeline_option,
+    read_pipeline_option,
+    target_option,
+    tell_report,
+)
 
 if TYPE_CHECKING:
     from slim.runtime.compiled import CompiledModel
@@ -23,6 +30,7 @@ if TYPE_CHECKING:
 @click.option("--strict/--no-strict", default=True, help="Whether a pass that matches nothing is an error.")
 @click.option("--verify/--no-verify", default=True, help="Whether to check IR and output after every pass.")
 @click.option("--dump", metavar="DIR", help="Write the IR after every stage here, as Python, and what was generated.")
+@charts_option
 @debug_option
 def compile_(
     model: str,
@@ -33,6 +41,7 @@ def compile_(
     strict: bool,
     verify: bool,
     dump: str | None,
+    charts: bool,
 ) -> None:
     """Compile MODEL and save it.
 
@@ -54,12 +63,12 @@ def compile_(
         )
         steps.stage(f"saving to {output}")
         compiled.save(output)
-    _tell(compiled, output)
+    _tell(compiled, output, charts)
 
 
-def _tell(compiled: CompiledModel, output: str) -> None:
+def _tell(compiled: CompiledModel, output: str, charts: bool) -> None:
     from slim.compiler.report import short_bytes, short_count
 
-    click.echo(str(compiled.report))
+    tell_report(compiled.report, charts)
     program = compiled.program
     click.echo(f"\nsaved to {output}: {short_count(program.parameters)} parameters in {short_bytes(program.nbytes)}")

@@ -9,7 +9,7 @@ import click
 
 from slim.cli.calibration import calibration_option, read_calibration
 from slim.cli.progress import Steps
-from slim.cli.shell import debug_option, pipeline_option, read_pipeline_option
+from slim.cli.shell import charts_option, debug_option, pipeline_option, read_pipeline_option, tell_report
 from slim.cli.tables import print_table
 
 if TYPE_CHECKING:
@@ -23,23 +23,30 @@ if TYPE_CHECKING:
 @pipeline_option
 @calibration_option
 @click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to cost it for.")
+@charts_option
 @debug_option
-def inspect(model: str, pipeline: str, calibration: str | None, tokens: int) -> None:
+def inspect(model: str, pipeline: str, calibration: str | None, tokens: int, charts: bool) -> None:
     """Print the IR as typed Python, with the lines of the model's own source, and what it costs to run.
 
-    With -p the IR is that after the passes. Nothing is compiled, and without -p no weight is read.
+    With -p the IR is that after the passes. Nothing is compiled, and without -p no weight is read. With --charts the
+    report of a compiled model is printed as well.
     """
     text = read_pipeline_option(pipeline)
     texts = None if calibration is None else read_calibration(calibration)
     with Steps() as steps:
-        program, report = _program(model, text, texts, steps)
+        program, report = _program(model, text, texts, steps, charts)
     click.echo(str(program))
     if report is not None:
-        click.echo(f"\n{report}\n")
+        click.echo()
+        tell_report(report, charts)
+        click.echo()
     print_cost(program, tokens)
 
 
-def _program(model: str, text: str, texts: list[str] | None, steps: Steps) -> tuple[Program, PipelineReport | None]:
+def _program(
+    model: str, text: str, texts: list[str] | None, steps: Steps, charts: bool
+) -> tuple[Program, PipelineReport | None]:
+    """The Program after the passes, and their report; without any, on request, that of a compiled model."""
     from slim.compiler.lift import lift_path
     from slim.compiler.passes_base import Context
     from slim.compiler.pipeline import run_pipeline
@@ -48,9 +55,13 @@ def _program(model: str, text: str, texts: list[str] | None, steps: Steps) -> tu
 
     passes = parse_pipeline(text)
     steps.stage(f"reading {model}")
-    program = load(model, target="eager").program if is_artifact(model) else lift_path(model)
+    if is_artifact(model):
+        compiled = load(model, target="eager")
+        program, report = compiled.program, compiled.report if charts else None
+    else:
+        program, report = lift_path(model), None
     context = Context(progress=steps, calibration=texts)
-    return run_pipeline(program, passes, context) if passes else (program, None)
+    return run_pipeline(program, passes, context) if passes else (program, report)
 
 
 def print_cost(program: Program, tokens: int) -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from slim import errors
+
+if TYPE_CHECKING:
+    from slim.compiler.report import PipelineReport
 
 _DEBUG = "slim.debug"
 MISTAKE, INTERRUPTED = 2, 130  # exit statuses; 130 is what a shell gives a command that SIGINT ended
@@ -73,6 +76,18 @@ pipeline_option: Decorator = click.option(
     metavar="PIPELINE",
     help="The passes, in order: 'fold_norms, quantize(\"int8\")', or @FILE to read them from. See `slim passes`.",
 )
+charts_option: Decorator = click.option(
+    "--charts", is_flag=True, help="Print the charts of the report too: what passes found in each layer."
+)
+
+
+def tell_report(report: PipelineReport, charts: bool) -> None:
+    """Prints a report, and if asked the charts behind it."""
+    click.echo(str(report))
+    for chart in report.charts if charts else ():
+        click.echo(f"\n{chart}")
+    if charts and not report.charts:
+        click.echo("\nno pass made a chart")
 
 
 def read_pipeline_option(text: str) -> str:

@@ -18,6 +18,8 @@ from slim.compiler.report import Report
 
 # What may be true of a Program and taken away for good: the vocabulary of requires and invalidates.
 FLOAT_WEIGHTS = "float weights"
+FLOAT_KV = "keys and values in floating point"
+UNSMOOTHED = "norm gains that hold no smoothing"  # to fold them would undo it
 
 # What may be collected from a Program, once, and handed from pass to pass: the vocabulary of preserves.
 STATISTICS = "statistics"
@@ -127,6 +129,7 @@ class Context:
         calibration: what the user gave, for passes that need activations.
         batches: the calibration data as read for the Program, once a pass has asked.
         collected: what passes collected, by name; the pipeline drops what a pass does not preserve.
+        original: the Program before any pass, for passes that hold a later one against it.
         probed: the probe and what the Program makes of it after the last pass, where the pipeline measured that.
     """
 
@@ -138,6 +141,7 @@ class Context:
     calibration: Any = None
     batches: Any = None
     collected: dict[str, Any] = field(default_factory=dict)
+    original: Program | None = None
     probed: tuple[Probe, Any] | None = None
 
     def track(self, what: str, items: Iterable[T]) -> Iterator[T]:

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 
 from slim import errors
 from slim.compiler.dump import Dump, write_reproducer
-from slim.compiler.passes_base import FLOAT_WEIGHTS, Context, Pass
+from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, Context, Pass
 from slim.compiler.probe import Outputs, Probe, make_probe, rounding_noise, tolerance
 from slim.compiler.program import Program
 from slim.compiler.report import PipelineReport, Report, Size
+from slim.compiler.rounded_kv import pair_bits
 from slim.compiler.uses import DEQUANTIZE, stored_in
 from slim.compiler.verify import verify
 
@@ -56,6 +57,8 @@ def check_order(program: Program, passes: Sequence[Pass]) -> None:
     lost: dict[str, str] = {}
     if any(stored_in(node.args[0]) for node in program.nodes(DEQUANTIZE)):
         lost[FLOAT_WEIGHTS] = "the model comes without them: it is quantised already"
+    if any(any(pair_bits(node)) for node in program.attention_nodes()):
+        lost[FLOAT_KV] = "the model comes with rounded ones"
     for pass_ in passes:
         for fact in sorted(pass_.requires & lost.keys()):
             raise errors.PassOrder(pass_name=repr(pass_), reason=f"it needs {fact}, and {lost[fact]}")
@@ -75,6 +78,7 @@ class _Run:
     latest: Outputs = ()
 
     def begin(self, program: Program) -> None:
+        self.ctx.original = program
         self.dump.stage("lift", program)
         if self.passes and self.ctx.verify:
             with _timed(self.report.seconds, "probe"):

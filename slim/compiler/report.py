@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from slim import errors
+from slim.compiler.charts import Chart
 from slim.compiler.program import Program
 from slim.compiler.rules import Count, Counts
 
@@ -39,12 +40,13 @@ class Size:
 
 @dataclass
 class Report:
-    """What one pass did. The pass fills in the first four; the pipeline measures the others.
+    """What one pass did. The pass fills in the first five; the pipeline measures the others.
 
     Attributes:
         matched: the sites it changed, by the name of a weight or node.
         skipped: the sites it left alone, each with the reason.
         notes: what else the user should know.
+        charts: what is easier seen than read: losses of layers, spectra.
         rules: how often each rewrite rule was tried and matched.
         text: the pass as pipeline text.
         lossless: it promised the same function.
@@ -57,6 +59,7 @@ class Report:
     matched: list[str] = field(default_factory=list)
     skipped: list[Skip] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    charts: list[Chart] = field(default_factory=list)
     rules: Counts = field(default_factory=dict)
     text: str = ""
     lossless: bool = False
@@ -116,6 +119,11 @@ class PipelineReport:
     forms: dict[str, Form] = field(default_factory=dict)
     error: float | None = None
 
+    @property
+    def charts(self) -> list[Chart]:
+        """The charts of all passes."""
+        return [chart for item in self.passes for chart in item.charts]
+
     def to_json(self) -> str:
         """One JSON document that ``from_json`` reads back as an equal report."""
         return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=2)
@@ -148,6 +156,7 @@ def _report(data: dict[str, Any]) -> Report:
         **{
             **data,
             "skipped": [Skip(*pair) for pair in data["skipped"]],
+            "charts": [Chart(**chart) for chart in data.get("charts", [])],  # reports from before there were any
             "rules": _counts(data["rules"]),
             "before": data["before"] and Size(**data["before"]),
             "after": data["after"] and Size(**data["after"]),

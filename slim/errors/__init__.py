@@ -25,6 +25,7 @@ from slim.errors.passes import (
     ContradictoryOptions,
     NeedsCalibration,
     NonFiniteActivation,
+    NothingToHeal,
     NotLossless,
     PassFailed,
     PassMatchedNothing,
@@ -32,23 +33,28 @@ from slim.errors.passes import (
     UnknownPass,
 )
 from slim.errors.running import (
+    BackendOption,
     BadInput,
     CacheMismatch,
     CacheUnsupported,
     EmptyPrompt,
+    MissingPackage,
+    NeedsNoGrad,
     NotGenerative,
     PromptTooLong,
     TokenOutOfRange,
     UnreadableFile,
     UnsupportedGenerateOption,
+    WeightsChanged,
 )
 from slim.errors.targets import BadEnvironment, BuildFailed, KernelFailed, TargetUnavailable, UnknownTarget
 
 __all__ = [
-    "ArtifactCorrupt", "ArtifactVersion", "BadEnvironment", "BadIR", "BadInput", "BadPassOption", "BadPipelineText",
-    "BuildFailed", "CacheMismatch", "CacheUnsupported", "CheckpointCorrupt", "ContradictoryOptions", "EmptyPrompt",
-    "ExportUnsupported", "KernelFailed", "LiftFailed", "ModelNotFound", "NeedsCalibration", "NoTokenizer",
-    "NonFiniteActivation", "NonFiniteWeight", "NotGenerative", "NotLossless", "PassFailed", "PassMatchedNothing",
-    "PassOrder", "PromptTooLong", "SaveFailed", "SlimError", "TargetUnavailable", "TokenOutOfRange", "UnknownPass",
-    "UnknownTarget", "UnreadableFile", "UnsupportedGenerateOption", "UnsupportedModel", "VerificationFailed",
+    "ArtifactCorrupt", "ArtifactVersion", "BackendOption", "BadEnvironment", "BadIR", "BadInput", "BadPassOption",
+    "BadPipelineText", "BuildFailed", "CacheMismatch", "CacheUnsupported", "CheckpointCorrupt", "ContradictoryOptions",
+    "EmptyPrompt", "ExportUnsupported", "KernelFailed", "LiftFailed", "MissingPackage", "ModelNotFound",
+    "NeedsCalibration", "NeedsNoGrad", "NoTokenizer", "NonFiniteActivation", "NonFiniteWeight", "NotGenerative",
+    "NotLossless", "NothingToHeal", "PassFailed", "PassMatchedNothing", "PassOrder", "PromptTooLong", "SaveFailed",
+    "SlimError", "TargetUnavailable", "TokenOutOfRange", "UnknownPass", "UnknownTarget", "UnreadableFile",
+    "UnsupportedGenerateOption", "UnsupportedModel", "VerificationFailed", "WeightsChanged",
 ]  # fmt: skip

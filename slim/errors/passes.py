@@ -104,6 +104,15 @@ class PassMatchedNothing(SlimError, ValueError):
         return "".join(f"\n    - {reason}" for reason in self.reasons)
 
 
+class NothingToHeal(SlimError, ValueError):
+    """A model that is to be healed gives the original's outputs already."""
+
+    message = "{pass_name} has nothing to learn: the model gives the same outputs as the original"
+    hint = "put it behind the passes that lose something, such as prune or quantize."
+
+    pass_name: str
+
+
 class PassFailed(SlimError):
     """A pass raised; the program was rolled back to what it was before."""
 

@@ -1,6 +1,8 @@
 """Running a compiled model."""
 
-from slim.errors.base import SlimError, StrPath
+from collections.abc import Collection
+
+from slim.errors.base import SlimError, StrPath, did_you_mean
 
 
 class BadInput(SlimError, ValueError):
@@ -13,6 +15,34 @@ class BadInput(SlimError, ValueError):
     reason: str
 
 
+class BackendOption(SlimError, ValueError):
+    """torch.compile was given an option that slim's backend does not have."""
+
+    message = "the backend 'slim' has no option '{option}'.{suggestion}"
+    hint = "options may hold: {known}; dynamic= and fullgraph= are torch.compile's own; slim has no modes."
+
+    option: str
+    known: Collection[str]
+
+    @property
+    def suggestion(self) -> str:
+        return did_you_mean(self.option, self.known)
+
+
+class NeedsNoGrad(SlimError, RuntimeError):
+    """A graph that gradients would be asked of: slim compiles for inference."""
+
+    message = "slim compiles for inference, and this call records gradients"
+    hint = "call the model under torch.no_grad() or torch.inference_mode(), or set requires_grad_(False) on it."
+
+
+class WeightsChanged(SlimError, RuntimeError):
+    """A weight that was frozen into compiled code is another now."""
+
+    message = "a weight of the model changed after torch.compile froze it"
+    hint = "call torch.compiler.reset(), so that the next call compiles the model as it is now."
+
+
 class UnreadableFile(SlimError, OSError):
     """A file that was named on the command line cannot be used."""
 
@@ -22,6 +52,17 @@ class UnreadableFile(SlimError, OSError):
     option: str
     path: StrPath
     reason: str
+
+
+class MissingPackage(SlimError, ImportError):
+    """Something was asked for that needs a package which slim does without otherwise."""
+
+    message = "{what} needs {package}, which is not installed"
+    hint = "pip install 'slim-compiler[{extra}]'."
+
+    what: str
+    package: str
+    extra: str
 
 
 class EmptyPrompt(SlimError, ValueError):

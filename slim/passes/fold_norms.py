@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from slim.compiler.passes_base import FLOAT_WEIGHTS, Context, Pass
+from slim.compiler.passes_base import FLOAT_WEIGHTS, UNSMOOTHED, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
 from slim.compiler.rules import argument
@@ -44,7 +44,7 @@ class FoldNorms(Pass):
     """
 
     lossless = True
-    requires = frozenset({FLOAT_WEIGHTS})
+    requires = frozenset({FLOAT_WEIGHTS, UNSMOOTHED})
 
     def run(self, program: Program, ctx: Context) -> Report:
         """Changes weights, norm arguments, and ``facts.retired``, which keeps what stands for the folded weights."""

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from slim import errors
 from slim.compiler.cost import cost
-from slim.compiler.passes_base import FLOAT_WEIGHTS, STATISTICS, Context, Pass
+from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, STATISTICS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip, short_bytes
 from slim.compiler.statistics import SiteStatistics, walk
@@ -61,7 +61,7 @@ class GQA(Pass):
     kv_heads: int | float | tuple[int, ...]
     method: Literal["aligned", "procrustes", "mean"] = "aligned"
 
-    requires = frozenset({FLOAT_WEIGHTS, STATISTICS})
+    requires = frozenset({FLOAT_WEIGHTS, FLOAT_KV, STATISTICS})
 
     def check(self) -> None:
         """Refuses numbers of heads that no layer can have."""

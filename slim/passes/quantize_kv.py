@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from slim.compiler.dialect.kv import LEVELS
-from slim.compiler.passes_base import Context, Pass
+from slim.compiler.passes_base import FLOAT_KV, Context, Pass
 from slim.compiler.program import Program, Streaming
 from slim.compiler.report import Report, Skip
 from slim.compiler.rounded_kv import readers_of, round_before, rounded
@@ -54,6 +54,8 @@ class QuantizeKV(Pass):
 
     dtype: Literal["int8", "int4"] = "int8"
     keys: Literal["int8", "int4"] | None = None
+
+    invalidates = frozenset({FLOAT_KV})
 
     def run(self, program: Program, ctx: Context) -> Report:
         """Puts nodes in front of attention, and a weight for what is taken off the keys."""

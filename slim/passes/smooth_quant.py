@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from slim import errors
 from slim.compiler.blocks import row_blocks
 from slim.compiler.options import literal
-from slim.compiler.passes_base import FLOAT_WEIGHTS, STATISTICS, Context, Pass
+from slim.compiler.passes_base import FLOAT_WEIGHTS, STATISTICS, UNSMOOTHED, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report
 from slim.compiler.scaling import ScaleSite, scale_sites, settle
@@ -59,6 +59,7 @@ class SmoothQuant(Pass):
 
     lossless = True
     requires = frozenset({FLOAT_WEIGHTS, STATISTICS})
+    invalidates = frozenset({UNSMOOTHED})
 
     def check(self) -> None:
         """Refuses an alpha that is no share."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from slim import errors
+from slim.compiler.charts import Chart
 from slim.compiler.passes_base import FLOAT_WEIGHTS, Context, Pass
 from slim.compiler.pipeline import check_order, run_pipeline
 from slim.compiler.program import Program
@@ -263,8 +264,9 @@ def test_a_report_is_json_and_a_table(start):
     def some(program, ctx):
         scale(2.0)(program, ctx)
         return Report(
-            matched=["w"], skipped=[Skip("v", "too wide")], rules={"a = b": Count(2, 1, ["no"])}, notes=["look"]
-        )
+            matched=["w"], skipped=[Skip("v", "too wide")], rules={"a = b": Count(2, 1, ["no"])}, notes=["look"],
+            charts=[Chart("losses", "layer", "share", {"keys": [0.5]}, ["0"])],
+        )  # fmt: skip
 
     _, report = run_pipeline(start, [planted(some)], Context())
     assert PipelineReport.from_json(report.to_json()) == report
@@ -272,6 +274,14 @@ def test_a_report_is_json_and_a_table(start):
     for part in ('planted("nothing")', "1 of 2", "192 B", "1.0e+00", "look", "left v: too wide"):
         assert part in shown
     assert max(map(len, shown.splitlines())) <= 120
+
+
+def test_a_report_from_before_there_were_charts_is_read(start):
+    _, report = run_pipeline(start, [planted(scale(2.0))], Context())
+    data = json.loads(report.to_json())
+    for item in data["passes"]:
+        del item["charts"]
+    assert PipelineReport.from_json(json.dumps(data)) == report
 
 
 def test_a_report_of_another_version_is_refused():

@@ -14,6 +14,7 @@ from torch import Tensor
 from slim import errors
 from slim.codegen.build import Isa, load, shared_object
 from slim.codegen.cpp.text import FORMATS
+from slim.codegen.regions.pairs import INVERSE, inverse
 from slim.codegen.regions.views import Buffer
 from slim.compiler.uses import UNPACKS
 from slim.compiler.weights import Weights
@@ -100,6 +101,8 @@ def _held(weights: Weights, buffer: Buffer, isa: Isa) -> Tensor:
         return _plain(weights, buffer)
     if isinstance(raw, PackedWeight) and raw.isa == isa:
         return raw.data
+    if buffer.packing == INVERSE:
+        return inverse(weights[buffer.name])
     packed = pack(weights[buffer.name], buffer.packing, weights, isa)
     weights[buffer.name] = packed
     return packed.data

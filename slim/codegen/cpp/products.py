@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from slim.codegen.cpp.loops import STATISTICS, normalised
-from slim.codegen.cpp.text import Loop, number
+from slim.codegen.cpp.text import Loop, ScalarText, number
 from slim.codegen.cpp.writer import NAME, Writer, assign, decompose, indented, loop_over, writes
 from slim.codegen.regions.scalars import Load
 from slim.codegen.regions.schedule import Linear, Matrix, Part
+from slim.codegen.regions.views import Size
 
 
 @writes(Linear)
@@ -141,15 +143,32 @@ def _row_step(writer: Writer, region: Linear, row: list[str]) -> None:
 
 
 def _store_row(writer: Writer, part: Part, index: int, row: list[str]) -> None:
-    """What is made of the results of one row, from ``column`` on."""
-    lead = part.out.shape[:-1]
-    loop = Loop([[d] for d in range(len(part.out.shape))], [*(f"o{d}" for d in range(len(lead))), "c"])
+    """What is made of the results of one row, from ``column`` on: side by side, and each at a column of its own."""
     lanes = {id(product): f"y[{lane}][i]" for lane, product in enumerate(part.products)}
-    text = writer.scalars(loop, lanes)
+    lines, text = _scalars(writer, part.shape, ("o", "c"), lanes)
     value = text.write(part.body)
-    store = assign(writer, text, part.out, value)
-    uses_column = any("c" in line for line in (*text.inner, *store))
-    column = ["const i64 c = column + i;"] if uses_column else []
-    parameters = "i64 column, i64 count, const float* const* y"
-    lines = [*row, *decompose(writer.sizes, lead, "r", "o"), *text.outer]
-    _helper(writer, f"store{index}", parameters, [*lines, *loop_over("count", [*column, *text.inner, *store])])
+    stores = assign(writer, text, part.out, value) if part.out is not None else []
+    uses_column = any("c" in line for line in (*text.inner, *stores))
+    lines = [*row, *lines, *text.outer]
+    inner = [*(["const i64 c = column + i;"] if uses_column else []), *text.inner, *stores]
+    if part.placed is not None:
+        more, placed = _scalars(writer, part.placed.out.shape, ("w", "d"), {id(part.placed.pair): value})
+        value = placed.write(part.placed.body)
+        stores = assign(writer, placed, part.placed.out, value)
+        columns = writer.arguments.pointer(part.placed.columns, writer.sizes)
+        lines += [*more, *placed.outer]
+        inner += [f"const i64 d = {columns}[column + i];", *placed.inner, *stores]
+    _helper(
+        writer, f"store{index}", "i64 column, i64 count, const float* const* y", [*lines, *loop_over("count", inner)]
+    )
+
+
+def _scalars(
+    writer: Writer, shape: Sequence[Size], names: tuple[str, str], lanes: dict[int, str]
+) -> tuple[list[str], ScalarText]:
+    """Statements that find the indices of row ``r``, called by the first of ``names``; text with the last as column."""
+    first, column = names
+    lead = shape[:-1]
+    loop = Loop([[d] for d in range(len(shape))], [*(f"{first}{d}" for d in range(len(lead))), column])
+    text = ScalarText(writer.sizes, writer.arguments, loop, lanes, "" if first == "o" else first)
+    return decompose(writer.sizes, lead, "r", first), text

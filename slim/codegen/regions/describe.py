@@ -59,7 +59,12 @@ def _source(source: Source) -> str:
 
 def _part(part: Part) -> str:
     weights = " & ".join(_matrix(product.matrix) for product in part.products)
-    return f"{weights}{_fused([part.body])} -> {part.out.buffer.name}"
+    text = f"{weights}{_fused([part.body])}"
+    if part.out is not None:
+        text += f" -> {part.out.buffer.name}"
+    if part.placed is not None:  # each result to the column that the order gives it
+        text += f" by {part.placed.columns.buffer.name}{_fused([part.placed.body])} -> {part.placed.out.buffer.name}"
+    return text
 
 
 def _matrix(matrix: Matrix) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from slim.codegen.regions import pairs
 from slim.codegen.regions.lower import Lowering, Unsupported, handles
 from slim.codegen.regions.pointwise import const, op
 from slim.codegen.regions.scalars import (
@@ -73,7 +74,12 @@ def pick(body: Scalar, shape: Sequence[Size], indexed: dict[int, Scalar], passed
 
 @handles(aten.index_select.default)
 def index_select(lowering: Lowering, node: fx.Node) -> Value:
-    """Chosen indices of one dimension."""
+    """Chosen indices of one dimension; or the end of a linear in pivot storage."""
+    if node in lowering.pivoted:
+        whole = pairs.pair(lowering, node)
+        if whole is not None:
+            return whole
+        lowering.once(lowering.pivoted[node].both)
     shape, dtype = lowering.type(node)
     value = lowering.plain(lowering.value(node.args[0]))
     dim = int(node.args[1]) % len(shape)  # type: ignore[arg-type]

@@ -10,7 +10,7 @@ from torch import fx
 from slim.codegen.regions.matrices import matrix, step_of_groups
 from slim.codegen.regions.pointwise import op
 from slim.codegen.regions.rounded import Rounding, rounding
-from slim.codegen.regions.scalars import F32, Gather, Lane, Load, Scalar, Value, cast, expand, lanes, views
+from slim.codegen.regions.scalars import F32, Gather, Lane, Load, Scalar, Value, cast, expand, lanes
 from slim.codegen.regions.schedule import Linear, Norm, Part, Product, Source
 from slim.codegen.regions.views import Size, View, same
 
@@ -112,32 +112,32 @@ def _joinable(a: Product, b: Product) -> bool:
     return a.source == b.source and same_kind and (a.matrix.scale is None) == (b.matrix.scale is None)
 
 
-def emit(lowering: Lowering, products: tuple[Product, ...], body: Scalar, out: View) -> None:
-    """Adds the product to a sweep over the same rows that is there already, or begins one."""
-    part = Part(products, body, out)
-    source = products[0].source
-    index = _sweep(lowering, products, body)
+def emit(lowering: Lowering, part: Part) -> None:
+    """Adds the part to a sweep over the same rows that is there already, or begins one."""
+    source = part.products[0].source
+    index = _sweep(lowering, part)
     if index is None:
         lowering.emit(Linear(lowering.node, source, [part]))
         return
     sweep = lowering.schedule.regions[index]
     assert isinstance(sweep, Linear)
     sweep.parts.append(part)
-    lowering.writer[out.buffer] = index
+    for out in part.outs():
+        lowering.writer[out.buffer] = index
 
 
-def _sweep(lowering: Lowering, products: tuple[Product, ...], body: Scalar) -> int | None:
-    """The linear over the same rows at whose place all that ``body`` reads is known."""
-    source = products[0].source
+def _sweep(lowering: Lowering, part: Part) -> int | None:
+    """The linear over the same rows at whose place all that ``part`` reads beside them is known."""
+    source = part.products[0].source
     if source.expert is not None:
         return None
-    needed = max((lowering.writer.get(view.buffer, -1) for view in views(body)), default=-1)
+    needed = max((lowering.writer.get(view.buffer, -1) for view in part.views()), default=-1)
     regions = lowering.schedule.regions
     for index in range(len(regions) - 1, needed, -1):
         region = regions[index]
         if isinstance(region, Linear) and region.source == source:
-            held = [product for part in region.parts for product in part.products]
-            return index if _groups_agree([*held, *products]) else None
+            held = [product for each in (*region.parts, part) for product in each.products]
+            return index if _groups_agree(held) else None
     return None
 
 

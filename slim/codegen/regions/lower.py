@@ -15,7 +15,7 @@ import sympy
 import torch
 from torch import fx
 
-from slim.codegen.regions import linears
+from slim.codegen.regions import linears, pairs
 from slim.codegen.regions.pointwise import builder, const
 from slim.codegen.regions.rounded import absorbed, readers
 from slim.codegen.regions.scalars import (
@@ -35,7 +35,7 @@ from slim.codegen.regions.scalars import (
     remap,
     walk,
 )
-from slim.codegen.regions.schedule import Foreign, Norm, Pointwise, Product, Region, Schedule
+from slim.codegen.regions.schedule import Foreign, Norm, Pair, Part, Pointwise, Product, Region, Schedule
 from slim.codegen.regions.views import Buffer, Size, View, same
 from slim.compiler.program import Program
 from slim.compiler.rounded_kv import done_by_attention
@@ -97,6 +97,7 @@ class Lowering:
 
     Attributes:
         values: node -> what it is: a Value, a size, or a tuple of them.
+        pivoted: linears in pivot storage, by the node that ends each.
     """
 
     def __init__(self, program: Program, wants: Wants) -> None:
@@ -106,7 +107,9 @@ class Lowering:
         self.values: dict[fx.Node, Any] = {}
         self.node: fx.Node = next(iter(program.graph.nodes))
         self.inside = done_by_attention(program)  # nodes that attention makes up for
-        self.absorbed = absorbed(program, wants) | self.inside
+        self.pivoted = pairs.pivoted(program)
+        joined = {nodes.both for nodes in self.pivoted.values()}  # what puts the columns in order makes up for it
+        self.absorbed = absorbed(program, wants) | self.inside | joined
         self.writer: dict[Buffer, int] = {}  # buffer -> the region that wrote it last
         self._weights: dict[str, Buffer] = {}
         self._stored: dict[int, tuple[Scalar, View]] = {}  # id of a body -> that body, and where its numbers lie
@@ -251,7 +254,9 @@ class Lowering:
         if not anchors:
             self.emit(Pointwise(self.node, out, body))
         elif isinstance(anchors[0], Product):
-            linears.emit(self, tuple(anchors), body, out)
+            linears.emit(self, Part(tuple(anchors), body, out))
+        elif isinstance(anchors[0], Pair):
+            pairs.emit(self, anchors[0], body, out)
         else:
             anchors[0].body, anchors[0].out = body, out
             self.emit(anchors[0])

@@ -202,12 +202,68 @@ class Source:
 
 
 @dataclass(eq=False)
+class Pair:
+    """A linear of low rank in pivot storage, as an anchor: [pivots, rest] with its columns in another order.
+
+    Attributes:
+        pivots: the results that are rows of the whole weight, in memory.
+        product: what makes the others of them.
+        rest: those others, over ``Lane(product)``.
+        order: name of the weight int64 [m] that says which of [pivots, rest] stands at each column.
+    """
+
+    node: fx.Node
+    shape: tuple[Size, ...]
+    pivots: View
+    product: Product
+    rest: Scalar
+    order: str
+
+
+@dataclass(eq=False)
+class Placed:
+    """Results that go to columns of their own in a wider whole, and what is made of them there.
+
+    Attributes:
+        columns: int64: result c goes to column ``columns[c]``, no two to one.
+        pair: the anchor that a result is, in ``body``.
+        body: over the shape of ``out``.
+    """
+
+    columns: View
+    pair: Pair
+    body: Scalar
+    out: View
+
+
+@dataclass(eq=False)
 class Part:
-    """Products whose results are needed together, what is made of them, and where that goes."""
+    """Products whose results are needed together, what is made of them, and where that goes.
+
+    Attributes:
+        out: the results side by side; None where nobody reads them so.
+        placed: where they go as well.
+    """
 
     products: tuple[Product, ...]
     body: Scalar
-    out: View
+    out: View | None
+    placed: Placed | None = None
+
+    @property
+    def shape(self) -> tuple[Size, ...]:
+        """What ``body`` is over."""
+        return self.products[0].shape if self.out is None else self.out.shape
+
+    def views(self) -> list[View]:
+        """What is read after the products."""
+        placed = [self.placed.columns, *views(self.placed.body)] if self.placed is not None else []
+        return [*views(self.body), *placed]
+
+    def outs(self) -> list[View]:
+        """Where results are stored."""
+        placed = [self.placed.out] if self.placed is not None else []
+        return [*([self.out] if self.out is not None else []), *placed]
 
 
 @dataclass(eq=False)
@@ -221,14 +277,14 @@ class Linear(Region):
     def reads(self) -> Iterator[Buffer]:
         yield from self.source.buffers()
         for part in self.parts:
-            yield from _buffers(part.body)
+            yield from (view.buffer for view in part.views())
             for product in part.products:
                 yield product.matrix.data
                 held = (product.matrix.scale, product.matrix.zero)
                 yield from (buffer for buffer in held if buffer is not None)
 
     def writes(self) -> Iterator[Buffer]:
-        yield from (part.out.buffer for part in self.parts)
+        yield from (view.buffer for part in self.parts for view in part.outs())
 
 
 @dataclass(eq=False)

@@ -12,7 +12,7 @@ from torch import fx
 
 from slim.codegen.regions.lower import Lowering, handles
 from slim.codegen.regions.scalars import Load, Value, cast, computed, expand, lanes, remap
-from slim.codegen.regions.schedule import Product
+from slim.codegen.regions.schedule import Pair, Product
 from slim.codegen.regions.views import Size, same
 from slim.compiler.rules import argument
 
@@ -26,7 +26,7 @@ def reshape(lowering: Lowering, node: fx.Node) -> Value:
     shape, dtype = lowering.type(node)
     value = lowering.value(node.args[0])
     anchors = lanes(value.body)
-    if anchors and all(isinstance(a, Product) for a in anchors) and shape and same(value.shape[-1], shape[-1]):
+    if anchors and all(isinstance(a, (Product, Pair)) for a in anchors) and shape and same(value.shape[-1], shape[-1]):
         body = remap(value.body, lambda leaf: leaf.reshape(shape), rows=True)  # rows stay rows, whatever their number
         if body is not None:
             return Value(body, shape, dtype)

@@ -7,14 +7,14 @@ program finds its part by its number, and from there on only pointers differ.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from slim.codegen.regions.scalars import Gather, Iota, Load, walk
+from slim.codegen.regions.scalars import Gather, Iota, Load, Scalar, walk
 from slim.codegen.regions.schedule import Linear, Matrix, Part, Source
-from slim.codegen.regions.views import Size, coalesce
+from slim.codegen.regions.views import Size, View, coalesce
 from slim.codegen.triton.kernel import Config
 from slim.codegen.triton.loops import decompose
 from slim.codegen.triton.text import Axis, Index, ScalarText, Text
@@ -167,42 +167,39 @@ class Results:
 
     def __init__(self, writer: Writer, sweep: Sweep, row: Row, column: Axis) -> None:
         self.writer, self.sweep = writer, sweep
-        self._texts = [self._text(index, row, column) for index in range(len(sweep.branches))]
+        self._texts = [self._of_part(index, row, column) for index in range(len(sweep.branches))]
 
-    def _text(self, index: int, row: Row, column: Axis) -> tuple[list[str], ScalarText]:
-        branch = self.sweep.branches[index]
-        self.writer.pointer(branch.part.out.buffer, f"out{index}")
+    def _of_part(self, index: int, row: Row, column: Axis) -> tuple[_Stored, ...]:
+        """The results side by side, then where each goes to a column of its own."""
+        part = self.sweep.branches[index].part
         tag = f"_{index}" if len(self.sweep.branches) > 1 else ""
-        maps = [branch.part.out.strides]
-        for scalar in walk(branch.part.body):
-            if isinstance(scalar, (Load, Gather)):
-                maps.append(scalar.view.strides)
-            elif isinstance(scalar, Iota):
-                maps.append(scalar.map.strides)
-        lines, place_ = place(self.writer, branch.part.out.shape[:-1], maps, row, f"r{tag}_", column)
-        axes = frozenset(axis for axis in place_.axes if axis is not None)
-        lanes = {id(product): Text(f"y{lane}", axes) for lane, product in enumerate(branch.part.products)}
-        return lines, ScalarText(self.writer, place_, lanes, tag)
+        lanes = {id(product): f"y{lane}" for lane, product in enumerate(part.products)}
+        plain = _Stored.of(self.writer, part.body, part.shape, part.out, row, column, lanes, f"out{index}", "r", tag)
+        if part.placed is None:
+            return (plain,)
+        to = part.placed
+        goes = Axis(column.name.replace("column", f"goes{tag}"), column.mask)
+        placed = _Stored.of(self.writer, to.body, to.out.shape, to.out, row, goes, {}, f"placed{index}", "p", f"{tag}p")
+        offset = "" if to.columns.offset == 0 else f" + {self.writer.size(to.columns.offset)}"
+        placed.lines.append(f"goes{tag} = tl.load({self.writer.pointer(to.columns.buffer)}{offset} + at)")
+        return plain, placed
 
     def early(self) -> list[str]:
         """What can be read before the sums are known, so that nothing waits for it after them."""
         if len(self._texts) > 1:
             return []
-        lines, text = self._texts[0]
-        for scalar in walk(self.sweep.branches[0].part.body):
-            if isinstance(scalar, Load):
-                text.write(scalar)
-        done = [*lines, *text.lines]
-        self._texts[0] = ([], text)
-        text.lines = []
-        return done
+        return [line for stored in self._texts[0] for line in stored.early()]
 
     def store(self) -> list[str]:
         """From the sums ``y0`` (and ``y1``) to memory."""
         stores = []
-        for branch, (lines, text) in zip(self.sweep.branches, self._texts, strict=True):
-            value = text.write(branch.part.body)
-            stores.append([*lines, *text.lines, text.store(branch.part.out, value.text)])
+        for branch, texts in zip(self.sweep.branches, self._texts, strict=True):
+            lines = texts[0].store()
+            for stored in texts[1:]:
+                assert branch.part.placed is not None
+                stored.text.lanes[id(branch.part.placed.pair)] = Text(texts[0].value, stored.axes)
+                lines += stored.store()
+            stores.append(lines)
         if len(stores) == 1:
             return stores[0]
         result, before = [], ""
@@ -211,6 +208,55 @@ class Results:
             before = f"{before} + {own}" if before else own
             result += [_case(index, len(stores), before), *indented(body)]
         return result
+
+
+@dataclass
+class _Stored:
+    """A body over the results of one part, and where it goes.
+
+    Attributes:
+        lines: statements that find the axes of its index.
+        value: the variable that holds it, once it is stored.
+    """
+
+    body: Scalar
+    out: View | None
+    lines: list[str]
+    text: ScalarText
+    axes: frozenset[Axis]
+    value: str = ""
+
+    @classmethod
+    def of(
+        cls, writer: Writer, body: Scalar, shape: Sequence[Size], out: View | None, row: Row, column: Axis,
+        lanes: Mapping[int, str], name: str, prefix: str, tag: str,
+    ) -> _Stored:  # fmt: skip
+        """``body`` over ``shape``; ``name`` is what the memory of ``out`` is called."""
+        if out is not None:
+            writer.pointer(out.buffer, name)
+        maps = [out.strides] if out is not None else []
+        for scalar in walk(body):
+            if isinstance(scalar, (Load, Gather)):
+                maps.append(scalar.view.strides)
+            elif isinstance(scalar, Iota):
+                maps.append(scalar.map.strides)
+        lines, index = place(writer, shape[:-1], maps, row, f"{prefix}{tag}_", column)
+        axes = frozenset(axis for axis in index.axes if axis is not None)
+        texts = {anchor: Text(lane, axes) for anchor, lane in lanes.items()}
+        return cls(body, out, lines, ScalarText(writer, index, texts, tag), axes)
+
+    def early(self) -> list[str]:
+        for scalar in walk(self.body):
+            if isinstance(scalar, Load):
+                self.text.write(scalar)
+        done = [*self.lines, *self.text.lines]
+        self.lines, self.text.lines = [], []
+        return done
+
+    def store(self) -> list[str]:
+        self.value = self.text.write(self.body).text
+        stores = [self.text.store(self.out, self.value)] if self.out is not None else []
+        return [*self.lines, *self.text.lines, *stores]
 
 
 # -- splitting over columns of the weight ------------------------------------------------------------------------------

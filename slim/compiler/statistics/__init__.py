@@ -15,7 +15,7 @@ from slim.compiler.passes_base import STATISTICS, Context
 from slim.compiler.program import Program
 from slim.compiler.report import short_bytes
 from slim.compiler.statistics.accumulate import SiteStatistics, Wanted
-from slim.compiler.statistics.batches import Calibration, read_calibration
+from slim.compiler.statistics.batches import MOST, Calibration, read_calibration
 from slim.compiler.statistics.segments import Grain, readers
 from slim.compiler.statistics.walk import Block, Walk
 
@@ -24,8 +24,11 @@ __all__ = ["Block", "Grain", "SiteStatistics", "calibration_of", "collect", "rea
 _BATCHES = "calibration batches"
 
 
-def calibration_of(program: Program, ctx: Context, asked_by: str) -> Calibration:
+def calibration_of(program: Program, ctx: Context, asked_by: str, most: int = MOST) -> Calibration:
     """The user's calibration data as batches for ``program``; read once for a pipeline.
+
+    Args:
+        most: tokens of text that are wanted; for more than is usual, texts are read again.
 
     Raises:
         NeedsCalibration: where the user gave none. BadInput and others: see ``read_calibration``.
@@ -35,7 +38,8 @@ def calibration_of(program: Program, ctx: Context, asked_by: str) -> Calibration
     if ctx.batches is None:
         ctx.batches = read_calibration(program, ctx.calibration)
     found: Calibration = ctx.batches
-    return found
+    texts = isinstance(ctx.calibration, Sequence) and all(isinstance(item, str) for item in ctx.calibration)
+    return read_calibration(program, ctx.calibration, most) if texts and most > MOST else found
 
 
 def site_values(linears: Sequence[fx.Node]) -> list[fx.Node]:

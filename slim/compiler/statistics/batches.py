@@ -50,7 +50,7 @@ class Calibration:
         return sum(batch.tokens for batch in self.batches)
 
 
-def read_calibration(program: Program, given: Any) -> Calibration:
+def read_calibration(program: Program, given: Any, most: int = MOST) -> Calibration:
     """What the user gave as ``calibration``, as batches.
 
     Texts are joined, the tokenizer's BOS between them, and cut into windows that each begin with BOS, of the model's
@@ -60,6 +60,7 @@ def read_calibration(program: Program, given: Any) -> Calibration:
     Args:
         given: texts (list of str), token ids (tensors [S] or [B, S]), dicts or tuples of inputs, or any iterable of
             those, such as a DataLoader.
+        most: tokens of text that are read.
 
     Raises:
         BadInput: where it is something else, or empty. NoTokenizer: texts for a model that has none.
@@ -67,7 +68,7 @@ def read_calibration(program: Program, given: Any) -> Calibration:
     """
     items = _items(given)
     if all(isinstance(item, str) for item in items):
-        return _from_texts(program, items)
+        return _from_texts(program, items, most)
     notes: list[str] = []
     batches = [_from_item(program, item, f"calibration[{i}]", notes) for i, item in enumerate(items)]
     return Calibration(batches, list(dict.fromkeys(notes)))
@@ -93,16 +94,16 @@ def _bad(reason: str, argument: str = "calibration") -> errors.BadInput:
 # -- texts -------------------------------------------------------------------------------------------------------------
 
 
-def _from_texts(program: Program, texts: Sequence[str]) -> Calibration:
+def _from_texts(program: Program, texts: Sequence[str], most: int) -> Calibration:
     names = {item.name for item in program.inputs}
     if "input_ids" not in names:
         raise _bad("texts are for models that read token ids: give tensors")
     tokenizer = load_tokenizer(program.facts.source)
     length = _context(program)
     if program.facts.kind == "causal_lm":
-        rows, notes = _windows(texts, tokenizer, length)
+        rows, notes = _windows(texts, tokenizer, length, most)
     else:
-        rows, notes = _one_by_one(texts, tokenizer, length)
+        rows, notes = _one_by_one(texts, tokenizer, length, most)
     return Calibration([_batch_of_rows(program, group) for group in _grouped(rows)], notes)
 
 
@@ -112,18 +113,18 @@ def _context(program: Program) -> int:
     return min(length for length in lengths if isinstance(length, int) and length > 0)
 
 
-def _windows(texts: Sequence[str], tokenizer: Any, length: int) -> tuple[list[list[int]], list[str]]:
+def _windows(texts: Sequence[str], tokenizer: Any, length: int, most: int) -> tuple[list[list[int]], list[str]]:
     """All texts in a row, cut; the last window may be short."""
     begin = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     separate = begin or ([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])
     stream: list[int] = []
     for index, text in enumerate(texts):
-        if len(stream) >= MOST:
-            unread = f"of {len(texts)} calibration texts the first {index} were read: {MOST:,} tokens are enough"
-            return _cut(stream[:MOST], begin, length), [unread]
+        if len(stream) >= most:
+            unread = f"of {len(texts)} calibration texts the first {index} were read: {most:,} tokens are enough"
+            return _cut(stream[:most], begin, length), [unread]
         stream += [*(separate if stream else []), *_encoded(tokenizer, text)]
-    notes = [] if len(stream) <= MOST else [f"of {len(stream):,} calibration tokens the first {MOST:,} were read"]
-    rows = _cut(stream[:MOST], begin, length)
+    notes = [] if len(stream) <= most else [f"of {len(stream):,} calibration tokens the first {most:,} were read"]
+    rows = _cut(stream[:most], begin, length)
     if not rows:
         raise _bad("its texts hold no token")
     if len(rows) == 1 and len(rows[0]) < length:
@@ -140,12 +141,12 @@ def _encoded(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _one_by_one(texts: Sequence[str], tokenizer: Any, length: int) -> tuple[list[list[int]], list[str]]:
+def _one_by_one(texts: Sequence[str], tokenizer: Any, length: int, most: int) -> tuple[list[list[int]], list[str]]:
     rows: list[list[int]] = []
     total = 0
     for index, text in enumerate(texts):
-        if total >= MOST:
-            return rows, [f"of {len(texts)} calibration texts the first {index} were read: {MOST:,} tokens are enough"]
+        if total >= most:
+            return rows, [f"of {len(texts)} calibration texts the first {index} were read: {most:,} tokens are enough"]
         row = tokenizer(text, truncation=True, max_length=length, verbose=False)["input_ids"]
         rows.append(list(row))
         total += len(row)

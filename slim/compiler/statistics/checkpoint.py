@@ -44,14 +44,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, program: Program, batches: Sequence[Batch], purpose: str) -> Checkpoint:
-        mark = zlib.crc32(str(program).encode())
-        for name in program.weights:
-            mark = _weight_mark(program, name, mark)
-        for batch in batches:
-            for value in batch.inputs:
-                mark = _tensor_mark(value, mark)
-        mark = zlib.crc32(purpose.encode(), mark)
-        return cls(cache_dir() / "walks" / f"{mark:08x}.safetensors")
+        return cls(cache_dir() / "walks" / f"{fingerprint(program, batches, purpose)}.safetensors")
 
     def _open(self) -> None:
         """Reads what an earlier walk left, if that can be used."""
@@ -116,6 +109,17 @@ class Checkpoint:
         """The walk is over."""
         with contextlib.suppress(OSError):
             self.path.unlink()
+
+
+def fingerprint(program: Program, batches: Sequence[Batch], purpose: str) -> str:
+    """A name for what is done with a Program on some data: another for other weights, data or purposes."""
+    mark = zlib.crc32(str(program).encode())
+    for name in program.weights:
+        mark = _weight_mark(program, name, mark)
+    for batch in batches:
+        for value in batch.inputs:
+            mark = _tensor_mark(value, mark)
+    return f"{zlib.crc32(purpose.encode(), mark):08x}"
 
 
 def _aligned(read: Tensor) -> Tensor:

@@ -156,7 +156,7 @@ struct Few {
 };
 
 // Loads and rotates the queries. `turned` holds key_width floats.
-inline void begin_few(const Attention& a, const Rows& rows, const Few& few, float* turned) {
+[[gnu::noinline]] void begin_few(const Attention& a, const Rows& rows, const Few& few, float* turned) {
     list_rows(a, rows, few.rows);
     for (i64 r = 0; r < rows.count(); r++) {
         rotate_query(a, rows.batch, few.rows[r], turned);
@@ -204,7 +204,7 @@ void attend_few(const Attention& a, const Source<K, V>& source, const Rows& rows
 }
 
 // Stores what `attend_few` summed.
-inline void finish_few(const Attention& a, i64 batch, const Row& row, const float* summed) {
+[[gnu::noinline]] void finish_few(const Attention& a, i64 batch, const Row& row, const float* summed) {
     float* out = out_of(a, batch, row);
     float factor = inverse(row.total.sum);
     for (i64 n = 0; n < vectors_of(a.value_width); n++)

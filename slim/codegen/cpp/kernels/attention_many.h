@@ -102,7 +102,7 @@ void pack_values(const Attention& a, const Source<K, V>& source, const Rows& row
 }
 
 // TILE_ROWS rows from `row` on against the packed block of keys first..last - 1.
-inline void attend_tile(const Attention& a, const Rows& rows, i64 row, i64 first, i64 last, const Packed& own) {
+[[gnu::noinline]] void attend_tile(const Attention& a, const Rows& rows, i64 row, i64 first, i64 last, const Packed& own) {
     i64 end_row = least(row + TILE_ROWS, rows.count());
     i64 begin = most(own.rows[row].seen.first - first, 0);
     i64 end = least(own.rows[end_row - 1].seen.last, last) - first;

@@ -70,7 +70,7 @@ inline Range seen_by(const Attention& a, const Rows& rows) {
 }
 
 // y = x times factor, rotated as token `index` of the new ones where there is a rotation.
-inline void rotate(const Attention& a, i64 batch, i64 index, const float* x, float factor, float* __restrict y) {
+[[gnu::noinline]] void rotate(const Attention& a, i64 batch, i64 index, const float* x, float factor, float* __restrict y) {
     i64 half = a.cos ? a.rope_width / 2 : 0;
     for (i64 p = 2 * half; p < a.key_width; p++) y[p] = x[p] * factor;
     if (!half) return;
@@ -117,7 +117,7 @@ struct Row {
     Total total;
 };
 
-inline void list_rows(const Attention& a, const Rows& rows, Row* list) {
+[[gnu::noinline]] void list_rows(const Attention& a, const Rows& rows, Row* list) {
     for (i64 query = rows.query; query < rows.query + rows.queries; query++) {
         Range seen = seen_by(a, query);
         for (i64 head = rows.head; head < rows.head + rows.heads; head++)
@@ -176,7 +176,7 @@ inline float highest(vf v) {
 }
 
 // Softcap, slopes, bias and masks on the scores s of keys first..first + KEY_BLOCK - 1, of which only `seen` count.
-inline void adjust(const Attention& a, i64 batch, const Row& row, i64 first, Range seen, float* s) {
+[[gnu::noinline]] void adjust(const Attention& a, i64 batch, const Row& row, i64 first, Range seen, float* s) {
     i64 begin = least(most(seen.first - first, 0), KEY_BLOCK), end = most(least(seen.last - first, KEY_BLOCK), 0);
     if (a.softcap != 0.0f) {
         float inverse_cap = 1.0f / a.softcap;
@@ -199,7 +199,7 @@ inline void adjust(const Attention& a, i64 batch, const Row& row, i64 first, Ran
 }
 
 // Makes weights of the scores, against the highest score so far. Returns what the row's earlier sums shrink by.
-inline float weigh(float* s, Total& total) {
+[[gnu::noinline]] float weigh(float* s, Total& total) {
     vf top = load(s);
     for (i64 j = LANES; j < KEY_BLOCK; j += LANES) {
         vf x = load(s + j);

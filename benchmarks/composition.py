@@ -1,0 +1,105 @@
+"""What composes with what: every pair of passes in both orders on the demo model, and some longer pipelines.
+
+    python -m benchmarks.composition                  # results/composition.json and .md
+    python -m benchmarks.composition --only 'quantize*' --heldout 8
+
+A cell is the loss in nats a held-out token over the float model, after the pass of its row and then the pass of its
+column, or the reason why slim refuses that order. What is kept is written after every cell, so a run that is cut off
+goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import slim
+from benchmarks.quality_peers.cases import CASES, Case
+from slim.runtime.perplexity import score
+
+RESULTS = Path(__file__).resolve().parent / "results" / "composition.json"
+PASSES = (
+    "fold_norms", "prune(0.2)", "gqa(0.5)", "low_rank(0.8)", "smooth_quant(0.5)",
+    'quantize("int8", activations="int8")', 'quantize("int4")', 'quantize_kv("int8")', "heal(50)",
+)  # fmt: skip
+LONGER = (
+    "prune(0.2), gqa(0.5), low_rank(0.8)",
+    'prune(0.2), gqa(0.5), smooth_quant(0.5), quantize("int8", activations="int8"), quantize_kv("int8")',
+    'prune(0.2), gqa(0.5), low_rank(0.8), heal(100), quantize("int4"), quantize_kv("int4")',
+)
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    case = CASES[options.model]()
+    kept = json.loads(options.output.read_text()) if options.output.exists() else {}
+    found: dict[str, Any] = kept.get(options.model, {})
+    kept[options.model] = found
+    for text in ["", *PASSES, *(f"{a}, {b}" for a in PASSES for b in PASSES if a != b), *LONGER]:
+        if text in found or (options.only and not any(fnmatchcase(text, only) for only in options.only) and text):
+            continue
+        found[text] = _measured(case, text, options.heldout, options.calibration)
+        print(f"{text or 'float':80} {_told(found, text)}", flush=True)
+        options.output.write_text(json.dumps(kept, indent=1) + "\n")
+        options.output.with_suffix(".md").write_text("\n".join(map(_tables, kept, kept.values())))
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=CASES, default="demo")
+    parser.add_argument("--only", action="append", help="pipelines to measure, by pattern of their text")
+    parser.add_argument("--heldout", type=int, default=32, help="passages of text (default: %(default)s)")
+    parser.add_argument("--calibration", type=int, default=64, help="sequences (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def _measured(case: Case, text: str, heldout: int, sequences: int) -> dict[str, Any]:
+    start = time.perf_counter()
+    try:
+        calibration = case.tensors()[:sequences]
+        compiled = slim.compile(case.model, text, calibration=calibration, target="eager", verify=False)
+    except slim.errors.SlimError as error:
+        return {"refused": str(error).partition("\n")[0]}
+    said = score(compiled, case.passages[:heldout])
+    seconds = round(time.perf_counter() - start, 1)
+    return {"nats": said.nats / said.tokens, "bytes": compiled.program.nbytes, "seconds": seconds}
+
+
+def _told(found: dict[str, Any], text: str) -> str:
+    value = found[text]
+    return value["refused"][:100] if "refused" in value else f"{_lost(found, text)} {value['bytes'] / 1e6:.2f} MB"
+
+
+def _lost(found: dict[str, Any], text: str) -> str:
+    return f"{found[text]['nats'] - found['']['nats']:+.4f}" if "nats" in found.get(text, {}) else "refused"
+
+
+def _tables(model: str, found: dict[str, Any]) -> str:
+    """The pairs, the longer pipelines, and the reasons of refusals."""
+    lines = [f"# {model}: loss in nats a token after the row's pass and then the column's\n"]
+    lines.append("| first, then | alone | " + " | ".join(f"`{b}`" for b in PASSES) + " |")
+    lines.append("|" + "---|" * (len(PASSES) + 2))
+    for a in PASSES:
+        cells = [_lost(found, f"{a}, {b}") if f"{a}, {b}" in found else "" for b in PASSES]
+        lines.append(f"| `{a}` | {_lost(found, a)} | " + " | ".join(cells) + " |")
+    lines += ["", "| pipeline | loss | MB |", "|---|---|---|"]
+    for text in LONGER:
+        if "bytes" in found.get(text, {}):
+            lines.append(f"| `{text}` | {_lost(found, text)} | {found[text]['bytes'] / 1e6:.2f} |")
+    lines += ["", "Refused:", ""]
+    lines += [f"- `{text}`: {value['refused']}" for text, value in found.items() if "refused" in value]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

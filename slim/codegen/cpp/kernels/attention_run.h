@@ -1,0 +1,203 @@
+// Attention over a cache or over given keys: who does which rows and which keys.
+#pragma once
+#include "attention_few.h"
+#include "attention_many.h"
+
+namespace slim {
+namespace {
+
+// Scratch, in floats: for each thread what Packed points to, then slots for what units of few rows sum up by chunks of
+// keys.
+struct Layout {
+    i64 q, out, rows, keys, values, turned, weights, thread, slot;
+
+    Layout(i64 key_width, i64 value_width) {
+        q = 0;
+        out = q + MANY_ROWS * padded(key_width);
+        rows = out + MANY_ROWS * padded(value_width);
+        keys = rows + padded(MANY_ROWS * (i64)(sizeof(Row) / sizeof(float)));
+        values = keys + padded(key_width) * KEY_BLOCK;
+        turned = values + KEY_BLOCK * padded(value_width);
+        weights = turned + 4 * padded(key_width);
+        thread = weights + FEW_ROWS * KEY_BLOCK;
+        slot = padded(2 * FEW_ROWS) + FEW_ROWS * padded(value_width);
+    }
+};
+
+constexpr i64 PIECES = 4;  // of work for a thread, where there can be so many
+constexpr i64 SLOTS = 2 * PIECES;
+
+// Pieces of work: rows by heads and queries, and keys by chunks.
+struct Split {
+    i64 heads, head_groups;  // of the query heads that share a key/value head
+    i64 queries, query_blocks;
+    i64 chunks, chunk;
+    Range keys;
+
+    i64 rows() const { return head_groups * query_blocks; }
+};
+
+constexpr i64 ceil_div(i64 x, i64 y) { return (x + y - 1) / y; }
+
+Split split_heads(const Attention& a, i64 heads_at_once) {
+    i64 group = a.heads / a.kv_heads;
+    Split split{};
+    split.heads = ceil_div(group, ceil_div(group, heads_at_once));
+    split.head_groups = ceil_div(group, split.heads);
+    return split;
+}
+
+Split split_few(const Attention& a, i64 threads) {
+    Split split = split_heads(a, FEW_ROWS / a.queries);
+    split.queries = a.queries;
+    split.query_blocks = 1;
+    split.keys = seen_by(a, Rows{0, 0, 0, 1, 0, a.queries});
+    i64 count = most(split.keys.last - split.keys.first, 1), units = a.batch * a.kv_heads * split.head_groups;
+    i64 chunks = threads == 1 || units >= PIECES * threads ? 1 : ceil_div(PIECES * threads, units);
+    split.chunk = ceil_div(ceil_div(count, chunks), KEY_BLOCK) * KEY_BLOCK;
+    split.chunks = ceil_div(count, split.chunk);
+    return split;
+}
+
+Split split_many(const Attention& a, i64 threads) {
+    Split split = split_heads(a, FEW_ROWS);
+    i64 units = a.batch * a.kv_heads * split.head_groups;
+    split.queries = least(a.queries, MANY_ROWS / split.heads);
+    while (split.queries * split.heads > MANY_ROWS / 4 && ceil_div(a.queries, split.queries) * units < PIECES * threads)
+        split.queries = ceil_div(split.queries, 2);
+    split.query_blocks = ceil_div(a.queries, split.queries);
+    split.chunks = 1;
+    return split;
+}
+
+// The rows of one unit of batch * kv_heads * split.rows(); the last queries, which see most keys, come first.
+Rows rows_of(const Attention& a, const Split& split, i64 unit) {
+    i64 pairs = a.batch * a.kv_heads * split.head_groups;
+    i64 block = split.query_blocks - 1 - unit / pairs, pair = unit % pairs / split.head_groups;
+    i64 first = unit % split.head_groups * split.heads, group = a.heads / a.kv_heads;
+    Rows rows;
+    rows.batch = pair / a.kv_heads;
+    rows.kv_head = pair % a.kv_heads;
+    rows.head = rows.kv_head * group + first;
+    rows.heads = least(split.heads, group - first);
+    rows.query = block * split.queries;
+    rows.queries = least(split.queries, a.queries - rows.query);
+    return rows;
+}
+
+template <class K, class V>
+void append_all(Thread& thread, const Attention& a, float* row) {
+    thread.share(a.batch * a.kv_heads * a.queries, 8, [&](i64 begin, i64 end) {
+        for (i64 i = begin; i < end; i++) {
+            i64 pair = i / a.queries;
+            append<K, V>(a, pair / a.kv_heads, pair % a.kv_heads, i % a.queries, row);
+        }
+    });
+    thread.barrier();
+}
+
+// Adds what one row summed over another chunk of keys.
+void join(Total& total, float* summed, Total next, const float* other, i64 width) {
+    float max = next.max > total.max ? next.max : total.max, base = max == -INFINITY ? 0.0f : max;
+    float keep = exp_f(total.max - base), add = exp_f(next.max - base);
+    for (i64 p = 0; p < width; p++) summed[p] = summed[p] * keep + other[p] * add;
+    total = {max, total.sum * keep + next.sum * add};
+}
+
+void join_chunks(Thread& thread, const Attention& a, const Split& split, const Layout& layout, float* slots,
+                 Row* list) {
+    i64 width = padded(a.value_width);
+    thread.share(a.batch * a.kv_heads * split.head_groups, 1, [&](i64 begin, i64 end) {
+        for (i64 unit = begin; unit < end; unit++) {
+            Rows rows = rows_of(a, split, unit);
+            list_rows(a, rows, list);
+            for (i64 r = 0; r < rows.count(); r++) {
+                float* slot = slots + unit * split.chunks * layout.slot;
+                float* summed = slot + padded(2 * FEW_ROWS) + r * width;
+                list[r].total = ((const Total*)slot)[r];
+                for (i64 c = 1; c < split.chunks; c++) {
+                    Total next = ((const Total*)(slot + c * layout.slot))[r];
+                    join(list[r].total, summed, next, summed + c * layout.slot, width);
+                }
+                finish_few(a, rows.batch, list[r], summed);
+            }
+        }
+    });
+}
+
+// Where the keys of a piece begin; the last piece is followed by the first.
+template <class K, class V>
+const K* first_key(const Attention& a, const Source<K, V>& source, const Split& split, i64 piece) {
+    i64 unit = piece / split.chunks % (a.batch * a.kv_heads * split.head_groups);
+    Rows rows = rows_of(a, split, unit);
+    return source.key(rows.batch, rows.kv_head, split.keys.first + piece % split.chunks * split.chunk);
+}
+
+template <class K, class V>
+void run_few(Thread& thread, const Attention& a, const Source<K, V>& source, const Layout& layout, float* own) {
+    i64 threads = thread.team.size;
+    Split split = split_few(a, threads);
+    float* slots = (float*)a.scratch + threads * layout.thread;
+    Few few{own + layout.q,       own + layout.out,    (Row*)(own + layout.rows),
+            own + layout.weights, padded(a.key_width), padded(a.value_width)};
+    // New keys and values are appended by who reads them, where nobody else does.
+    bool alone = split.head_groups == 1 && (split.chunks == 1 || a.queries == 1);
+    if (a.k_cache && !alone) append_all<K, V>(thread, a, own + layout.turned);
+    i64 units = a.batch * a.kv_heads * split.head_groups;
+    thread.share(units * split.chunks, 1, [&](i64 begin, i64 end) {
+        for (i64 piece = begin; piece < end; piece++) {
+            i64 unit = piece / split.chunks, chunk = piece % split.chunks;
+            Rows rows = rows_of(a, split, unit);
+            i64 first = split.keys.first + chunk * split.chunk, last = least(first + split.chunk, split.keys.last);
+            float* slot = slots + piece * layout.slot;
+            if (split.chunks > 1) few.out = slot + padded(2 * FEW_ROWS);
+            begin_few(a, rows, few, own + layout.turned);
+            for (i64 r = 0; chunk == 0 && r < rows.count(); r++) add_sink(a, few.rows[r]);
+            if (a.k_cache && alone && chunk == split.chunks - 1)
+                for (i64 i = 0; i < a.queries; i++) append<K, V>(a, rows.batch, rows.kv_head, i, own + layout.turned);
+            attend_few(a, source, rows, {first, last}, first_key(a, source, split, piece + 1), few);
+            for (i64 r = 0; r < rows.count(); r++) {
+                if (split.chunks > 1) ((Total*)slot)[r] = few.rows[r].total;
+                else finish_few(a, rows.batch, few.rows[r], few.out + r * few.out_row);
+            }
+        }
+    });
+    if (split.chunks == 1) return;
+    thread.barrier();
+    join_chunks(thread, a, split, layout, slots, few.rows);
+}
+
+template <class K, class V>
+void run_many(Thread& thread, const Attention& a, const Source<K, V>& source, const Layout& layout, float* own) {
+    if (a.k_cache) append_all<K, V>(thread, a, own + layout.turned);
+    Split split = split_many(a, thread.team.size);
+    Packed packed{own + layout.q,      own + layout.out,    (Row*)(own + layout.rows), own + layout.keys,
+                  own + layout.values, own + layout.turned, own + layout.weights,          padded(a.key_width),
+                  padded(a.value_width)};
+    thread.share(a.batch * a.kv_heads * split.rows(), 1, [&](i64 begin, i64 end) {
+        for (i64 unit = begin; unit < end; unit++) attend_many(a, source, rows_of(a, split, unit), packed);
+    });
+}
+
+template <class K, class V>
+void run(Thread& thread, const Attention& a, const Source<K, V>& source) {
+    Layout layout(a.key_width, a.value_width);
+    float* own = (float*)a.scratch + thread.id * layout.thread;
+    bool few = a.queries <= FEW_QUERIES && a.key_width >= LANES && a.value_width >= LANES && !source.turn;
+    if (few) run_few(thread, a, source, layout, own);
+    else run_many(thread, a, source, layout, own);
+}
+
+template <class K, class V = K>
+void run_cached(Thread& thread, const Attention& a) {
+    run(thread, a, Source<K, V>{(const K*)a.k_cache, (const V*)a.v_cache, a.kc_batch, a.kc_head, a.kc_token,
+                                a.vc_batch, a.vc_head, a.vc_token, false, a.k_scale, a.v_scale, a.ks_batch, a.ks_head,
+                                a.vs_batch, a.vs_head});
+}
+
+}  // namespace
+
+// Over a cache of int8 or int4. A unit of its own, as kernels for each kind of keys and values take long to compile.
+void attention_rounded(Thread& thread, const Attention& a);
+
+}  // namespace slim

@@ -1,0 +1,273 @@
+"""From a graph that Dynamo captured to a Program: weights are frozen in, sizes are read off tensors, and what the graph
+does to its inputs is set apart, so that the Program itself is a function."""
+
+from __future__ import annotations
+
+import keyword
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch.export import Dim
+
+from slim import errors
+from slim.compiler.lift.export import export
+from slim.compiler.program import Facts, Program
+from slim.compiler.raising import raise_program
+from slim.compiler.verify import verify
+
+Give = Callable[[Sequence[Any], Sequence[Any]], Any]  # (arguments, the Program's outputs) -> one result
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A Program, and how a call of the captured graph becomes one of it.
+
+    Attributes:
+        program: None where there is nothing to compute: all results are inputs, or views of them.
+        frozen: place among the arguments -> the weight that was frozen into the Program.
+        inputs: places of the arguments that the Program takes, in its order.
+        results: how each result is made, in order.
+        mutated: (place of an argument, place among the Program's outputs of what it must hold afterwards).
+    """
+
+    program: Program | None
+    frozen: dict[int, Tensor]
+    inputs: tuple[int, ...]
+    results: tuple[Give, ...]
+    mutated: tuple[tuple[int, int], ...]
+
+
+def capture(module: fx.GraphModule, examples: Sequence[Any]) -> Captured:
+    """Lifts ``module``, whose placeholders are weights, sizes and inputs, on ``examples``, one for each.
+
+    Raises:
+        LiftFailed, UnsupportedModel: as ``lift``.
+    """
+    return _Capture(module, examples).made()
+
+
+class _Capture:
+    def __init__(self, module: fx.GraphModule, examples: Sequence[Any]) -> None:
+        self.module = fx.GraphModule(module, _copied(module.graph))
+        self.original = module
+        self.examples = list(examples)
+        self.placeholders = self.module.graph.find_nodes(op="placeholder")
+        self.places = {node: place for place, node in enumerate(self.placeholders)}
+        self.frozen: dict[int, Tensor] = {}
+
+    def made(self) -> Captured:
+        changed = [node for node in self.placeholders if _is_mutated(node)]
+        results = self._results()
+        kept = [place for place, give in enumerate(results) if give is None]
+        self._set_outputs(kept, changed)
+        self._freeze(set(changed))
+        self._read_sizes()
+        gives = self._numbered(results)
+        mutated = tuple((self.places[node], len(kept) + index) for index, node in enumerate(changed))
+        inputs = tuple(self.places[node] for node in self.module.graph.find_nodes(op="placeholder"))
+        program = self._lifted(inputs) if kept or changed else None
+        return Captured(program, self.frozen, inputs, gives, mutated)
+
+    # -- results -------------------------------------------------------------------------------------------------------
+
+    def _results(self) -> list[Give | None]:
+        """How each result is made; None for those that the Program computes."""
+        found: list[Give | None] = []
+        outputs: Any = self.module.graph.output_node().args[0]
+        for index, value in enumerate(outputs):
+            found.append(self._apart(value, index))
+        return found
+
+    def _apart(self, value: Any, index: int) -> Give | None:
+        if not isinstance(value, fx.Node):
+            return lambda arguments, outputs: value
+        if value in self.places:
+            place = self.places[value]
+            return lambda arguments, outputs: arguments[place]
+        example = value.meta.get("example_value")
+        if isinstance(example, torch.SymInt):
+            return self._size(example.node.expr)
+        if isinstance(example, Tensor) and self._is_view_of_an_input(example):
+            view = _alone(self.original, index)
+            return lambda arguments, outputs: view(*arguments)[0]
+        return None
+
+    def _is_view_of_an_input(self, example: Tensor) -> bool:
+        held = {
+            given.untyped_storage()._cdata
+            for node in self.placeholders
+            if isinstance(given := node.meta.get("example_value"), Tensor)
+        }
+        return example.untyped_storage()._cdata in held
+
+    def _size(self, expression: Any) -> Give:
+        """A size: an expression in the symbols that are arguments too."""
+        symbols = sorted(expression.free_symbols, key=str)
+        places = [self._place_of(symbol) for symbol in symbols]
+        compute = sympy.lambdify(symbols, expression, "math")
+        return lambda arguments, outputs: int(compute(*(int(arguments[place]) for place in places)))
+
+    def _place_of(self, symbol: Any) -> int:
+        for node, place in self.places.items():
+            example = node.meta.get("example_value")
+            if isinstance(example, torch.SymInt) and example.node.expr == symbol:
+                return place
+        raise _failed(f"it returns a size, {symbol}, that is not among its arguments")
+
+    def _numbered(self, results: Sequence[Give | None]) -> tuple[Give, ...]:
+        """Gives those that the Program computes their places among its outputs."""
+        gives: list[Give] = []
+        count = 0
+        for give in results:
+            if give is None:
+                gives.append(_output(count))
+                count += 1
+            else:
+                gives.append(give)
+        return tuple(gives)
+
+    # -- the graph -----------------------------------------------------------------------------------------------------
+
+    def _set_outputs(self, kept: Sequence[int], changed: Sequence[fx.Node]) -> None:
+        """Leaves what the Program computes, and behind it what mutated inputs hold in the end.
+
+        Those are worked on as copies: the caller's are written once, when all is done.
+        """
+        graph = self.module.graph
+        output = graph.output_node()
+        copies = []
+        for node in changed:
+            with graph.inserting_before(_first_operation(graph)):
+                copy = graph.call_method("clone", (node,))
+            node.replace_all_uses_with(copy)
+            copy.args = (node,)
+            copies.append(copy)
+        values: Any = output.args[0]
+        output.args = ((*(values[place] for place in kept), *copies),)
+
+    def _freeze(self, changed: set[fx.Node]) -> None:
+        """Parameters and buffers become the module's own, under the names that the model has for them."""
+        graph = self.module.graph
+        names: set[str] = set()
+        for node, example in zip(self.placeholders, self.examples, strict=True):
+            if node in changed or not isinstance(example, Tensor) or not _is_weight(node, example):
+                continue
+            name = _unique(_weight_name(node.name), names)
+            if isinstance(example, torch.nn.Parameter):
+                self.module.register_parameter(name, example)
+            else:
+                self.module.register_buffer(name, example)
+            with graph.inserting_before(_first_operation(graph)):
+                inner = graph.get_attr(name)
+            node.replace_all_uses_with(inner)
+            graph.erase_node(node)
+            self.frozen[self.places[node]] = example
+
+    def _read_sizes(self) -> None:
+        """A size among the arguments is one of a tensor's: it is read there."""
+        graph = self.module.graph
+        for node in graph.find_nodes(op="placeholder"):
+            example = node.meta.get("example_value")
+            if isinstance(example, Tensor):
+                continue
+            if node.users:
+                owner, dim = self._owner(example)
+                with graph.inserting_before(_first_operation(graph)):
+                    size = graph.call_method("size", (owner, dim))
+                node.replace_all_uses_with(size)
+            graph.erase_node(node)
+
+    def _owner(self, size: Any) -> tuple[fx.Node, int]:
+        expression = size.node.expr if isinstance(size, torch.SymInt) else size
+        for node in self.module.graph.find_nodes(op="placeholder"):
+            example = node.meta.get("example_value")
+            if isinstance(example, Tensor):
+                for dim, length in enumerate(example.shape):
+                    if isinstance(length, torch.SymInt) and length.node.expr == expression:
+                        return node, dim
+        raise _failed(f"a number that it takes, {expression}, is no size of its tensors; make it a tensor")
+
+    def _lifted(self, inputs: Sequence[int]) -> Program:
+        graph = self.module.graph
+        examples, shapes = [], []
+        names = {node.name for node in graph.nodes}
+        for node, place in zip(graph.find_nodes(op="placeholder"), inputs, strict=True):
+            fake = node.meta["example_value"]
+            node.target = node.name = _unique(_input_name(node.name), names)
+            examples.append(self.examples[place].detach())
+            shapes.append({d: Dim.AUTO if isinstance(s, torch.SymInt) else None for d, s in enumerate(fake.shape)})
+        graph.lint()
+        self.module.recompile()
+        facts = Facts(kind="module", architecture="the captured graph")
+        targets = [str(node.target) for node in graph.find_nodes(op="placeholder")]
+        dynamic = dict(zip(targets, shapes, strict=True))
+        program = export(self.module, tuple(examples), {}, dynamic, facts)
+        program.raised = raise_program(program)
+        verify(program, "lift")
+        return program
+
+
+def _output(place: int) -> Give:
+    return lambda arguments, outputs: outputs[place]
+
+
+def _copied(graph: fx.Graph) -> fx.Graph:
+    copy = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    copy.output(copy.graph_copy(graph, mapping))
+    for old, new in mapping.items():
+        new.meta = dict(old.meta)
+    return copy
+
+
+def _alone(module: fx.GraphModule, index: int) -> fx.GraphModule:
+    """The module with one of its results alone, as PyTorch runs it."""
+    graph = _copied(module.graph)
+    output = graph.output_node()
+    values: Any = output.args[0]
+    output.args = ((values[index],),)
+    graph.eliminate_dead_code()
+    return fx.GraphModule(module, graph)
+
+
+def _is_mutated(node: fx.Node) -> bool:
+    example = node.meta.get("example_value")
+    return isinstance(example, Tensor) and example._version > 0
+
+
+def _is_weight(node: fx.Node, example: Tensor) -> bool:
+    static = (node.meta.get("tensor_dict") or {}).get("_dynamo_static_input_type")
+    return isinstance(example, torch.nn.Parameter) or static is not None
+
+
+def _weight_name(name: str) -> str:
+    """l_self_modules_layers_modules_0_parameters_weight_ -> layers_0_weight."""
+    name = re.sub(r"^l_self_|^l_", "", name.lower()).strip("_")
+    return re.sub(r"(^|_)(modules|parameters|buffers)_", r"\1", name).strip("_") or "weight"
+
+
+def _input_name(name: str) -> str:
+    """l_input_ids_ -> input_ids; l_kwargs_attention_mask_ -> attention_mask."""
+    short = re.sub(r"^l_(kwargs_|args_)?", "", name).strip("_")
+    return short if short.isidentifier() and not keyword.iskeyword(short) else f"input_{short}"
+
+
+def _unique(name: str, names: set[str]) -> str:
+    found, count = name, 1
+    while found in names:
+        found, count = f"{name}_{count}", count + 1
+    names.add(found)
+    return found
+
+
+def _first_operation(graph: fx.Graph) -> fx.Node:
+    return next(node for node in graph.nodes if node.op != "placeholder")
+
+
+def _failed(reason: str) -> errors.LiftFailed:
+    return errors.LiftFailed(module="the captured graph", line="its arguments", reason=reason)

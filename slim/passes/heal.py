@@ -1,0 +1,92 @@
+"""Trains a compressed model to say again what the original said."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NoReturn
+
+from slim import errors
+from slim.compiler.passes_base import Context, Pass
+from slim.compiler.program import Program
+from slim.compiler.report import Report, Skip
+from slim.compiler.statistics import calibration_of
+from slim.passes.healing.losses import Objective
+from slim.passes.healing.student import Student, teacher_of
+from slim.passes.healing.train import Plan, train
+from slim.passes.healing.trained import find_trained
+
+
+@dataclass(frozen=True)
+class Heal(Pass):
+    """Distils from the original model what the passes before this one lost.
+
+    The compressed model learns to give the original's outputs on the calibration data: for a language model the
+    distribution of every next token, for others the values themselves. What is trained is little, and nothing of it
+    remains as a part of its own: a product of two thin matrices beside each float weight of a linear, which is added
+    to the weight at the end (a small weight learns all of itself); the gains of norms, and biases; the scales of
+    quantised weights, whose numbers stay. Where rows or keys are rounded, gradients pass as if they were not.
+
+    An eighth of the data is held out. It is scored every 25 steps, the state that scored best is kept, and training
+    ends early where it stops getting better. A run of more than half a minute leaves a checkpoint in the cache, from
+    which the same run, started again, goes on.
+
+    Memory: the original beside the model, and of one batch what the backward pass needs.
+
+    Args:
+        steps: updates at most; 0 is refused.
+        rank: of the products; more learns more, and wants more data.
+        loss: "forward" is KL(original || model), which covers all that the original thinks possible; "reverse" is
+            KL(model || original), which keeps to what it thinks likely. Both take the model's logits as given.
+        temperature: what both logits are divided by first.
+        mix: the share of the loss that is cross-entropy on the data's own next tokens, 0 to 1.
+        learning_rate: of AdamW, at its highest; it rises for a twentieth of the steps, and falls like a cosine.
+        tokens: of a step, at least; batches are taken until there are as many.
+        patience: how many scorings in a row may bring nothing before training ends.
+        seed: of the order of the data and of the products' first values.
+
+    Sources: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; Hu et al., LoRA, 2021.
+
+    Example:
+        >>> slim.compile(model, passes=[Prune(0.2), Heal(200)], calibration=texts)
+    """
+
+    steps: int = 200
+    rank: int = 16
+    loss: Literal["forward", "reverse"] = "forward"
+    temperature: float = 1.0
+    mix: float = 0.0
+    learning_rate: float = 1e-3
+    tokens: int = 2048
+    patience: int = 4
+    seed: int = 0
+
+    def check(self) -> None:
+        """Refuses options that train nothing."""
+        for option in ("steps", "rank", "tokens", "patience"):
+            if getattr(self, option) < 1:
+                self._refuse(option, "it is one at the least")
+        for option in ("temperature", "learning_rate"):
+            if not getattr(self, option) > 0:
+                self._refuse(option, "it is greater than zero")
+        if not 0 <= self.mix <= 1:
+            self._refuse("mix", f"it is a share, from 0 to 1, not {self.mix}")
+
+    def _refuse(self, option: str, reason: str) -> NoReturn:
+        raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason)
+
+    def run(self, program: Program, ctx: Context) -> Report:
+        """Changes float weights, gains, biases and scales; no shape, no node."""
+        report = Report()
+        calibration = calibration_of(program, ctx, repr(self), most=self.steps * self.tokens)
+        trained, report.skipped = find_trained(program, self.rank, self.seed)
+        objective = Objective.of(program, self.loss, self.temperature, self.mix)
+        plan = Plan(repr(self), self.steps, self.learning_rate, self.tokens, self.patience, self.seed)
+        outcome = train(Student(program, trained), teacher_of(ctx, program), objective, calibration.batches, plan, ctx)
+        for each in trained:
+            if outcome.changed:
+                program.weights[each.name] = each.merged()
+                report.matched.append(each.name)
+            else:
+                report.skipped.append(Skip(each.name, "nothing it learned scored better than what was there"))
+        report.notes += [*calibration.notes, *outcome.notes]
+        return report

@@ -1,0 +1,90 @@
+"""What training leaves on disk, so that an interrupted run goes on where it was."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from slim.compiler.dump import cache_dir
+from slim.compiler.program import Program
+from slim.compiler.statistics.batches import Batch
+from slim.compiler.statistics.checkpoint import EVERY, fingerprint
+
+if TYPE_CHECKING:
+    from slim.passes.healing.train import Best
+
+log = logging.getLogger(__name__)
+
+
+class Checkpoint:
+    """The file of one run, which its Program, its data and its options name."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._last = time.monotonic()
+
+    @classmethod
+    def of(cls, program: Program, batches: Sequence[Batch], asked_by: str) -> Checkpoint:
+        return cls(cache_dir() / "healing" / f"{fingerprint(program, batches, asked_by)}.safetensors")
+
+    @torch.no_grad()
+    def restore(self, optimizer: Any, parameters: Sequence[Tensor], best: Best) -> int:
+        """Puts everything where an earlier run left it; how many steps that had done."""
+        if not self.path.exists():
+            return 0
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                told = file.metadata() or {}
+            tensors = load_file(self.path)
+            steps, held = int(told["steps"]), (int(told["best step"]), int(told["since"]), float(told["score"]))
+            states = [{key: tensors[f"{key}/{i}"] for key in _STATE} for i in range(len(parameters))]
+        except (SafetensorError, OSError, KeyError, ValueError) as error:
+            log.warning("%s cannot be used (%s): healing begins anew", self.path, error)
+            return 0
+        best.step, best.since, best.score = held
+        best.state = [tensors[f"best/{i}"].to(p.device) for i, p in enumerate(parameters)]
+        for index, parameter in enumerate(parameters):
+            parameter.copy_(tensors[f"now/{index}"])
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": dict(enumerate(states)), "param_groups": groups})
+        log.info("going on with healing that was interrupted after %d steps: %s", steps, self.path)
+        return steps
+
+    def save(self, steps: int, optimizer: Any, parameters: Sequence[Tensor], best: Best) -> None:
+        """Writes where the run is, if that is due; a disk that is full stops nothing."""
+        if time.monotonic() - self._last < EVERY:
+            return
+        tensors = {f"now/{i}": parameter for i, parameter in enumerate(parameters)}
+        tensors |= {f"best/{i}": kept for i, kept in enumerate(best.state)}
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"{key}/{index}": state[key] for key in _STATE}
+        told = {"steps": steps, "best step": best.step, "since": best.since, "score": repr(best.score)}
+        temporary = self.path.with_suffix(f".{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            copies = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+            save_file(copies, temporary, {key: str(value) for key, value in told.items()})
+            temporary.replace(self.path)
+        except (OSError, SafetensorError) as error:
+            log.warning("no checkpoint of healing can be written to %s: %s", self.path, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+        self._last = time.monotonic()
+
+    def drop(self) -> None:
+        """The run is over."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
+
+_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter

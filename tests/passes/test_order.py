@@ -1,0 +1,51 @@
+"""Orders of passes that cannot be right are refused before anything runs; those that can are let through."""
+
+import pytest
+
+from benchmarks import zoo
+from slim import errors
+from slim.compiler.lift import lift
+from slim.compiler.passes_base import Context
+from slim.compiler.pipeline import check_order, run_pipeline
+from slim.compiler.program import Program
+from slim.passes import PASSES, parse_pipeline
+
+WRONG = {
+    'quantize("int8"), gqa(2)': "float weights",
+    'quantize("int8"), prune(0.2)': "float weights",
+    'quantize("int8"), low_rank(0.8)': "float weights",
+    'quantize("int8"), smooth_quant(0.5)': "float weights",
+    'quantize("int8"), fold_norms': "float weights",
+    'quantize("int8"), quantize("int4")': "float weights",
+    'smooth_quant(0.5), fold_norms': "no smoothing",
+    'quantize_kv("int8"), gqa(2)': "keys and values in floating point",
+}  # fmt: skip
+RIGHT = (
+    'fold_norms, prune(0.2), gqa(2), low_rank(0.8), smooth_quant(0.5), quantize("int8"), quantize_kv("int8"), heal(10)',
+    'quantize_kv("int8"), smooth_quant(0.5), quantize("int8", activations="int8")',
+    'gqa(2), heal(10), prune(0.2), heal(10), quantize("int4"), heal(10)',
+)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Program:
+    return lift(zoo.build("llama"))
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_order_is_refused_with_the_reason_before_calibration_is_missed(llama: Program, text: str) -> None:
+    with pytest.raises(errors.PassOrder, match=WRONG[text]) as raised:
+        run_pipeline(llama, parse_pipeline(text), Context())
+    first, _, last = text.partition(", ")
+    assert last in str(raised.value)
+    assert first in str(raised.value)
+
+
+@pytest.mark.parametrize("text", RIGHT)
+def test_a_right_order_is_let_through(llama: Program, text: str) -> None:
+    check_order(llama, parse_pipeline(text))
+
+
+def test_every_pass_stands_in_some_order_of_this_file() -> None:
+    named = {pass_.name for text in RIGHT for pass_ in parse_pipeline(text)}
+    assert named >= PASSES.keys()
