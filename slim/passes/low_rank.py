@@ -102,7 +102,7 @@ class LowRank(Pass):
         multiple = 1 if self._published and self.multiple is None else self.multiple
         budget = Budget(self.keep, self._storage, multiple, self.least_saving)
         linears = list(
-            find_linears(program, Choice(self.name, False, self.head or None, self.exclude), report, multiple)
+            find_linears(program, Choice(self.name, None, self.head or None, self.exclude), report, multiple)
         )
         sites = self._with_ranks(program, ctx, linears, budget) if linears else []
         chosen = [site for site in sites if site.rank is not None]

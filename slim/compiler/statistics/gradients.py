@@ -19,7 +19,7 @@ from slim.compiler.statistics import calibration_of
 from slim.compiler.statistics.batches import Batch
 
 TOKENS = 1 << 14  # that gradients are taken of: more changes little
-WIDEST = 4096  # results of a linear: beyond that only the diagonal is kept
+WIDEST = 2048  # results of a linear: beyond that only the diagonal is kept
 _SEED = 0
 
 

@@ -26,13 +26,13 @@ class Choice(NamedTuple):
 
     Attributes:
         pass_name: for messages.
-        embeddings: tables too.
+        embeddings: tables too; None where there is no such option.
         head: a language model's head too; None is False, but says nothing where there is none.
         exclude: patterns of names to leave alone.
     """
 
     pass_name: str
-    embeddings: bool
+    embeddings: bool | None
     head: bool | None
     exclude: Sequence[str]
 
@@ -53,7 +53,7 @@ def chosen_weights(program: Program, choice: Choice, report: Report) -> Iterator
         if reason:
             report.skipped.append(Skip(name, reason))
             continue
-        if is_shared(node) and not choice.embeddings:
+        if is_shared(node) and choice.embeddings is False:
             report.notes.append(f"{name} is embedding and head at once, so the embedding is quantised with the head")
         yield node
 
@@ -89,7 +89,7 @@ def _refused(node: fx.Node, is_head: bool, choice: Choice) -> str | None:
             )
         return "it is the head (head=False)"
     if all(use.role is Role.TABLE for use in found) and not choice.embeddings:
-        return "it is an embedding (embeddings=False)"
+        return "it is an embedding" + " (embeddings=False)" * (choice.embeddings is False)
     if any(_routes(use.node) for use in found if use.role is Role.LINEAR):
         return "it routes tokens to experts"
     return None
