@@ -14,7 +14,8 @@ from slim.compiler.cost import cost
 from slim.compiler.passes_base import FLOAT_WEIGHTS, STATISTICS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip, short_bytes
-from slim.compiler.statistics import SiteStatistics, walk
+from slim.compiler.statistics import SiteStatistics, calibration_of, walk
+from slim.compiler.statistics.attention import Attended, attended, first_batches
 from slim.compiler.weights import Deferred
 from slim.passes.heads.find import Heads, LeftAlone, find_heads
 from slim.passes.heads.grouping import Groups, cheapest, contiguous
@@ -149,6 +150,8 @@ class GQA(Pass):
         if not layers:
             return
         fits = self.method == "aligned"
+        if fits:
+            _look(program, ctx, layers, repr(self))
         steps: dict[fx.Node, tuple[_Layer, Callable[[Program, _Layer, SiteStatistics], Made]]] = {}
         for layer in layers:
             steps[layer.rows_in] = (layer, self._merge)
@@ -168,7 +171,7 @@ class GQA(Pass):
                 yield layer
 
     def _merge(self, program: Program, layer: _Layer, statistics: SiteStatistics) -> Made:
-        numbers = Numbers.of(program, layer.heads)
+        numbers = Numbers.of(program, layer.heads, layer.attended)
         moments = Moments.of(statistics, layer.heads)
         stacks = Stacks.of(numbers, moments)
         groups = layer.groups(stacks)
@@ -181,6 +184,8 @@ class GQA(Pass):
 
 
 # What layers tell of themselves, among the results of a walk; no weight is called that.
+_LOOKED_AT = 4096  # tokens of calibration: where heads look needs no more
+
 _KEYS, _VALUES, _OUTPUT = "loss of keys", "loss of values", "loss of the output"
 
 
@@ -192,6 +197,7 @@ class _Layer:
     heads: Heads
     kv_heads: int
     original: Tensor | Deferred
+    attended: Attended | None = None
     losses: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -226,6 +232,14 @@ class _Layer:
         )
         measured = f"; measured: the output loses {self.losses[_OUTPUT]:.2%}" if _OUTPUT in self.losses else ""
         return text + predicted + measured
+
+
+def _look(program: Program, ctx: Context, layers: Sequence[_Layer], asked_by: str) -> None:
+    """Sees where the heads of all layers look in the original."""
+    batches = first_batches(calibration_of(program, ctx, asked_by).batches, _LOOKED_AT)
+    found = attended(program, [layer.heads.attention for layer in layers], batches)
+    for layer in layers:
+        layer.attended = found[layer.heads.attention]
 
 
 def _fit(program: Program, layer: _Layer, statistics: SiteStatistics) -> Made:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import fx
 
 from slim import errors
+from slim.compiler.allocation import Option, allocate
 from slim.compiler.blocks import row_blocks
 from slim.compiler.passes_base import Context
 from slim.compiler.program import Program
@@ -23,66 +22,6 @@ from slim.passes.rounding.methods import round_weight
 
 _LADDER = ("int3", "int4", "int8")  # what a weight may be given, the cheapest first
 _GROUP = 32
-
-
-class Option(NamedTuple):
-    """One way to hold a weight.
-
-    Attributes:
-        cost: bytes. damage: what is lost by it, in a unit that all weights share.
-    """
-
-    cost: float
-    damage: float
-
-
-def allocate(options: Sequence[Sequence[Option]], budget: float) -> list[int] | None:
-    """Which of its options each site takes, so that costs stay within ``budget``; None where that cannot be.
-
-    All sites begin with their cheapest option and climb their lower convex hulls, the step that undoes the most damage
-    for its cost first. What a Lagrange multiplier for the cost would choose is among the states passed; the steps
-    behind it fill what is left. Equal sites are served in order, so the same input always gives the same answer.
-
-    Example:
-        >>> allocate([[Option(3, 9.0), Option(4, 1.0)], [Option(3, 2.0), Option(4, 1.0)]], budget=7)
-        [1, 0]
-    """
-    hulls = [_hull(site) for site in options]
-    chosen = [hull[0] for hull in hulls]
-    left = budget - sum(site[index].cost for site, index in zip(options, chosen, strict=True))
-    if left < 0:
-        return None
-    steps = []
-    for site, hull in enumerate(hulls):
-        for before, after in pairwise(hull):
-            old, new = options[site][before], options[site][after]
-            steps.append(((old.damage - new.damage) / (new.cost - old.cost), site, before, after))
-    for _, site, before, after in sorted(steps, key=lambda step: (-step[0], step[1])):
-        price = options[site][after].cost - options[site][before].cost
-        if chosen[site] == before and price <= left:
-            chosen[site] = after
-            left -= price
-    return chosen
-
-
-def _hull(site: Sequence[Option]) -> list[int]:
-    """Indices of the options on the lower convex hull of damage over cost, from the cheapest to the least harmful."""
-    hull: list[int] = []
-    for index in sorted(range(len(site)), key=lambda i: site[i]):
-        new = site[index]
-        if hull and new.damage >= site[hull[-1]].damage:
-            continue
-        while len(hull) > 1 and _bends_up(site[hull[-2]], site[hull[-1]], new):
-            hull.pop()
-        hull.append(index)
-    return hull
-
-
-def _bends_up(first: Option, second: Option, third: Option) -> bool:
-    """Whether going straight from the first to the third is at least as good as by the second."""
-    gain, price = first.damage - second.damage, second.cost - first.cost
-    later, more = second.damage - third.damage, third.cost - second.cost
-    return gain * more <= later * price
 
 
 def within_budget(

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slim import errors
+from slim.compiler.allocation import Option, allocate
 from slim.compiler.passes_base import Context
 from slim.passes import Quantize
-from slim.passes.rounding.budget import Option, allocate
 from tests.programs import lifted, program
 
 SITE = st.lists(st.builds(Option, st.integers(1, 9), st.integers(0, 99)), min_size=1, max_size=4)
