@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NoReturn
+from dataclasses import dataclass, field, replace
+from typing import Literal, NoReturn, cast
 
 import torch
 from torch import Tensor, fx
@@ -14,12 +14,15 @@ from slim.compiler.cost import cost
 from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, STATISTICS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip, short_bytes
-from slim.compiler.statistics import SiteStatistics, walk
+from slim.compiler.statistics import SiteStatistics, calibration_of, walk
+from slim.compiler.statistics.attention import Attended, attended, first_batches
+from slim.compiler.statistics.batches import Batch
 from slim.compiler.weights import Deferred
 from slim.passes.heads.find import Heads, LeftAlone, find_heads
 from slim.passes.heads.grouping import Groups, cheapest, contiguous
-from slim.passes.heads.layer import Made, Moments, Numbers, Stacks, as_weights, merge_layer, pooled
+from slim.passes.heads.layer import Made, MergedLayer, Moments, Numbers, Stacks, as_weights, merge_layer, pooled
 from slim.passes.heads.merge import Stack, aligned_mean
+from slim.passes.heads.plan import damages, numbers_a_token, share_out
 from slim.passes.heads.refit import refit
 from slim.passes.heads.write import write_config, write_heads, write_parts
 
@@ -47,38 +50,59 @@ class GQA(Pass):
     Args:
         kv_heads: how many each layer keeps: a number for all; a share of what it has, in (0, 1), rounded down to a
             divisor; or a list with a number for every attention layer in the order of execution.
+            "auto": as many for each layer as its share of ``kv_bytes`` allows. Layers that lose much when they are
+            merged alone, measured at one head and predicted between, keep more of theirs (greedy along the lower
+            convex hulls of loss over bytes). Such a result is saved by slim, and no config of transformers holds it.
         method: "aligned" is the above. Baselines: "procrustes" turns heads towards each other (each RoPE pair by an
             angle), takes the mean and restores its norm; "mean" takes the mean of neighbours as they are, and needs
             no calibration. They fit nothing anew.
+        kv_bytes: for "auto": the share of all keys' and values' bytes that is kept, in (0, 1).
 
     Source: the closed forms are this project's own (docs/gqa.md). Mean pooling: Ainslie et al., GQA, 2023.
     Procrustes, mean and norm: Jin et al., Align Attention Heads Before Merging Them, 2024.
 
     Example:
         >>> slim.compile(model, passes=[GQA(2)], calibration=texts)
+        >>> slim.compile(model, passes=[GQA("auto", kv_bytes=0.25)], calibration=texts)
     """
 
-    kv_heads: int | float | tuple[int, ...]
+    kv_heads: int | float | tuple[int, ...] | Literal["auto"]
     method: Literal["aligned", "procrustes", "mean"] = "aligned"
+    kv_bytes: float | None = None
 
     requires = frozenset({FLOAT_WEIGHTS, FLOAT_KV, STATISTICS})
 
     def check(self) -> None:
-        """Refuses numbers of heads that no layer can have."""
+        """Refuses numbers of heads that no layer can have, and a budget that nothing uses."""
+        if self.kv_heads == "auto":
+            self._check_budget()
+            return
+        if self.kv_bytes is not None:
+            self._refuse(f"it is for kv_heads='auto', and kv_heads is {self.kv_heads}", "kv_bytes")
         if isinstance(self.kv_heads, float) and not 0.0 < self.kv_heads < 1.0:
             self._refuse(f"a share of the heads lies between 0 and 1, and {self.kv_heads} does not")
         numbers = self.kv_heads if isinstance(self.kv_heads, tuple) else (self.kv_heads,)
         if not numbers or min(numbers) <= 0:
             self._refuse("a layer keeps one kv head at least")
 
-    def _refuse(self, reason: str) -> NoReturn:
-        raise errors.BadPassOption(pass_name=self.name, option="kv_heads", reason=reason)
+    def _check_budget(self) -> None:
+        if self.method == "mean":
+            self._refuse("means need no calibration, and 'auto' measures on it what layers lose")
+        if self.kv_bytes is None or not 0.0 < self.kv_bytes < 1.0:
+            self._refuse(f"'auto' needs a share between 0 and 1, and {self.kv_bytes} is none", "kv_bytes")
+
+    def _refuse(self, reason: str, option: str = "kv_heads") -> NoReturn:
+        raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason)
 
     def run(self, program: Program, ctx: Context) -> Report:
         """Changes the weights of attention layers, the shapes behind them, and ``facts.config``."""
         report = Report()
         before, held = _kv_bytes(program), _kv_heads(program)
         layers = list(self._layers(program, report))
+        if self.method == "aligned" and layers:
+            _look(program, layers, self._batches(program, ctx))
+        if self.kv_heads == "auto" and layers:
+            layers = self._planned(program, ctx, layers, report)
         merged = (
             self._pooled(program, ctx, layers) if self.method == "mean" else self._walked(program, ctx, layers, report)
         )
@@ -113,7 +137,9 @@ class GQA(Pass):
 
     def _wanted(self, index: int, held: int) -> int:
         """How many of its ``held`` kv heads a layer is to keep."""
-        if isinstance(self.kv_heads, float):
+        if self.kv_heads == "auto":
+            wanted = 1  # at first: what is left of it depends on the others
+        elif isinstance(self.kv_heads, float):
             wanted = max((n for n in range(1, held) if held % n == 0 and n <= self.kv_heads * held), default=1)
         else:
             wanted = self.kv_heads[index] if isinstance(self.kv_heads, tuple) else self.kv_heads
@@ -168,19 +194,53 @@ class GQA(Pass):
                 yield layer
 
     def _merge(self, program: Program, layer: _Layer, statistics: SiteStatistics) -> Made:
-        numbers = Numbers.of(program, layer.heads)
-        moments = Moments.of(statistics, layer.heads)
-        stacks = Stacks.of(numbers, moments)
-        groups = layer.groups(stacks)
-        if self.method == "aligned":
-            merged = merge_layer(numbers, stacks, groups, Stack.merge, moments)
-        else:
-            merged = merge_layer(numbers, stacks, groups, aligned_mean)
+        merged = self._merged(program, layer, statistics, layer.kv_heads)
         losses = {_KEYS: torch.tensor(merged.key_loss), _VALUES: torch.tensor(merged.value_loss)}
         return losses | as_weights(program, layer.heads, merged)
 
+    def _merged(self, program: Program, layer: _Layer, statistics: SiteStatistics, kv_heads: int) -> MergedLayer:
+        numbers = Numbers.of(program, layer.heads, layer.attended)
+        moments = Moments.of(statistics, layer.heads)
+        stacks = Stacks.of(numbers, moments)
+        groups = layer.groups(stacks, kv_heads)
+        if self.method == "aligned":
+            return merge_layer(numbers, stacks, groups, Stack.merge, moments)
+        return merge_layer(numbers, stacks, groups, aligned_mean)
+
+    # -- under a budget --------------------------------------------------------------------------------------------
+
+    def _batches(self, program: Program, ctx: Context) -> list[Batch]:
+        return first_batches(calibration_of(program, ctx, repr(self)).batches, _LOOKED_AT)
+
+    def _planned(self, program: Program, ctx: Context, layers: Sequence[_Layer], report: Report) -> list[_Layer]:
+        """The layers that lose heads to the budget, with the heads that they keep."""
+        by_site = {layer.heads.site: layer for layer in layers}
+
+        def merge(heads: Heads, statistics: SiteStatistics, kv_heads: int) -> MergedLayer:
+            return self._merged(program, by_site[heads.site], statistics, kv_heads)
+
+        heads = [layer.heads for layer in layers]
+        lost = damages(program, ctx, heads, self._batches(program, ctx), merge, repr(self))
+        held = [numbers_a_token(one) * one.k.heads for one in heads]
+        share = cast(float, self.kv_bytes)
+        rest = _kv_numbers(program) - sum(held)  # of layers that are left alone
+        chosen = share_out(heads, lost, share * (rest + sum(held)) - rest)
+        if chosen is None:
+            least = (rest + sum(map(numbers_a_token, heads))) / (rest + sum(held))
+            self._refuse(f"one kv head a layer, where that can be, takes {least:.1%} already", "kv_bytes")
+        report.notes.append(f"kv heads within {share:.1%} of the bytes: {', '.join(map(str, chosen))}")
+        found = []
+        for layer, kv_heads in zip(layers, chosen, strict=True):
+            if kv_heads == layer.heads.k.heads:
+                report.skipped.append(Skip(layer.heads.site, "the budget leaves it all its kv heads"))
+            else:
+                found.append(replace(layer, kv_heads=kv_heads))
+        return found
+
 
 # What layers tell of themselves, among the results of a walk; no weight is called that.
+_LOOKED_AT = 4096  # tokens of calibration: where heads look needs no more
+
 _KEYS, _VALUES, _OUTPUT = "loss of keys", "loss of values", "loss of the output"
 
 
@@ -192,6 +252,7 @@ class _Layer:
     heads: Heads
     kv_heads: int
     original: Tensor | Deferred
+    attended: Attended | None = None
     losses: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -204,12 +265,12 @@ class _Layer:
         """What the output projection reads."""
         return _rows(self.heads.out)
 
-    def groups(self, stacks: Stacks) -> Groups:
+    def groups(self, stacks: Stacks, kv_heads: int) -> Groups:
         """Which kv heads to merge: neighbours, where what is added to the scores differs from head to head."""
         held = self.heads.k.heads
         if self.heads.ordered:
-            return contiguous(held, self.kv_heads)
-        return cheapest(stacks.pair_costs(), self.kv_heads, stacks.cost)
+            return contiguous(held, kv_heads)
+        return cheapest(stacks.pair_costs(), kv_heads, stacks.cost)
 
     def take(self, program: Program, results: Made) -> None:
         """Puts the results of a stretch into ``program``."""
@@ -228,6 +289,13 @@ class _Layer:
         return text + predicted + measured
 
 
+def _look(program: Program, layers: Sequence[_Layer], batches: Sequence[Batch]) -> None:
+    """Sees where the heads of all layers look in the original."""
+    found = attended(program, [layer.heads.attention for layer in layers], batches)
+    for layer in layers:
+        layer.attended = found[layer.heads.attention]
+
+
 def _fit(program: Program, layer: _Layer, statistics: SiteStatistics) -> Made:
     original = layer.original if isinstance(layer.original, Tensor) else layer.original.load()
     made, missing = refit(program, layer.heads, original, statistics)
@@ -242,6 +310,12 @@ def _rows(linear: fx.Node) -> fx.Node:
 
 def _kv_bytes(program: Program) -> int:
     return cost(program).kv_bytes_per_token
+
+
+def _kv_numbers(program: Program) -> int:
+    """How many numbers all layers cache for each token."""
+    values = [value.meta["val"] for node in program.attention_nodes() for value in node.args[1:3]]  # type: ignore[union-attr]
+    return sum(int(value.shape[1]) * int(value.shape[3]) for value in values)
 
 
 def _kv_heads(program: Program) -> set[int]:

@@ -11,11 +11,12 @@ from torch import Tensor, fx
 
 from slim.compiler.dialect.kv import LEVELS
 from slim.compiler.passes_base import FLOAT_KV, Context, Pass
-from slim.compiler.program import Program, Streaming
+from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
 from slim.compiler.rounded_kv import readers_of, round_before, rounded
 from slim.compiler.rules import argument
 from slim.compiler.statistics import calibration_of
+from slim.compiler.statistics.attention import first_batches, watch
 from slim.compiler.statistics.batches import Batch
 
 aten, slim = torch.ops.aten, torch.ops.slim
@@ -64,7 +65,7 @@ class QuantizeKV(Pass):
         means: dict[fx.Node, Tensor] = {}
         wide: dict[fx.Node, float] = {}
         if nodes and (ctx.calibration is not None or (self.dtype == "int4" and self.keys is None)):
-            batches = _first(calibration_of(program, ctx, self.name).batches)
+            batches = first_batches(calibration_of(program, ctx, self.name).batches, _TOKENS)
             report.notes.append(f"looked at {sum(batch.tokens for batch in batches):,} calibration tokens")
             means = _means(program, nodes, batches)
             if self.dtype == "int4" and self.keys is None:
@@ -147,30 +148,6 @@ def _name(node: fx.Node) -> str:
 # -- looking at the calibration data -----------------------------------------------------------------------------------
 
 
-def _first(batches: Sequence[Batch]) -> list[Batch]:
-    taken: list[Batch] = []
-    for batch in batches:
-        if sum(b.tokens for b in taken) >= _TOKENS:
-            break
-        taken.append(batch)
-    return taken
-
-
-class _Watching(Streaming):
-    """Runs the Program, and shows ``seen`` each attention with its arguments and its result."""
-
-    def __init__(self, program: Program, nodes: Sequence[fx.Node], seen: Any) -> None:
-        super().__init__(program)
-        self.nodes, self.seen = frozenset(nodes), seen
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n in self.nodes:
-            args, kwargs = self.fetch_args_kwargs_from_env(n)
-            self.seen(n, args, kwargs, result)
-        return result
-
-
 def _means(program: Program, nodes: Sequence[fx.Node], batches: Sequence[Batch]) -> dict[fx.Node, Tensor]:
     """The mean [G, 1, D] of each k whose attentions all are blind to it."""
     sums: dict[fx.Node, Tensor] = {}
@@ -185,7 +162,7 @@ def _means(program: Program, nodes: Sequence[fx.Node], batches: Sequence[Batch])
             sums[k] = sums.get(k, 0) + rows.sum(0)
             counts[k] = counts.get(k, 0) + len(rows)
 
-        _run(program, list(first.values()), batch, seen)
+        watch(program, list(first.values()), batch, seen)
     means = {k: (total / counts[k])[:, None].float() for k, total in sums.items()}
     return {k: mean for k, mean in means.items() if bool(mean.isfinite().all())}
 
@@ -214,7 +191,7 @@ def _errors(
                 rows = rows if batch.real is None else rows[batch.real]
                 total[node] = total.get(node, torch.zeros((), dtype=torch.float64)) + rows.square().sum()
 
-        _run(program, nodes, batch, seen)
+        watch(program, nodes, batch, seen)
     found: dict[fx.Node, float] = {}
     for node in nodes:
         error = float((moved[node] / size[node].clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
@@ -226,8 +203,3 @@ def _rounded(x: Tensor, bits: int) -> Tensor:
     low, high = LEVELS[bits]
     step = slim.token_scale(x, bits=bits)
     return slim.dequantize(slim.quantize(x, step, axis=2, low=low, high=high), step, axis=2, dtype=x.dtype)
-
-
-@torch.no_grad()
-def _run(program: Program, nodes: Sequence[fx.Node], batch: Batch, seen: Any) -> None:
-    _Watching(program, nodes, seen).run(*batch.inputs)

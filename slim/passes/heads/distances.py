@@ -6,13 +6,15 @@ turn alike, so that one shared pair can stand in for parts of another. With R_d 
 
     sum_h E_d tr(E_h (R_d W_h - T_h R_d S) C (R_d W_h - T_h R_d S)^T),    E_h = E[q_h q_h^T]
 
-is quadratic in the turns T_h [D, D] and in the shared map S [D, n]. Each has a closed form given the other, with
-products of D x D matrices only; a few rounds from the rank-one form on lower it, and never raise it.
+with distances d as often as head h looks that far, is quadratic in the turns T_h [D, D] and in the shared map
+S [D, n]. Each has a closed form given the other, with products of D x D matrices only; a few rounds from the rank-one
+form on lower it, and never raise it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ class Distances:
     Attributes:
         partner: [D], the other channel of the pair (itself where a channel does not turn), and
         sign: [D], the sign it comes with: R x = cos * x + sin * sign * x[partner].
-        cc, cs, ss: [D, D], the averages of cos cos, cos sin and sin sin.
+        cc, cs, ss: [heads, D, D], the averages of cos cos, cos sin and sin sin over what each head looks at.
     """
 
     partner: Tensor
@@ -38,11 +40,12 @@ class Distances:
     ss: Tensor
 
     @classmethod
-    def of(cls, inv_freq: Tensor, width: int, interleaved: bool, longest: int, causal: bool) -> Distances:
-        """For heads of ``width`` channels, of which the first 2 len(inv_freq) turn; distances up to ``longest``.
+    def of(cls, inv_freq: Tensor, width: int, interleaved: bool, reach: Tensor, causal: bool) -> Distances:
+        """For heads of ``width`` channels, of which the first 2 len(inv_freq) turn.
 
-        A distance weighs as 1 / (1 + d), which is about how attention falls off; keys lie behind their query, and
-        on both sides of it where attention is not causal.
+        Args:
+            reach: [heads, distances], how much of a head's attention lies at each distance; rows sum to 1. Keys lie
+                behind their query, and on both sides of it where attention is not causal.
         """
         pairs = len(inv_freq)
         first = torch.arange(pairs) * 2 if interleaved else torch.arange(pairs)
@@ -51,19 +54,22 @@ class Distances:
         partner[first], partner[second], sign[first], sign[second] = second, first, -1.0, 1.0
         speed = torch.zeros(width, dtype=torch.float64)
         speed[first] = speed[second] = inv_freq.double()
-        distance = torch.arange(longest, dtype=torch.float64)
-        share = (1.0 / (1.0 + distance)) / (1.0 / (1.0 + distance)).sum()
-        angle = -distance[:, None] * speed
+        angle = -torch.arange(reach.shape[1], dtype=torch.float64)[:, None] * speed
         cos, sin = angle.cos(), angle.sin()
-        cc, ss, cs = ((a * share[:, None]).T @ b for a, b in ((cos, cos), (sin, sin), (cos, sin)))
+        cc, ss, cs = ((a * reach[..., None]).mT @ b for a, b in ((cos, cos), (sin, sin), (cos, sin)))
         return cls(partner, sign, cc, cs if causal else torch.zeros_like(cs), ss)
 
+    def among(self, group: Sequence[int]) -> Distances:
+        """For these heads only."""
+        index = list(group)
+        return replace(self, cc=self.cc[index], cs=self.cs[index], ss=self.ss[index])
+
     def turned(self, x: Tensor, back: bool = False) -> Tensor:
-        """E_d[R x R^T] of x [..., D, D]; with ``back`` E_d[R^T x R]."""
+        """E_d[R x R^T] for each head, of x [heads, D, D] or [D, D]; with ``back`` E_d[R^T x R]."""
         rows = self.sign[:, None] * x[..., self.partner, :]
         columns = x[..., self.partner] * self.sign
         both = self.sign[:, None] * columns[..., self.partner, :]
-        mixed = self.cs * columns + self.cs.T * rows
+        mixed = self.cs * columns + self.cs.mT * rows
         return self.cc * x + self.ss * both + (-mixed if back else mixed)
 
 
@@ -78,7 +84,7 @@ def share_keys(
     """
     for _ in range(_ROUNDS):
         weighed = turns.mT @ energy
-        left = distances.turned((weighed @ turns).sum(0), back=True)
+        left = distances.turned(weighed @ turns, back=True).sum(0)
         right = torch.einsum("gij,gjn->in", distances.turned(weighed, back=True), maps)
         hold = _held(left)
         shared = torch.linalg.solve(left + hold, right + hold @ shared)
@@ -91,10 +97,11 @@ def share_keys(
 
 
 def _moments(distances: Distances, maps: Tensor, moment: Tensor, shared: Tensor) -> tuple[Tensor, Tensor]:
-    """E_d of R W_h C S^T R^T, [g, D, D], and of R S C S^T R^T, [D, D]."""
+    """E_d of R W_h C S^T R^T, [g, D, D], and of R S C S^T R^T."""
     half = moment @ shared.T
     return distances.turned(maps @ half), distances.turned(shared @ half)
 
 
 def _held(matrix: Tensor) -> Tensor:
-    return _HELD * matrix.diagonal().mean() * torch.eye(len(matrix), dtype=matrix.dtype)
+    size = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
+    return _HELD * size[..., None, None] * torch.eye(matrix.shape[-1], dtype=matrix.dtype)

@@ -11,13 +11,15 @@ from torch import Tensor, fx
 from slim.compiler.program import Program
 from slim.compiler.rules import argument
 from slim.compiler.statistics import SiteStatistics
+from slim.compiler.statistics.attention import Attended
 from slim.passes.heads.distances import Distances, share_keys
 from slim.passes.heads.find import Heads, Projection
-from slim.passes.heads.merge import Merged, Stack
+from slim.passes.heads.merge import Merged, Stack, apart
 
 slim = torch.ops.slim
 
 _LONGEST = 2048  # tokens; beyond this distances hardly differ
+_FAR = 0.05  # how much all distances that the model is made for count, beside those that calibration shows
 
 Made = dict[str, Tensor]  # weight name -> its new value
 
@@ -59,6 +61,7 @@ class Numbers:
         q: [H, D, n + 1]; k: [G, D, n + 1]; v: [G, E, n + 1]; o: [m, H, E]; all float64.
         pairs: how many pairs of a head's channels are rotated, from the first on.
         interleaved: a pair is two neighbours, and not p and p + pairs.
+        alike: [H, H], how alike query heads look, from 0 to 1: how far what two of them get varies together.
         distances: what the rotation does on average; None where there is none, or its frequencies are computed.
     """
 
@@ -68,26 +71,30 @@ class Numbers:
     o: Tensor
     pairs: int
     interleaved: bool
+    alike: Tensor
     distances: Distances | None = None
 
     @classmethod
-    def of(cls, program: Program, heads: Heads) -> Numbers:
+    def of(cls, program: Program, heads: Heads, attended: Attended | None = None) -> Numbers:
+        """Of a layer; without ``attended`` heads look at all distances alike, and not at the same."""
         q, k, v = (_split(program, one) for one in (heads.q, heads.k, heads.v))
         out = program.weights[heads.out_weight].double()
         o = out.reshape(len(out), heads.q.heads, heads.v.width)
+        alike = torch.eye(len(q), dtype=torch.float64) if attended is None else attended.alike
         rope = heads.k.rope
         if rope is None:
-            return cls(q, k, v, o, 0, False)
+            return cls(q, k, v, o, 0, False, alike)
         pairs = int(argument(rope, "cos").meta["val"].shape[-1])
-        return cls(q, k, v, o, pairs, bool(argument(rope, "interleaved")), _distances(program, heads))
+        distances = None if attended is None else _distances(program, heads, attended.reach)
+        return cls(q, k, v, o, pairs, bool(argument(rope, "interleaved")), alike, distances)
 
     @property
     def share(self) -> int:
         return len(self.q) // len(self.k)
 
 
-def _distances(program: Program, heads: Heads) -> Distances | None:
-    """Read off the table of angles, over the lengths that the model was made for."""
+def _distances(program: Program, heads: Heads, reach: Tensor) -> Distances | None:
+    """Read off the table of angles, at the distances that heads look at, and a little at all the model is made for."""
     rope = heads.k.rope
     assert rope is not None
     table = argument(rope, "cos").args[0]
@@ -100,7 +107,15 @@ def _distances(program: Program, heads: Heads) -> Distances | None:
     causal, interleaved = (
         bool(argument(node, what)) for node, what in ((heads.attention, "causal"), (rope, "interleaved"))
     )
-    return Distances.of(program.weights[name], heads.k.width, interleaved, longest, causal)
+    return Distances.of(program.weights[name], heads.k.width, interleaved, _by_kv(reach, heads.share, longest), causal)
+
+
+def _by_kv(reach: Tensor, share: int, longest: int) -> Tensor:
+    """[G, distances] of [H, distances]; far ones weigh as 1 / (1 + d), which is about how attention falls off."""
+    length = max(reach.shape[1], longest)
+    falling = 1.0 / (1.0 + torch.arange(length, dtype=torch.float64))
+    seen = torch.nn.functional.pad(reach.unflatten(0, (-1, share)).mean(1), (0, length - reach.shape[1]))
+    return (1.0 - _FAR) * seen + _FAR * falling / falling.sum()
 
 
 def _split(program: Program, one: Projection) -> Tensor:
@@ -129,15 +144,29 @@ def _from_turning(z: Tensor, interleaved: bool) -> Tensor:
 # -- stacks ------------------------------------------------------------------------------------------------------------
 
 
-def _by_kv_head(each: Tensor, share: int) -> Tensor:
-    """Sums [b, H, w, w] over the query heads of each kv head."""
-    b, heads, w, _ = each.shape
-    return each.reshape(b, heads // share, share, w, w).sum(2)
+def _queries(numbers: Numbers, maps: Tensor, moments: Moments) -> Tensor:
+    """[b, G, w, w]: E[q q^H], summed over the query heads of a kv head, each as much as its values put out."""
+    energy = maps @ moments.whole.to(maps.dtype) @ maps.mH
+    weighed = energy * _importance(numbers, moments)[:, None, None].to(maps.dtype)
+    return weighed.unflatten(1, (-1, numbers.share)).sum(2)
 
 
-def _reader_energy(maps: Tensor, moment: Tensor, share: int) -> Tensor:
-    """E[q q^H] of each query head, summed over those of a kv head."""
-    return _by_kv_head(maps @ moment.to(maps.dtype) @ maps.mH, share)
+def _importance(numbers: Numbers, moments: Moments) -> Tensor:
+    """[H], 1 on average: the energy of what a query head adds to the output, were it to look at one token each time."""
+    v = numbers.v.repeat_interleave(numbers.share, 0)
+    put_out = numbers.o.transpose(0, 1) @ v
+    energy = ((put_out @ moments.values) * put_out).sum((1, 2))
+    mean = energy.mean()
+    return energy / mean if mean > 0.0 else torch.ones_like(energy)
+
+
+def _outputs(numbers: Numbers) -> Tensor:
+    """[1, G, w, G, w]: how what is wrong with two kv heads' values adds up in the output."""
+    m, heads, w = numbers.o.shape
+    flat = numbers.o.reshape(m, heads * w)
+    whole = (flat.T @ flat).reshape(heads, w, heads, w) * numbers.alike[:, None, :, None]
+    groups = heads // numbers.share
+    return whole.reshape(groups, numbers.share, w, groups, numbers.share, w).sum((1, 4))[None]
 
 
 @dataclass(frozen=True)
@@ -150,16 +179,15 @@ class Stacks:
 
     @classmethod
     def of(cls, numbers: Numbers, moments: Moments) -> Stacks:
-        share, pairs, r = numbers.share, numbers.pairs, 2 * numbers.pairs
+        pairs, r = numbers.pairs, 2 * numbers.pairs
         turning = still = None
         if pairs:
             q, k = (_turning(x, pairs, numbers.interleaved) for x in (numbers.q, numbers.k))
-            turning = Stack.of(k, _reader_energy(q, moments.whole, share), moments.whole)
+            turning = Stack.of(k, apart(_queries(numbers, q, moments)), moments.whole)
         if r < numbers.k.shape[1]:
             q, k = numbers.q[None, :, r:], numbers.k[None, :, r:]
-            still = Stack.of(k, _reader_energy(q, moments.whole, share), moments.keys)
-        o = numbers.o.transpose(0, 1)
-        values = Stack.of(numbers.v[None], _by_kv_head((o.mT @ o)[None], share), moments.values)
+            still = Stack.of(k, apart(_queries(numbers, q, moments)), moments.keys)
+        values = Stack.of(numbers.v[None], _outputs(numbers), moments.values)
         return cls(turning, still, values)
 
     @property
@@ -250,8 +278,8 @@ def _merge_keys(
         loss += made.loss
     if moments is not None and numbers.distances is not None and len(group) > 1:
         maps = numbers.k[list(group)]
-        energy = _reader_energy(numbers.q[None], moments.whole, numbers.share)[0, list(group)]
-        shared, turns, loss = share_keys(numbers.distances, maps, energy, moments.whole, shared, turns)
+        energy = _queries(numbers, numbers.q[None], moments)[0, list(group)]
+        shared, turns, loss = share_keys(numbers.distances.among(group), maps, energy, moments.whole, shared, turns)
     return Merged(shared[None], turns[None], loss)
 
 

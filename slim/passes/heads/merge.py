@@ -1,15 +1,16 @@
 """How heads merge: the closed forms, for values, for keys that are rotated and for keys that are not.
 
-All three are one problem. Each old head h is a map W_h [w, n] of the layer's input, and what reads it (queries, or the
-output projection) weighs its channels by a matrix E_h [w, w]. Wanted are one shared map S [w, n] and, for each head,
-a turn T_h [w, w] that its reader can absorb, such that
+All three are one problem. Each old head h is a map W_h [w, n] of the layer's input, W their stack [h w, n], and what
+reads them (queries, or the output projection) weighs their channels by a matrix E [h w, h w], which has blocks beside
+its diagonal where errors of two heads add up. Wanted are one shared map S [w, n] and, for each head, a turn T_h [w, w]
+that its reader can absorb, such that
 
-    sum_h tr(E_h (W_h - T_h S) C (W_h - T_h S)^H)
+    tr(E (W - T S) C (W - T S)^H)
 
-is least, with C = E[x x^T]. With E_h = R_h^H R_h this is a low-rank approximation of the stack of R_h W_h C^(1/2),
-which the eigenvectors U of its Gram matrix solve: S = sum_h U_h^H R_h W_h and T_h = R_h^-1 U_h. The loss is the sum
-of the eigenvalues left out. A pair of channels that RoPE rotates is one complex channel, and only complex factors
-commute with the rotation: there w is 1, and each frequency is a problem of its own.
+is least, with C = E[x x^T]. With E = R R, R hermitian, this is a low-rank approximation of R W C^(1/2), which the
+eigenvectors U of its Gram matrix solve: S = U^H R W and T = R^-1 U. The loss is the sum of the eigenvalues left out.
+A pair of channels that RoPE rotates is one complex channel, and only complex factors commute with the rotation: there
+w is 1, and each frequency is a problem of its own.
 """
 
 from __future__ import annotations
@@ -45,40 +46,38 @@ class Stack:
 
     Attributes:
         maps: [b, heads, w, n], W_h; b independent problems.
-        roots: [b, heads, w, w], R_h, hermitian.
-        inverses: their pseudo-inverses.
-        plain: [b, heads, w, heads, w], W_g C W_h^H.
+        readers: [b, heads, w, heads, w], E.
+        plain: [b, heads, w, heads, w], W C W^H.
         moment: [n, n], C.
     """
 
     maps: Tensor
-    roots: Tensor
-    inverses: Tensor
+    readers: Tensor
     plain: Tensor
     moment: Tensor
 
     @classmethod
-    def of(cls, maps: Tensor, energy: Tensor, moment: Tensor) -> Stack:
-        """For maps [b, heads, w, n], their readers' weights E_h [b, heads, w, w], and C [n, n]."""
+    def of(cls, maps: Tensor, readers: Tensor, moment: Tensor) -> Stack:
+        """For maps [b, heads, w, n], their readers' weights [b, heads, w, heads, w], and C [n, n]."""
         b, heads, w, n = maps.shape
         flat = maps.reshape(b, heads * w, n)
         plain = (flat @ moment.to(maps.dtype)) @ flat.mH
-        values, vectors = torch.linalg.eigh(energy)
+        return cls(maps, readers, plain.reshape(b, heads, w, heads, w), moment)
+
+    def _roots(self, group: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """R and its pseudo-inverse, [b, g w, g w]."""
+        values, vectors = torch.linalg.eigh(_among(self.readers, group))
         values = values.clamp_min(0.0)
-        kept = values > _FLOOR * values.amax(-1, keepdim=True).amax(1, keepdim=True)
+        kept = values > _FLOOR * values.amax()
         roots = values.sqrt()
         inverses = torch.where(kept, 1.0 / roots.clamp_min(torch.finfo(roots.dtype).tiny), 0.0)
-        scaled = [(vectors * each.unsqueeze(-2).to(vectors.dtype)) @ vectors.mH for each in (roots, inverses)]
-        return cls(maps, scaled[0], scaled[1], plain.reshape(b, heads, w, heads, w), moment)
+        root, inverse = ((vectors * each.unsqueeze(-2).to(vectors.dtype)) @ vectors.mH for each in (roots, inverses))
+        return root, inverse
 
-    def _gram(self, group: Sequence[int]) -> Tensor:
-        """[b, g w, g w], of the stack of R_h W_h C^(1/2)."""
-        index = torch.tensor(group)
-        roots = self.roots[:, index]
-        plain = self.plain[:, index][:, :, :, index]
-        gram = torch.einsum("bgij,bgjhk,bhlk->bgihl", roots, plain, roots.conj())
-        b, g, w = gram.shape[:3]
-        gram = gram.reshape(b, g * w, g * w)
+    def _gram(self, group: Sequence[int], root: Tensor | None = None) -> Tensor:
+        """[b, g w, g w], of R W C^(1/2)."""
+        root = self._roots(group)[0] if root is None else root
+        gram = root @ _among(self.plain, group) @ root
         return (gram + gram.mH) / 2
 
     @cached_property
@@ -94,13 +93,13 @@ class Stack:
 
     def merge(self, group: Sequence[int]) -> Merged:
         """The best merging of ``group``."""
-        w = self.maps.shape[2]
-        values, vectors = torch.linalg.eigh(self._gram(group))
+        b, _, w, n = self.maps.shape
+        root, inverse = self._roots(group)
+        values, vectors = torch.linalg.eigh(self._gram(group, root))
         lost, values = float(values[:, :-w].clamp_min(0.0).sum()), values[:, -w:].clamp_min(0.0)
-        index = torch.tensor(group)
-        u = vectors[:, :, -w:].reshape(len(vectors), len(group), w, w)
-        shared = torch.einsum("bgij,bgik,bgkn->bjn", u.conj(), self.roots[:, index], self.maps[:, index])
-        turns = self.inverses[:, index] @ u
+        u = vectors[:, :, -w:]
+        shared = u.mH @ (root @ self.maps[:, list(group)].reshape(b, -1, n))
+        turns = (inverse @ u).reshape(b, len(group), w, w)
         gauge = self._gauge(group, values).to(shared.dtype)
         return Merged(shared * gauge.unsqueeze(-1), turns / gauge[:, None, None, :], lost)
 
@@ -120,8 +119,23 @@ class Stack:
 
     def residual(self, group: Sequence[int], shared: Tensor, turns: Tensor) -> float:
         """What a merging of ``group`` loses, however it was made."""
-        error = self.roots[:, list(group)] @ (self.maps[:, list(group)] - turns @ shared[:, None])
+        error = self._roots(group)[0] @ (self.maps[:, list(group)] - turns @ shared[:, None]).flatten(1, 2)
         return float(((error @ self.moment.to(error.dtype)) * error.conj()).real.sum())
+
+
+def _among(matrix: Tensor, group: Sequence[int]) -> Tensor:
+    """[b, g w, g w]: the rows and columns of some heads."""
+    index = torch.tensor(group)
+    return matrix[:, index][:, :, :, index].flatten(3, 4).flatten(1, 2)
+
+
+def apart(energy: Tensor) -> Tensor:
+    """Readers [b, heads, w, heads, w] that each see one head only, of E_h [b, heads, w, w]."""
+    b, heads, w, _ = energy.shape
+    readers = energy.new_zeros(b, heads, w, heads, w)
+    for h in range(heads):
+        readers[:, h, :, h] = energy[:, h]
+    return readers
 
 
 def aligned_mean(stack: Stack, group: Sequence[int], rounds: int = 50) -> Merged:
