@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from slim import errors
 from slim.compiler.cost import cost
+from slim.compiler.parts import place_parts
 from slim.compiler.passes_base import FLOAT_WEIGHTS, STATISTICS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip, short_bytes
@@ -21,7 +22,7 @@ from slim.passes.heads.grouping import Groups, cheapest, contiguous
 from slim.passes.heads.layer import Made, Moments, Numbers, Stacks, as_weights, merge_layer, pooled
 from slim.passes.heads.merge import Stack, aligned_mean
 from slim.passes.heads.refit import refit
-from slim.passes.heads.write import write_config, write_heads, write_parts
+from slim.passes.heads.write import write_config, write_heads
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class GQA(Pass):
             self._pooled(program, ctx, layers) if self.method == "mean" else self._walked(program, ctx, layers, report)
         )
         for layer in merged:
-            write_parts(program, layer.heads)
+            place_parts(program, layer.heads.weights)
             report.matched.append(layer.heads.site)
             report.notes.append(str(layer))
         program.infer()
