@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from slim.compiler.biases import new_bias
 from slim.compiler.passes_base import FLOAT_WEIGHTS, UNSMOOTHED, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
@@ -179,7 +180,7 @@ def _fold_shift(program: Program, site: _Site, shift: Tensor) -> None:
         for reader in (r for r in site.readers if r.args[1] is matrix):
             bias = _node(argument(reader, "bias"))
             if bias is None:
-                bias = _new_bias(program, matrix, moved.to(weight.dtype))
+                bias = new_bias(program, matrix, moved.to(weight.dtype))
             elif bias not in done:
                 held = program.weights[str(bias.target)]
                 program.weights[str(bias.target)] = (held.float() + moved).to(held.dtype)
@@ -190,16 +191,6 @@ def _fold_shift(program: Program, site: _Site, shift: Tensor) -> None:
 
 def _times(weight: Tensor, shift: Tensor) -> Tensor:
     return by_rows(weight, weight.shape[:-1], torch.float32, lambda rows: weight[rows].float() @ shift)
-
-
-def _new_bias(program: Program, matrix: fx.Node, value: Tensor) -> fx.Node:
-    """The bias of a linear that had none, named as the model would have named it."""
-    weight = str(matrix.target)
-    name = f"{weight.removesuffix('.weight')}.bias" if weight.endswith(".weight") else f"{weight}_bias"
-    if name not in program.facts.added:
-        program.weights[name] = value
-        program.facts.added.append(name)
-    return program.weight_node(name)
 
 
 def _bare(program: Program, norm: fx.Node) -> None:

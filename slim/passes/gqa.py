@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from slim import errors
 from slim.compiler.cost import cost
+from slim.compiler.parts import place_parts
 from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, STATISTICS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip, short_bytes
@@ -24,7 +25,7 @@ from slim.passes.heads.layer import Made, MergedLayer, Moments, Numbers, Stacks,
 from slim.passes.heads.merge import Stack, aligned_mean
 from slim.passes.heads.plan import damages, numbers_a_token, share_out
 from slim.passes.heads.refit import refit
-from slim.passes.heads.write import write_config, write_heads, write_parts
+from slim.passes.heads.write import write_config, write_heads
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class GQA(Pass):
             self._pooled(program, ctx, layers) if self.method == "mean" else self._walked(program, ctx, layers, report)
         )
         for layer in merged:
-            write_parts(program, layer.heads)
+            place_parts(program, layer.heads.weights)
             report.matched.append(layer.heads.site)
             report.notes.append(str(layer))
         program.infer()

@@ -1,4 +1,4 @@
-"""The original architecture, as transformers has it: its configuration, and a model without weights to ask."""
+"""The original architecture, as transformers has it."""
 
 from __future__ import annotations
 
@@ -10,22 +10,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from slim import errors
+from slim.compiler.config import empty_model
 from slim.compiler.program import Facts
 
 log = logging.getLogger(__name__)
-
-
-def rebuild_config(facts: Facts) -> Any:
-    """The transformers configuration that the facts describe; None for a model that is not transformers'."""
-    from transformers import CONFIG_MAPPING, PreTrainedConfig
-
-    if facts.config is None:
-        return None
-    kind = str(facts.config.get("model_type"))
-    if kind in CONFIG_MAPPING:
-        return CONFIG_MAPPING[kind].from_dict(facts.config)
-    return PreTrainedConfig.from_dict(facts.config)
 
 
 def rebuild_generation_config(facts: Facts) -> Any:
@@ -33,22 +21,6 @@ def rebuild_generation_config(facts: Facts) -> Any:
     from transformers import GenerationConfig
 
     return GenerationConfig.from_dict(facts.generation or {})
-
-
-def empty_model(facts: Facts, **options: Any) -> Any:
-    """The architecture with its weights on the meta device, which hold shapes and no memory.
-
-    Raises:
-        UnsupportedModel: where this transformers has no such architecture.
-    """
-    import transformers
-
-    kind = getattr(transformers, facts.architecture, None)
-    if kind is None or facts.config is None:
-        reason = f"transformers {transformers.__version__} has no class of that name"
-        raise errors.UnsupportedModel(model=facts.architecture or "the model", reason=reason)
-    with torch.device("meta"):
-        return kind._from_config(rebuild_config(facts), **options).eval()
 
 
 def loss_function(facts: Facts) -> Any:

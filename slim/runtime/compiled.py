@@ -15,11 +15,12 @@ from torch import Tensor
 
 from slim import errors
 from slim.codegen import Executable, Target, select
+from slim.compiler.config import rebuild_config
 from slim.compiler.inputs import position_limit, vocabulary
 from slim.compiler.program import Program
 from slim.compiler.rounded_kv import pair_bits
 from slim.runtime import calls, generation
-from slim.runtime.architecture import counts_real_tokens, rebuild_config, rebuild_generation_config
+from slim.runtime.architecture import counts_real_tokens, rebuild_generation_config
 from slim.runtime.binding import bind_cache, cache_slots, check_cacheable
 from slim.runtime.cache import KVCache, KVCacheConfig, Slot
 from slim.runtime.loop import Plan

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from slim import errors
+from slim.compiler.config import empty_model
 from slim.compiler.program import Facts
 from slim.compiler.weights import Part
-from slim.runtime.architecture import empty_model, rebuild_generation_config
+from slim.runtime.architecture import rebuild_generation_config
 
 
 class Typed(Protocol):

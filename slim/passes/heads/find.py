@@ -80,6 +80,12 @@ class Heads:
         return self.k.weight
 
     @property
+    def weights(self) -> list[str]:
+        """Those that make queries, keys and values, and their biases."""
+        made = (self.q, self.k, self.v)
+        return [one.weight for one in made] + [one.bias for one in made if one.bias is not None]
+
+    @property
     def share(self) -> int:
         """Query heads that read one kv head."""
         return self.q.heads // self.k.heads

@@ -1,0 +1,100 @@
+"""How many units of each site go: the same number in every layer, within a budget that all kinds share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from slim.compiler.dependencies import Kind
+from slim.passes.pruning.sites import Site
+
+Counts = Mapping[Site, int]
+_WAYS = 6  # to share the budget between heads and neurons that are measured
+
+
+class TooMuch(Exception):
+    """The sites do not hold as much as is to go."""
+
+
+def multiple_of(width: int) -> int:
+    """What a number of neurons is best divisible by: 128 fits every kernel; less where that is much of the width."""
+    return min(128, 1 << max(0, (width // 32).bit_length() - 1))
+
+
+def neurons_kept(site: Site, gone: int, multiple: int | None) -> int:
+    """What is left of a site that is to lose ``gone`` neurons at least: a multiple, or as it was."""
+    if gone <= 0:
+        return site.units
+    step = multiple_of(site.units) if multiple is None else multiple
+    return max((site.units - gone) // step * step, 0)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much is to go, of which sites.
+
+    Attributes:
+        wanted: parameters.
+        multiple: what the neurons left are divisible by; None chooses.
+        allowed: whether so many heads may go of each site.
+    """
+
+    sites: Sequence[Site]
+    wanted: float
+    multiple: int | None
+    allowed: Callable[[Counts], bool]
+
+    def even(self) -> Counts:
+        """Of every kind about the same share, as published recipes have it; neurons make up for what heads are short of.
+
+        Raises:
+            TooMuch.
+        """
+        held = sum(site.cost * site.units for site in self.sites)
+        ways = self.ways()
+        return min(
+            ways, key=lambda way: max(abs(way[s] / s.units - self.wanted / held) for s in self._heads or self.sites)
+        )
+
+    def ways(self) -> list[Counts]:
+        """Ways to share the budget: no heads, one in every layer, and so on, and the neurons that must go beside.
+
+        Raises:
+            TooMuch.
+        """
+        most = max((site.units - 1 for site in self._heads), default=0)
+        found: list[Counts] = []
+        for lost in ({site: min(count, site.units - 1) for site in self._heads} for count in range(most + 1)):
+            if not self.allowed(lost):
+                continue
+            counts = self._filled(lost)
+            if counts is not None:
+                found.append(counts)
+            if sum(site.cost * count for site, count in lost.items()) >= self.wanted:
+                break  # more heads would only be more
+        if not found:
+            raise TooMuch
+        return found
+
+    @property
+    def _heads(self) -> list[Site]:
+        return [site for site in self.sites if site.kind is Kind.KV_HEAD]
+
+    def _filled(self, lost: Counts) -> Counts | None:
+        """With the neurons that are to go beside these heads; None where there are not so many."""
+        neurons = [site for site in self.sites if site.kind is not Kind.KV_HEAD]
+        held = sum(site.cost * site.units for site in neurons)
+        missing = max(self.wanted - sum(site.cost * count for site, count in lost.items()), 0.0)
+        if missing >= held > 0 or (not held and missing > 0):
+            return None
+        share = missing / held if held else 0.0
+        kept = {site: neurons_kept(site, math.ceil(share * site.units - 1e-9), self.multiple) for site in neurons}
+        if any(count <= 0 for count in kept.values()):
+            return None
+        return {**lost, **{site: site.units - count for site, count in kept.items()}}
+
+
+def spaced(ways: Sequence[Counts]) -> list[Counts]:
+    """A few of them, evenly."""
+    return list(ways[:: -(-len(ways) // _WAYS)])

@@ -1,0 +1,128 @@
+"""Chooses units site by site, on what the sites before have become, and fits what reads the ones that are left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from slim.compiler.biases import new_bias
+from slim.compiler.passes_base import Context
+from slim.compiler.program import Program
+from slim.compiler.rules import argument
+from slim.compiler.statistics import SiteStatistics, walk
+from slim.compiler.uses import LINEAR
+from slim.compiler.weights import Deferred
+from slim.passes.pruning.budget import Counts
+from slim.passes.pruning.obs import removal_order
+from slim.passes.pruning.refit import Moments, masked, refit
+from slim.passes.pruning.sites import Site
+
+Choice = Callable[[Site, SiteStatistics, int], Tensor]  # the units to take out of a site
+_GONE, _MISSING = "gone", "missing"  # among the results of a walk; no weight is called that
+
+
+@dataclass
+class Result:
+    """What became of the sites.
+
+    Attributes:
+        gone: the units to take out; the columns that read them are zeros already.
+        missing: of sites that were fitted, the share of the old result's energy that is lost.
+    """
+
+    gone: dict[Site, Tensor] = field(default_factory=dict)
+    missing: dict[Site, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How sites are pruned.
+
+    Attributes:
+        choose: which units go; None chooses those that are best taken out given that the others are fitted.
+        fit: least squares over what is left. Without it weights stay as they are.
+        bias: a linear that has no bias gets one.
+    """
+
+    choose: Choice | None
+    fit: bool
+    bias: bool
+
+    def run(self, program: Program, counts: Counts, ctx: Context, asked_by: str, notes: list[str]) -> Result:
+        """Writes zeros into the columns that go; the Program keeps its shapes, so that the walk can go on."""
+        todo = {site.value: site for site in counts}
+        originals = {site: program.weights.raw(site.weight) for site in counts}
+        result = Result()
+        blocks = walk(
+            program, list(todo), ctx, asked_by=asked_by, gram=True, cross=True, dense=True, grain="site", notes=notes
+        )
+        for block in blocks:
+            (value,) = block.values
+            site = todo[value]
+            if not block.restored:
+                made = self._made(program, site, counts[site], originals[site], block.statistics[value])
+                block.results.update(made)
+            self._take(program, site, dict(block.results), result)
+        return result
+
+    def _made(
+        self, program: Program, site: Site, count: int, original: Tensor | Deferred, statistics: SiteStatistics
+    ) -> dict[str, Tensor]:
+        held = original if isinstance(original, Tensor) else original.load()
+        weight = held.float().reshape(-1, held.shape[-1])
+        biased = site.linear.target is LINEAR and (site.bias is not None or self.bias)
+        moments = Moments.of(statistics, biased)
+        gone = self._chosen(site, count, weight, moments, statistics)
+        kept = site.kept(gone)
+        bias = program.weights[site.bias] if site.bias is not None else torch.zeros(len(weight)) if biased else None
+        if self.fit:
+            fitted = refit(weight, bias if biased else None, moments, kept)
+            made = {site.weight: masked(fitted.weight, kept, held), _MISSING: torch.tensor(fitted.missing)}
+            shift = fitted.bias
+        else:
+            made = {site.weight: masked(weight[:, kept], kept, held)}
+            left_out = weight.clone()
+            left_out[:, kept] = 0.0
+            shift = bias + left_out @ statistics.mean if bias is not None and self.bias else None
+        if shift is not None:
+            made["bias"] = shift.to(held.dtype)
+        return made | {_GONE: gone}
+
+    def _chosen(self, site: Site, count: int, weight: Tensor, moments: Moments, statistics: SiteStatistics) -> Tensor:
+        if count == 0:
+            return torch.zeros(0, dtype=torch.long)
+        if self.choose is not None:
+            return self.choose(site, statistics, count)
+        return removal_order(moments.aim(weight), moments.now, site.columns, count).units
+
+    def _take(self, program: Program, site: Site, results: dict[str, Tensor], result: Result) -> None:
+        result.gone[site] = results.pop(_GONE)
+        if _MISSING in results:
+            result.missing[site] = float(results.pop(_MISSING))
+        shift = results.pop("bias", None)
+        if shift is not None and site.bias is not None:
+            program.weights[site.bias] = shift
+        elif shift is not None:
+            read(program, site.linear, shift)
+        program.weights[site.weight] = results[site.weight]
+
+
+def read(program: Program, linear: fx.Node, bias: Tensor) -> None:
+    """Makes ``linear``, which has no bias, read one."""
+    matrix = linear.args[1]
+    assert isinstance(matrix, fx.Node)
+    assert argument(linear, "bias") is None
+    linear.args = (*linear.args[:2], new_bias(program, matrix, bias), *linear.args[3:])
+
+
+def lowest(scores: Tensor, count: int) -> Tensor:
+    """The ``count`` units with the least scores."""
+    return scores.argsort(stable=True)[:count]
+
+
+def at_once(program: Program, counts: Counts, scores: Callable[[Site], Tensor]) -> Result:
+    """Units chosen by scores that need no activations; weights stay as they are."""
+    return Result({site: lowest(scores(site), count) for site, count in counts.items()})

@@ -1,0 +1,104 @@
+"""The model's configuration, once layers have fewer neurons and heads."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from slim import errors
+from slim.compiler.config import empty_model, is_valid
+from slim.compiler.dependencies import Kind
+from slim.compiler.program import Program
+from slim.compiler.uses import EXPERTS
+from slim.passes.pruning.sites import Site
+
+# What configurations call the width between the linears of an MLP, of dense ones and of experts; the first that fits.
+_DENSE = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "shared_expert_intermediate_size",
+          "shared_intermediate_size", "d_ff", "dff", "hidden_dim")  # fmt: skip
+_EXPERTS = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size", "ffn_hidden_size")
+_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+_HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+
+
+def write_config(
+    program: Program, sites: Sequence[Site], others: Sequence[Site], gone: Mapping[Site, int]
+) -> list[str]:
+    """Keeps the configuration true where layers that were alike still are; notes where it cannot be.
+
+    Args:
+        sites: those that lose ``gone`` units. others: those of the same kinds that were left alone.
+    """
+    config, notes = program.facts.config, []
+    if config is None:
+        return notes
+    for alike in _families([*sites, *others]):
+        left = {site: site.units - gone.get(site, 0) for site in alike}
+        first = alike[0]
+        if len(set(left.values())) > 1:
+            told = ", ".join(f"{site} {count}" for site, count in left.items())
+            notes.append(
+                f"layers differ ({told}), which plain transformers cannot say: slim alone can save such a model"
+            )
+        elif left[first] != first.units:
+            said = _written(config, first, left[first])
+            if said is None or not is_valid(program.facts, said):
+                notes.append(
+                    f"the configuration cannot say {left[first]} {first.kind}s: slim alone can save such a model"
+                )
+            else:
+                program.facts.config = config = said
+    return notes
+
+
+def can_say_heads(program: Program, lost: Mapping[Site, int]) -> bool:
+    """Whether plain transformers builds the model with so many kv heads less."""
+    facts = program.facts
+    if facts.config is None or not any(lost.values()):
+        return True
+    if len({(site.units, count) for site, count in lost.items()}) > 1:
+        return False
+    site, count = next(iter(lost.items()))
+    said = _written(facts.config, site, site.units - count)
+    if said is None or not is_valid(facts, said):
+        return False
+    try:
+        expected = empty_model(replace(facts, config=said)).state_dict()
+    except (errors.UnsupportedModel, ValueError, TypeError):
+        return False
+    part = facts.parts.get(site.weight)
+    shape = list(program.weights.shape(site.weight))
+    shape[-1] = shape[-1] // site.units * (site.units - count)
+    stored = shape[:-2] + shape[:-3:-1] if part is not None and part.transposed else shape
+    meta = expected.get(site.weight if part is None else part.base)
+    return meta is not None and list(meta.shape) == stored
+
+
+def _families(sites: Sequence[Site]) -> list[list[Site]]:
+    """Sites that one field of a configuration speaks of: of one kind and, as they were, one size."""
+    found: dict[tuple[Any, ...], list[Site]] = {}
+    for site in sites:
+        found.setdefault((site.kind, site.units, site.linear.target is EXPERTS), []).append(site)
+    return list(found.values())
+
+
+def _written(config: dict[str, Any], site: Site, left: int) -> dict[str, Any] | None:
+    """A configuration of ``left`` units; None where it has no field for them."""
+    if site.kind is Kind.KV_HEAD:
+        return _heads_written(config, site, left)
+    names = _EXPERTS if site.linear.target is EXPERTS else _DENSE
+    name = next((name for name in names if config.get(name) == site.units), None)
+    if name is None and config.get("n_inner", 0) is None:
+        name = "n_inner"  # None stands for four times the width of the model
+    return None if name is None else {**config, name: left}
+
+
+def _heads_written(config: dict[str, Any], site: Site, left: int) -> dict[str, Any] | None:
+    """Queries, keys and values; and the width of a head, which is otherwise taken to be the model's by the heads."""
+    heads = len(site.columns) // site.width
+    queries = {name: heads // site.units * left for name in _HEADS if config.get(name) == heads}
+    if not queries:
+        return None
+    keys = {name: left for name in _KV_HEADS if config.get(name) == site.units}
+    width = {"head_dim": site.width} if "num_attention_heads" in queries else {}
+    return {**config, **queries, **keys, **width}
