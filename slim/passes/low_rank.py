@@ -48,7 +48,7 @@ class LowRank(Pass):
             weights and what one sequence leaves in memory); "none" is S = 1 and the same share for every linear. None
             is "fisher" for "whitened".
         multiple: what ranks are multiples of; None is 32 for matrices of 256 rows and columns or more, less for
-            smaller ones, and 1 for the baselines.
+            smaller ones, and 1 where every linear holds the same share.
         least_saving: bytes that a linear must save; others stay as they are, for a second product takes time too.
         head: factor the head of a language model too.
         exclude: patterns of weight names to leave alone (``"*.down_proj.weight"``); each must match one.
@@ -93,13 +93,18 @@ class LowRank(Pass):
         return self.method != "whitened"
 
     @property
+    def _even(self) -> bool:
+        """Whether every linear holds the same share."""
+        return self._published or self.importance == "none"
+
+    @property
     def _storage(self) -> Storage:
         return self.storage or ("factors" if self._published else "pivot")
 
     def run(self, program: Program, ctx: Context) -> Report:
         """Replaces linears, and the weights that they read."""
         report = Report()
-        multiple = 1 if self._published and self.multiple is None else self.multiple
+        multiple = 1 if self._even and self.multiple is None else self.multiple
         budget = Budget(self.keep, self._storage, multiple, self.least_saving)
         linears = list(
             find_linears(program, Choice(self.name, None, self.head or None, self.exclude), report, multiple)
@@ -127,15 +132,14 @@ class LowRank(Pass):
             return alone
         whole = [site for site in alone if not budget.ranks(site)]
         linears = [site.linears[0] for site in alone if site not in whole]
-        even = self.importance == "none"
         if not linears:
             return whole
-        if not even:
+        if not self._even:
             weigh(program, ctx, linears, repr(self))
-        groups = [Group([Site((linear,))], None) for linear in linears] if even else _groups(linears)
+        groups = [Group([Site((linear,))], None) for linear in linears] if self._even else _groups(linears)
         lost = spectra(program, ctx, [site for group in groups for site in group.sites], repr(self))
         apart = [site for group in groups for site in group.apart]
-        plan = [(site, budget.even(site)) for site in apart] if even else chosen_ranks(groups, lost, budget)
+        plan = [(site, budget.even(site)) for site in apart] if self._even else chosen_ranks(groups, lost, budget)
         if plan is None:
             self._refuse("keep", f"even the smallest ranks hold more than {self.keep:.1%} of the numbers")
         for site, rank in plan:
@@ -147,7 +151,7 @@ class LowRank(Pass):
         if not budget.ranks(site):
             saved = f", {self.least_saving:,} bytes at least" * bool(self.least_saving)
             return f"no lower rank saves enough{saved}"
-        if self._published or self.importance == "none":
+        if self._even:
             return f"its smallest rank holds more than {self.keep:.1%} of its numbers"
         return "its results are worth more than the numbers of a lower rank would save"
 

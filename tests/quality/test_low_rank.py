@@ -9,7 +9,7 @@ from benchmarks.quality_peers.cases import CASES, Case
 from slim.passes import LowRank
 from slim.runtime.perplexity import score
 
-SEQUENCES, SCORED = 32, {"demo": 8, "babyllama361": 40}
+SEQUENCES, SCORED = 16, {"demo": 6, "babyllama361": 30}
 
 pytestmark = pytest.mark.slow
 
