@@ -36,6 +36,8 @@ def inspect(model: str, pipeline: str, calibration: str | None, tokens: int, cha
     with Steps() as steps:
         program, report = _program(model, text, texts, steps, charts)
     click.echo(str(program))
+    if charts and report is None:
+        click.echo("\nno pass made a chart: give passes with -p, or a compiled model\n")
     if report is not None:
         click.echo()
         tell_report(report, charts)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from slim import errors
+from slim.compiler.charts import Chart
 from slim.compiler.cost import cost
 from slim.compiler.parts import place_parts
 from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, STATISTICS, Context, Pass
@@ -23,6 +24,7 @@ from slim.passes.heads.find import Heads, LeftAlone, find_heads
 from slim.passes.heads.grouping import Groups, cheapest, contiguous
 from slim.passes.heads.layer import Made, MergedLayer, Moments, Numbers, Stacks, as_weights, merge_layer, pooled
 from slim.passes.heads.merge import Stack, aligned_mean
+from slim.passes.heads.pictures import losses_chart, spectra_chart
 from slim.passes.heads.plan import damages, numbers_a_token, share_out
 from slim.passes.heads.refit import refit
 from slim.passes.heads.write import write_config, write_heads
@@ -107,10 +109,13 @@ class GQA(Pass):
         merged = (
             self._pooled(program, ctx, layers) if self.method == "mean" else self._walked(program, ctx, layers, report)
         )
+        done = []
         for layer in merged:
             place_parts(program, layer.heads.weights)
             report.matched.append(layer.heads.site)
             report.notes.append(str(layer))
+            done.append(layer)
+        report.charts = _charts(done)
         program.infer()
         if layers:
             note = write_config(program, held, _kv_heads(program))
@@ -195,18 +200,21 @@ class GQA(Pass):
                 yield layer
 
     def _merge(self, program: Program, layer: _Layer, statistics: SiteStatistics) -> Made:
-        merged = self._merged(program, layer, statistics, layer.kv_heads)
-        losses = {_KEYS: torch.tensor(merged.key_loss), _VALUES: torch.tensor(merged.value_loss)}
-        return losses | as_weights(program, layer.heads, merged)
+        stacks, merged = self._merged(program, layer, statistics, layer.kv_heads)
+        told = {_KEYS: torch.tensor(merged.key_loss), _VALUES: torch.tensor(merged.value_loss)}
+        told |= {_SPECTRUM: stacks.values.spectrum(), _GROUPS: torch.tensor(merged.groups)}
+        return told | as_weights(program, layer.heads, merged)
 
-    def _merged(self, program: Program, layer: _Layer, statistics: SiteStatistics, kv_heads: int) -> MergedLayer:
+    def _merged(
+        self, program: Program, layer: _Layer, statistics: SiteStatistics, kv_heads: int
+    ) -> tuple[Stacks, MergedLayer]:
         numbers = Numbers.of(program, layer.heads, layer.attended)
         moments = Moments.of(statistics, layer.heads)
         stacks = Stacks.of(numbers, moments)
         groups = layer.groups(stacks, kv_heads)
         if self.method == "aligned":
-            return merge_layer(numbers, stacks, groups, Stack.merge, moments)
-        return merge_layer(numbers, stacks, groups, aligned_mean)
+            return stacks, merge_layer(numbers, stacks, groups, Stack.merge, moments)
+        return stacks, merge_layer(numbers, stacks, groups, aligned_mean)
 
     # -- under a budget --------------------------------------------------------------------------------------------
 
@@ -218,7 +226,7 @@ class GQA(Pass):
         by_site = {layer.heads.site: layer for layer in layers}
 
         def merge(heads: Heads, statistics: SiteStatistics, kv_heads: int) -> MergedLayer:
-            return self._merged(program, by_site[heads.site], statistics, kv_heads)
+            return self._merged(program, by_site[heads.site], statistics, kv_heads)[1]
 
         heads = [layer.heads for layer in layers]
         lost = damages(program, ctx, heads, self._batches(program, ctx), merge, repr(self))
@@ -242,6 +250,7 @@ class GQA(Pass):
 # What layers tell of themselves, among the results of a walk; no weight is called that.
 _LOOKED_AT = 4096  # tokens of calibration: where heads look needs no more
 
+_SPECTRUM, _GROUPS = "spectrum of values", "groups"
 _KEYS, _VALUES, _OUTPUT = "loss of keys", "loss of values", "loss of the output"
 
 
@@ -255,6 +264,8 @@ class _Layer:
     original: Tensor | Deferred
     attended: Attended | None = None
     losses: dict[str, float] = field(default_factory=dict)
+    spectrum: list[float] = field(default_factory=list)
+    merged: list[list[int]] = field(default_factory=list)
 
     @property
     def rows_in(self) -> fx.Node:
@@ -276,7 +287,10 @@ class _Layer:
     def take(self, program: Program, results: Made) -> None:
         """Puts the results of a stretch into ``program``."""
         self.losses |= {name: float(results[name]) for name in (_KEYS, _VALUES, _OUTPUT) if name in results}
-        made = {name: value for name, value in results.items() if name not in self.losses}
+        told = {*self.losses, _SPECTRUM, _GROUPS}
+        if _SPECTRUM in results:
+            self.spectrum, self.merged = results[_SPECTRUM].tolist(), results[_GROUPS].tolist()
+        made = {name: value for name, value in results.items() if name not in told}
         write_heads(program, self.heads, made, self.kv_heads)
 
     def __str__(self) -> str:
@@ -287,7 +301,17 @@ class _Layer:
             f"; predicted: keys lose {self.losses[_KEYS]:.2%} of their energy, values {self.losses[_VALUES]:.2%}"
         )
         measured = f"; measured: the output loses {self.losses[_OUTPUT]:.2%}" if _OUTPUT in self.losses else ""
-        return text + predicted + measured
+        groups = ", ".join("+".join(map(str, group)) for group in self.merged)
+        return f"{text} ({groups}){predicted}{measured}"
+
+
+def _charts(layers: Sequence[_Layer]) -> list[Chart]:
+    told = [layer for layer in layers if layer.losses]
+    if not told:
+        return []
+    losses = {str(layer.index): layer.losses for layer in told}
+    spectra = {str(layer.index): layer.spectrum for layer in told}
+    return [losses_chart(losses), spectra_chart(spectra, {str(layer.index): layer.kv_heads for layer in told})]
 
 
 def _look(program: Program, layers: Sequence[_Layer], batches: Sequence[Batch]) -> None:

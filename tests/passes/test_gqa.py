@@ -1,6 +1,8 @@
 """GQA merges heads exactly where that can be, as well as it claims elsewhere, and the Program follows."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -253,9 +255,16 @@ def test_layers_may_differ_and_the_configuration_then_stays() -> None:
 
 def test_the_report_says_what_was_predicted_and_measured() -> None:
     _, report = merged(lift(zoo.build("llama-mha")), GQA(2))
-    assert "layer 0: 4 to 2 kv heads; predicted: keys lose" in report.notes[0]
+    assert re.match(r"layer 0: 4 to 2 kv heads \(\d\+\d, \d\+\d\); predicted: keys lose", report.notes[0])
     assert "measured: the output loses" in report.notes[0]
     assert any("they took 1.02 kB" in note for note in report.notes)
+    losses, spectra = report.charts
+    assert losses.ticks == ["0", "1"]
+    assert list(losses.series) == ["loss of keys", "loss of values", "loss of the output"]
+    assert f"{losses.series['loss of the output'][0]:.2%}" in report.notes[0]
+    assert [sum(values) for values in spectra.series.values()] == pytest.approx([1.0, 1.0])
+    assert all(values == sorted(values, reverse=True) for values in spectra.series.values())
+    assert spectra.marks == {"layer 0": 2, "layer 1": 2}
 
 
 def test_an_interrupted_walk_goes_on_with_the_same_result(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -279,6 +288,52 @@ def test_an_interrupted_walk_goes_on_with_the_same_result(empty_cache: Path, mon
     again, _ = merged(program, GQA(2))
     for name in whole.weights:
         assert torch.equal(again.weights[name], whole.weights[name]), name
+
+
+# -- under a budget ----------------------------------------------------------------------------------------------------
+
+
+def with_a_layer_that_merges_exactly() -> Program:
+    """Two layers of four kv heads, of which those of the first are one head in different bases."""
+    model = programs.model.__wrapped__("llama", num_attention_heads=4, num_key_value_heads=4, initializer_range=0.3)
+    one_basis(SimpleNamespace(config=model.config, model=SimpleNamespace(layers=model.model.layers[:1])), 4, 0, 8)
+    return lift(model)
+
+
+def test_the_budget_goes_to_the_layer_that_needs_it(tmp_path: Path) -> None:
+    program = with_a_layer_that_merges_exactly()
+    after, report = merged(program, GQA("auto", kv_bytes=0.625))
+    assert kv_heads(after) == [1, 4]
+    assert report.error is not None
+    assert report.error < 1e-4
+    assert "the budget leaves it all its kv heads" in report.skipped[0].reason
+    assert any("62.5% of the bytes: 1, 4" in note for note in report.notes)
+    compiled = CompiledModel(after, "eager")
+    with pytest.raises(errors.ExportUnsupported, match=r"k_proj\.weight"):
+        compiled.export(tmp_path / "out")
+    compiled.save(tmp_path / "artifact")
+    loaded = slim.load(tmp_path / "artifact", target="eager")
+    assert torch.equal(loaded(TOKENS[0]).logits, compiled(TOKENS[0]).logits)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "bert"])
+@pytest.mark.parametrize("share", [0.5, 0.3])
+def test_keys_and_values_fit_into_the_share_that_was_asked_for(name: str, share: float) -> None:
+    program = lift((zoo.build_encoder if name in zoo.ENCODERS else zoo.build)(name))
+    after, _ = merged(program, GQA("auto", kv_bytes=share))
+    assert sum(kv_heads(after)) <= share * sum(kv_heads(program))
+    assert sum(kv_heads(after)) > share / 2 * sum(kv_heads(program))  # and not far below
+
+
+def test_a_budget_that_nothing_fits_or_nothing_uses_is_refused() -> None:
+    program = pair("llama-mha")[1].program
+    with pytest.raises(errors.BadPassOption, match=r"takes 25.0% already"):
+        merged(program, GQA("auto", kv_bytes=0.2))
+    for options in (dict(kv_bytes=None), dict(kv_bytes=1.0), dict(kv_bytes=0.5, method="mean")):
+        with pytest.raises(errors.BadPassOption):
+            GQA("auto", **options)
+    with pytest.raises(errors.BadPassOption, match="kv_heads is 2"):
+        GQA(2, kv_bytes=0.5)
 
 
 # -- refused -----------------------------------------------------------------------------------------------------------

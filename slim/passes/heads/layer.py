@@ -223,6 +223,7 @@ class MergedLayer:
 
     Attributes:
         order: the old query heads, as they stand now.
+        groups: the old kv heads that became each new one.
         key_loss, value_loss: what was lost, as shares of all there was.
     """
 
@@ -231,6 +232,7 @@ class MergedLayer:
     v: Tensor
     o: Tensor
     order: list[int]
+    groups: list[list[int]]
     key_loss: float
     value_loss: float
 
@@ -256,7 +258,7 @@ def merge_layer(
         lost = {"keys": lost["keys"] + keys.loss, "values": lost["values"] + values.loss}
     order = [head for group in groups for head in _members(group, numbers.share)]
     shares = lost["keys"] / _energy(stacks.keys), lost["values"] / _energy([stacks.values])
-    return MergedLayer(q[order], torch.stack(k), torch.stack(v), o[:, order], order, *shares)
+    return MergedLayer(q[order], torch.stack(k), torch.stack(v), o[:, order], order, [*map(list, groups)], *shares)
 
 
 def _merge_keys(

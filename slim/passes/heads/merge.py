@@ -86,6 +86,13 @@ class Stack:
         heads = range(self.maps.shape[1])
         return sum(float(self._gram([h]).diagonal(dim1=-2, dim2=-1).sum().real) for h in heads)
 
+    def spectrum(self) -> Tensor:
+        """[heads]: the share of the first w, the second w, ... eigenvalues when all heads merge; sums to 1."""
+        _, heads, w, _ = self.maps.shape
+        values = torch.linalg.eigvalsh(self._gram(range(heads))).flip(-1).clamp_min(0.0)
+        shares = values.unflatten(-1, (heads, w)).sum((0, 2))
+        return shares / shares.sum().clamp_min(torch.finfo(shares.dtype).tiny)
+
     def loss(self, group: Sequence[int]) -> float:
         """What the best merging of ``group`` loses."""
         values = torch.linalg.eigvalsh(self._gram(group))
