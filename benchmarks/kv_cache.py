@@ -1,6 +1,7 @@
-"""Decoding over caches of float32, int8 and int4 at long contexts: a Llama with random weights, one interleaved run.
+"""Decoding over smaller caches at long contexts: a Llama with random weights, one interleaved run.
 
-    python benchmarks/kv_cache.py                     # 135M shape, int8 weights, contexts of 2048 and 8192
+    python benchmarks/kv_cache.py                     # 135M shape, int8 weights, caches of float32, int8 and int4
+    python benchmarks/kv_cache.py --shape 135m-mha --kv-heads 8 4 2 1 --contexts 2048  # float32, fewer kv heads
     python benchmarks/kv_cache.py --shape 15m --contexts 512 --rounds 3
 
 The contexts are not read but filled with random keys and values: how fast a step is does not hang on what it sees.
@@ -15,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -53,6 +55,18 @@ class Decoding:
         return (time.perf_counter() - start) / self.steps
 
 
+def compared(folder: Path, passes: str, kv_heads: list[int] | None) -> Iterator[tuple[str, CompiledModel]]:
+    """The models, by what their caches are; means of heads are as fast as any other merging of them."""
+    if kv_heads is None:
+        for dtype in CACHES:
+            cache = slim.KVCacheConfig(dtype=dtype)
+            yield dtype or "float32", slim.compile(folder, passes, target="cpu", verify=False, kv_cache=cache)
+        return
+    for number in kv_heads:
+        fewer = "" if number == kv_heads[0] else f'gqa({number}, method="mean"), '
+        yield f"{number} heads", slim.compile(folder, fewer + passes, target="cpu", verify=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="135m", choices=list(SHAPES))
@@ -60,28 +74,25 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--weights", default="int8", choices=["int8", "int4"])
+    parser.add_argument("--kv-heads", type=int, nargs="+", help="compare numbers of kv heads, the model's own first")
     options = parser.parse_args()
     folder = Path(os.environ.get("SLIM_BENCH_CACHE", Path.home() / ".cache/slim-bench")) / options.shape / "model"
     ensure(SHAPES[options.shape], folder)
-    passes = f'quantize("{options.weights}")'
-    models = {
-        name: slim.compile(folder, passes, target="cpu", verify=False, kv_cache=slim.KVCacheConfig(dtype=name))
-        for name in CACHES
-    }
+    models = dict(compared(folder, f'quantize("{options.weights}")', options.kv_heads))
     print(f"{options.shape}, weights {options.weights}, {torch.get_num_threads()} threads")
     for context in options.contexts:
         runs = {name: Decoding(model, context, options.steps) for name, model in models.items()}
-        found: dict[str | None, list[float]] = {name: [] for name in CACHES}
+        found: dict[str, list[float]] = {name: [] for name in models}
         for number in range(options.rounds + 1):
             for name, run in runs.items():
                 seconds = run.seconds_a_token()
                 if number:  # round 0 warms up
                     found[name].append(seconds)
-        plain = found[None]
+        plain = next(iter(found.values()))
         for name, seconds in found.items():
             best, median = min(plain) / min(seconds), statistics.median(plain) / statistics.median(seconds)
             print(
-                f"context {context:>5}  cache {name or 'float32':<8} {runs[name].cache.nbytes / 1e6:7.1f} MB   "
+                f"context {context:>5}  cache {name:<10} {runs[name].cache.nbytes / 1e6:7.1f} MB   "
                 f"best {min(seconds) * 1e3:6.2f} ms/token ({best:.2f} x)   "
                 f"median {statistics.median(seconds) * 1e3:6.2f} ({median:.2f} x)"
             )

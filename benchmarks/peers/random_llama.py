@@ -70,6 +70,7 @@ class Shape:
 SHAPES = {
     "15m": Shape(288, 768, 6, 6, 6, 32000),
     "135m": Shape(576, 1536, 30, 9, 3, 49152),
+    "135m-mha": Shape(512, 1536, 30, 8, 8, 49152),  # as many kv heads as query heads: for GQA
     "1b": Shape(2048, 8192, 16, 32, 8, 128256, "bfloat16"),  # float32 would be 6 GB of disk, and again of memory
 }
 
