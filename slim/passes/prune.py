@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NoReturn
 
-from torch import Tensor
+from torch import Tensor, fx
 
 from slim import errors
 from slim.compiler.dependencies import Dependencies, Kind
@@ -19,7 +19,7 @@ from slim.passes.pruning import gradients, scores
 from slim.passes.pruning.budget import Budget, Counts, TooMuch, spaced
 from slim.passes.pruning.measure import Comparison
 from slim.passes.pruning.sites import Site, block_parameters, find_sites
-from slim.passes.pruning.work import Result, Work, at_once, lowest
+from slim.passes.pruning.work import Choice, Result, Work, at_once, lowest
 from slim.passes.pruning.write import can_say_heads, write_config
 
 _KINDS = {
@@ -93,8 +93,8 @@ class Prune(Pass):
         """Changes the shapes of weights, what reads them, and ``facts.config``."""
         report = Report()
         found = Dependencies(program)
-        kinds = _KINDS[self.units]
-        sites, report.skipped = find_sites(program, found, self.protect, kinds)
+        sites, report.skipped = find_sites(program, found, self.protect, _KINDS[self.units])
+        others = [site for site in find_sites(program, found)[0] if site.group not in {one.group for one in sites}]
         if not sites:
             return report
         before = block_parameters(program)
@@ -102,14 +102,12 @@ class Prune(Pass):
         result = self._pruned(program, ctx, counts, report)
         found.remove({site.group: units for site, units in result.gone.items() if len(units)})
         program.clean()
-        others = [site for site in find_sites(program, found, (), kinds)[0] if site.group not in _groups(sites)]
         report.matched = [str(site) for site, count in counts.items() if count]
         report.notes += list(_told(counts, result))
         report.notes += write_config(program, sites, others, counts)
         after = block_parameters(program)
-        report.notes.append(
-            f"{before - after:,} of the {before:,} parameters of blocks are gone, {1 - after / before:.1%}"
-        )
+        gone = before - after
+        report.notes.append(f"{gone:,} of the {before:,} parameters of blocks are gone, {gone / before:.1%}")
         return report
 
     # -- how many ------------------------------------------------------------------------------------------------------
@@ -131,7 +129,7 @@ class Prune(Pass):
     def _allowed(self, program: Program, lost: Counts) -> bool:
         return not self.reload or can_say_heads(program, lost)
 
-    def _collected(self, program: Program, ctx: Context, sites: Sequence[Site]) -> Mapping[object, SiteStatistics]:
+    def _collected(self, program: Program, ctx: Context, sites: Sequence[Site]) -> dict[fx.Node, SiteStatistics]:
         return collect(program, [site.value for site in sites], ctx, asked_by=repr(self), gram=True)
 
     # -- which ---------------------------------------------------------------------------------------------------------
@@ -155,7 +153,7 @@ class Prune(Pass):
             return slopes(program, calibration_of(program, ctx, repr(self)).batches, sites, ctx)
         return None
 
-    def _choice(self, program: Program, known: dict[Site, Tensor] | None):  # type: ignore[no-untyped-def]
+    def _choice(self, program: Program, known: dict[Site, Tensor] | None) -> Choice | None:
         if self.criterion == "obs":
             return None
         if known is not None:
@@ -164,11 +162,7 @@ class Prune(Pass):
         return lambda site, statistics, count: lowest(score(program, site, statistics), count)
 
 
-def _groups(sites: Sequence[Site]) -> set[object]:
-    return {site.group for site in sites}
-
-
-def _told(counts: Counts, result: Result):  # type: ignore[no-untyped-def]
+def _told(counts: Counts, result: Result) -> Iterator[str]:
     """A line a site."""
     for site, count in counts.items():
         lost = f"; measured: what reads them loses {result.missing[site]:.2%}" if site in result.missing else ""

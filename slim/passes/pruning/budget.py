@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from slim.compiler.dependencies import Kind
+from slim.compiler.uses import EXPERTS
 from slim.passes.pruning.sites import Site
 
 Counts = Mapping[Site, int]
+_ALIGNED = 8  # numbers of a row of an expert: kernels for groups of matrices read 16 bytes at a time
 _WAYS = 6  # to share the budget between heads and neurons that are measured
 
 
@@ -27,6 +29,8 @@ def neurons_kept(site: Site, gone: int, multiple: int | None) -> int:
     if gone <= 0:
         return site.units
     step = multiple_of(site.units) if multiple is None else multiple
+    if multiple is None and site.linear.target is EXPERTS and site.units > 2 * _ALIGNED:
+        step = max(step, _ALIGNED)
     return max((site.units - gone) // step * step, 0)
 
 
@@ -46,7 +50,7 @@ class Budget:
     allowed: Callable[[Counts], bool]
 
     def even(self) -> Counts:
-        """Of every kind about the same share, as published recipes have it; neurons make up for what heads are short of.
+        """Of every kind about the same share, as published recipes have it; neurons make up the difference.
 
         Raises:
             TooMuch.
@@ -69,13 +73,17 @@ class Budget:
             if not self.allowed(lost):
                 continue
             counts = self._filled(lost)
-            if counts is not None:
+            if counts is not None and not (found and self._is_more(lost)):
                 found.append(counts)
-            if sum(site.cost * count for site, count in lost.items()) >= self.wanted:
+            if self._is_more(lost):
                 break  # more heads would only be more
         if not found:
             raise TooMuch
         return found
+
+    def _is_more(self, lost: Counts) -> bool:
+        """Whether heads alone are more than is to go."""
+        return sum(site.cost * count for site, count in lost.items()) > self.wanted
 
     @property
     def _heads(self) -> list[Site]:

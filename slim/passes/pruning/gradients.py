@@ -78,7 +78,7 @@ def _backward(
         with torch.enable_grad():
             recorder = _Recorder(program, held | leaves, [site.value for site in sites])
             outputs = recorder.run(*batch.inputs)
-            _loss(program, outputs[0], batch).backward()  # type: ignore[no-untyped-call]
+            _loss(program, outputs[0], batch).backward()
         yield recorder.values, leaves
 
 

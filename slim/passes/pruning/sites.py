@@ -87,7 +87,7 @@ def _attention(value: fx.Node) -> fx.Node:
 
 
 def find_sites(
-    program: Program, found: Dependencies, protect: Sequence[str], kinds: Sequence[Kind]
+    program: Program, found: Dependencies, protect: Sequence[str] = (), kinds: Sequence[Kind] = PRUNED
 ) -> tuple[list[Site], list[Skip]]:
     """The sites of ``kinds`` whose weights no pattern of ``protect`` names, and what is left alone, with the reason."""
     sites, skips = [], [skip for skip in found.skipped if skip.reason != "a norm averages over it"]

@@ -19,6 +19,7 @@ _DENSE = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "shared_
 _EXPERTS = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size", "ffn_hidden_size")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+_UNSAID = "which the configuration of the model cannot say: slim saves it, plain transformers cannot hold it"
 
 
 def write_config(
@@ -29,7 +30,7 @@ def write_config(
     Args:
         sites: those that lose ``gone`` units. others: those of the same kinds that were left alone.
     """
-    config, notes = program.facts.config, []
+    config, notes = program.facts.config, list[str]()
     if config is None:
         return notes
     for alike in _families([*sites, *others]):
@@ -37,15 +38,11 @@ def write_config(
         first = alike[0]
         if len(set(left.values())) > 1:
             told = ", ".join(f"{site} {count}" for site, count in left.items())
-            notes.append(
-                f"layers differ ({told}), which plain transformers cannot say: slim alone can save such a model"
-            )
+            notes.append(f"layers differ ({told}), {_UNSAID}")
         elif left[first] != first.units:
             said = _written(config, first, left[first])
             if said is None or not is_valid(program.facts, said):
-                notes.append(
-                    f"the configuration cannot say {left[first]} {first.kind}s: slim alone can save such a model"
-                )
+                notes.append(f"layers have {left[first]} {first.kind}s, {_UNSAID}")
             else:
                 program.facts.config = config = said
     return notes

@@ -1,0 +1,222 @@
+"""Prune: what goes, what is fitted, what the configuration says, and what is refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import slim
+from slim import errors
+from slim.compiler.passes_base import Context
+from slim.compiler.probe import make_probe
+from slim.compiler.program import Program
+from slim.compiler.verify import verify
+from slim.passes import Prune
+from slim.passes.pruning.budget import multiple_of
+from slim.passes.pruning.obs import DAMPING, removal_order
+from slim.passes.pruning.refit import Moments, refit
+from slim.passes.pruning.sites import block_parameters
+from tests.programs import lifted, model
+
+
+def tokens() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 96, (2, 24), generator=generator) for _ in range(4)]
+
+
+def pruned(program: Program, pass_: Prune) -> tuple[Program, slim.compiler.report.Report]:
+    report = pass_.run(program, Context(calibration=tokens()))
+    program.clean()
+    verify(program, repr(pass_))
+    return program, report
+
+
+def error(before: Program, after: Program) -> float:
+    probe = make_probe(before)
+    return probe.error(probe.run(before), probe.run(after))
+
+
+CRITERIA = ("obs", "wanda", "flap", "taylor", "fisher", "magnitude", "random")
+
+
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_at_least_the_share_goes_and_hardly_more(criterion: str) -> None:
+    before = lifted("llama")
+    after, report = pruned(before.copy(), Prune(0.3, criterion))  # type: ignore[arg-type]
+    gone = 1 - block_parameters(after) / block_parameters(before)
+    assert 0.3 <= gone < 0.34
+    assert len(report.matched) >= 2
+    assert 1e-3 < error(before, after) < 2.0
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "gemma", "phi3", "gpt2", "gpt_neox", "mixtral"])
+def test_it_works_on(name: str) -> None:
+    before = lifted(name)
+    after, _ = pruned(before.copy(), Prune(0.2))
+    assert 0.2 <= 1 - block_parameters(after) / block_parameters(before) < 0.3 + 0.05 * (name == "mixtral")
+    assert error(before, after) < 1.0
+
+
+def test_an_mlp_of_a_plain_module_is_pruned() -> None:
+    from torch import nn
+
+    plain = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4))
+    made = slim.compile(
+        plain, [Prune(0.5)], calibration=[(torch.randn(16, 8),)], example_inputs=(torch.randn(2, 8),), target="eager"
+    )
+    assert made.program.parameters < sum(p.numel() for p in plain.parameters())
+
+
+@pytest.mark.parametrize("units", ["neurons", "heads"])
+def test_units_of_one_kind_alone_go_where_that_is_asked_for(units: str) -> None:
+    before = lifted("llama").facts.config
+    after, _ = pruned(lifted("llama"), Prune(0.1, units=units))  # type: ignore[arg-type]
+    config = after.facts.config
+    assert before is not None
+    assert config is not None
+    assert (config["intermediate_size"] == before["intermediate_size"]) == (units == "heads")
+    assert (config["num_key_value_heads"] == before["num_key_value_heads"]) == (units == "neurons")
+
+
+def test_protected_sites_keep_all_they_have_and_the_layers_that_differ_are_named() -> None:
+    after, report = pruned(lifted("llama"), Prune(0.1, units="neurons", protect=("model.layers.0.mlp.*",)))
+    assert after.weights.shape("model.layers.0.mlp.up_proj.weight") == (48, 32)
+    assert ("model.layers.0.mlp", "'model.layers.0.mlp.*' protects it") in report.skipped
+    assert any("model.layers.0.mlp 48, model.layers.1.mlp" in note for note in report.notes)
+    assert after.facts.config is not None
+    assert after.facts.config["intermediate_size"] == 48
+
+
+@pytest.mark.parametrize("width", [2, 20, 172, 640, 11008, 14336])
+def test_numbers_of_neurons_are_rounded_by_a_small_part_of_the_width(width: int) -> None:
+    multiple = multiple_of(width)
+    assert multiple & (multiple - 1) == 0
+    assert multiple <= max(1, width / 32)
+    assert multiple <= 128
+
+
+def test_the_number_of_neurons_is_what_the_option_says() -> None:
+    after, _ = pruned(lifted("llama"), Prune(0.2, units="neurons", multiple=16))
+    assert after.weights.shape("model.layers.0.mlp.up_proj.weight")[0] % 16 == 0
+
+
+# -- the closed forms --------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(2, 9), st.integers(0, 1000))
+def test_the_predicted_cost_is_that_of_the_fitted_weight(units: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    width = 1 + seed % 3
+    n = units * width
+    weight = torch.randn(5, n).double()
+    x = torch.randn(200, n).double() @ torch.randn(n, n).double()
+    gram = x.T @ x / 200
+    damped = gram + DAMPING * gram.diagonal().mean() * torch.eye(n).double()
+    columns = torch.arange(units).repeat_interleave(width)[torch.randperm(n)]
+    order = removal_order(weight, gram, columns, units - 1)
+    for count in range(1, units):
+        kept = (~torch.isin(columns, order.units[:count])).nonzero()[:, 0]
+        best = torch.linalg.solve(damped[kept][:, kept], damped[kept] @ weight.T).T
+        lost = weight.clone()
+        lost[:, kept] -= best
+        expected = float(((lost @ damped) * lost).sum())
+        assert float(order.costs[count - 1]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_units_that_others_make_up_for_go_first_and_cost_nothing() -> None:
+    x = torch.randn(300, 4)
+    x = torch.cat([x, x @ torch.randn(4, 3)], 1).double()  # seven features in four dimensions
+    order = removal_order(torch.randn(5, 7), x.T @ x / 300, torch.arange(7), 6)
+    assert float(order.costs[1]) < 0.05 * float(order.costs[5])
+
+
+def test_a_bias_takes_up_what_is_lost_on_average() -> None:
+    from slim.compiler.statistics.accumulate import Accumulator, Wanted
+
+    x = torch.randn(400, 6) + torch.tensor([5.0, 0, 0, 0, 0, 0])
+    sums = Accumulator("x", 6, Wanted(gram=True))
+    sums.add(x)
+    moments = Moments.of(sums.finish(), centred=True)
+    weight, kept = torch.randn(3, 6), torch.arange(1, 6)
+    fitted = refit(weight, torch.zeros(3), moments, kept)
+    assert fitted.bias is not None
+    wanted, found = x @ weight.T, x[:, kept] @ fitted.weight.float().T + fitted.bias.float()
+    assert torch.allclose(wanted.mean(0), found.mean(0), atol=1e-3)
+
+
+def test_nothing_is_lost_where_units_are_there_twice() -> None:
+    before = lifted("llama")
+    for layer in (0, 1):
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            weight = before.weights[f"model.layers.{layer}.mlp.{name}.weight"].clone()
+            rows = weight if name != "down_proj" else weight.T
+            rows[24:] = rows[:24]
+            before.weights[f"model.layers.{layer}.mlp.{name}.weight"] = weight
+    after, _ = pruned(before.copy(), Prune(0.25, units="neurons", multiple=1))
+    assert error(before, after) < 0.05
+    assert error(before, pruned(before.copy(), Prune(0.25, "random", units="neurons", multiple=1))[0]) > 0.2
+
+
+# -- what is left of the model elsewhere -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gpt2", "gpt_neox", "mixtral"])
+def test_a_uniform_result_loads_in_transformers_bit_for_bit(name: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    made = slim.compile(model(name), [Prune(0.25)], calibration=tokens(), target="eager")
+    made.export(tmp_path / "out")
+    there = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    again = slim.compile(there, target="eager")
+    ids = tokens()[0]
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, made(input_ids=ids).logits)
+        assert torch.allclose(there(input_ids=ids).logits, made(input_ids=ids).logits, atol=1e-5)
+
+
+def test_a_model_that_transformers_cannot_hold_is_saved_and_its_export_refused(tmp_path: Path) -> None:
+    passes = [Prune(0.1, units="neurons", protect=("model.layers.0.mlp.*",))]
+    made = slim.compile(model("llama"), passes, calibration=tokens(), target="eager")
+    made.save(tmp_path / "saved")
+    ids = tokens()[0]
+    with torch.no_grad():
+        assert torch.equal(
+            slim.load(tmp_path / "saved", target="eager")(input_ids=ids).logits, made(input_ids=ids).logits
+        )
+    with pytest.raises(errors.ExportUnsupported, match=r"model\.layers\.1\.mlp"):
+        made.export(tmp_path / "out")
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, -0.5, 20])
+def test_a_ratio_out_of_range_is_refused(ratio: float) -> None:
+    with pytest.raises(errors.BadPassOption, match="lies between 0 and 1"):
+        Prune(ratio)
+
+
+def test_more_than_there_is_cannot_go() -> None:
+    with pytest.raises(errors.BadPassOption, match="the units that can go hold"):
+        pruned(lifted("llama"), Prune(0.95))
+
+
+@pytest.mark.parametrize("criterion", ["obs", "wanda", "flap", "taylor", "fisher"])
+def test_criteria_that_need_calibration_say_so(criterion: str) -> None:
+    with pytest.raises(errors.NeedsCalibration):
+        slim.compile(model("llama"), [Prune(0.2, criterion)], target="eager")  # type: ignore[arg-type]
+
+
+def test_a_model_without_units_is_refused() -> None:
+    from torch import nn
+
+    with pytest.raises(errors.PassMatchedNothing):
+        slim.compile(nn.Linear(4, 4), [Prune(0.2, "magnitude")], example_inputs=(torch.randn(2, 4),), target="eager")
+
+
+def test_it_does_not_follow_quantisation() -> None:
+    with pytest.raises(errors.PassOrder):
+        slim.compile(model("llama"), 'quantize("int8"), prune(0.2)', calibration=tokens(), target="eager")
