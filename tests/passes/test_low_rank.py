@@ -321,7 +321,7 @@ def test_even_the_smallest_ranks_may_be_too_many() -> None:
     with pytest.raises(errors.BadPassOption, match="smallest ranks hold more"):
         factored(program, LowRank(0.05), ROWS)
     with pytest.raises(errors.PassMatchedNothing, match="smallest rank holds more"):
-        factored(program, LowRank(0.05, importance="none"), ROWS)
+        factored(program, LowRank(0.05, importance="none", multiple=8), ROWS)
 
 
 def test_what_is_left_alone_is_said(program: Program) -> None:
