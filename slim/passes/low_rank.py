@@ -11,6 +11,7 @@ from slim.compiler.passes_base import FLOAT_WEIGHTS, STATISTICS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip, short_count
 from slim.passes.factoring.forms import Storage
+from slim.passes.factoring.pictures import charts
 from slim.passes.factoring.ranks import Budget, Group, chosen_ranks, share
 from slim.passes.factoring.sites import Linear, Site, by_rows, find_linears
 from slim.passes.factoring.work import factor, factor_as_published, spectra, weigh
@@ -121,6 +122,7 @@ class LowRank(Pass):
         report.matched += [linear.name for site in chosen for linear in site.linears]
         report.notes += [str(site) for site in chosen]
         report.notes += [self._held(sites)] if chosen else []
+        report.charts = charts(chosen)
         return report
 
     def _with_ranks(self, program: Program, ctx: Context, linears: Sequence[Linear], budget: Budget) -> list[Site]:
@@ -144,6 +146,7 @@ class LowRank(Pass):
             self._refuse("keep", f"even the smallest ranks hold more than {self.keep:.1%} of the numbers")
         for site, rank in plan:
             site.rank, site.predicted = rank, None if rank is None else share(lost[site.name], rank)
+            site.lost = lost[site.name]
         return [*whole, *(site for site, _ in plan)]
 
     def _whole(self, site: Site, budget: Budget) -> str:

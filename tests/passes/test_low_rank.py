@@ -336,3 +336,14 @@ def test_what_is_left_alone_is_said(program: Program) -> None:
 def test_the_head_is_factored_on_request() -> None:
     _, report = factored(lifted("llama"), LowRank(0.8, head=True))
     assert "lm_head.weight" in [*report.matched, *(site for site, reason in report.skipped if "worth" in reason)]
+
+
+def test_the_report_draws_losses_and_spectra_with_the_rank_that_was_chosen() -> None:
+    _, report = factored(lifted("llama"), LowRank(0.7))
+    bars, lines = report.charts
+    assert all(len(values) == len(bars.ticks) for values in bars.series.values())
+    for name, values in lines.series.items():
+        assert values[0] == pytest.approx(1.0)
+        assert values == sorted(values, reverse=True)
+        assert 0 < lines.marks[name] < len(values)
+    assert "predicted" in str(bars)

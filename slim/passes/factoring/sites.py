@@ -59,12 +59,14 @@ class Site:
         rank: what it keeps; None leaves it whole.
         predicted, measured: the share of the results' energy that is lost: by the directions left out, and in the end,
             on what its input had become by then, against the original. Both in the measure of ``importance``.
+        lost: what every rank from 0 on was predicted to lose, in the same measure.
     """
 
     linears: tuple[Linear, ...]
     rank: int | None = None
     predicted: float | None = None
     measured: float | None = None
+    lost: Tensor | None = None
 
     @property
     def name(self) -> str:
