@@ -33,7 +33,7 @@ def write_config(
     config, notes = program.facts.config, list[str]()
     if config is None:
         return notes
-    for alike in _families([*sites, *others]):
+    for alike in _families(sorted([*sites, *others], key=lambda site: site.linear)):
         left = {site: site.units - gone.get(site, 0) for site in alike}
         first = alike[0]
         if len(set(left.values())) > 1:
