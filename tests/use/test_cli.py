@@ -177,6 +177,16 @@ def test_inspect_prints_the_ir_and_what_it_costs(artifact: Path, model: Path) ->
     assert "since" in passed  # the report
 
 
+def test_charts_are_printed_when_asked_for(model: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("Once upon a time there was a little girl.\n" * 40)
+    pipeline = ("-p", 'gqa(2, method="procrustes")', "--calibration", texts)
+    shown = succeed("inspect", model, *pipeline, "--charts").stdout
+    assert "What merging kv heads loses (share of the energy by layer)" in shown
+    assert "What merging kv heads loses" not in succeed("inspect", model, *pipeline).stdout
+    assert "no pass made a chart" in succeed("inspect", model, "--charts").stdout
+
+
 def test_passes_lists_every_option() -> None:
     shown = succeed("passes").stdout
     for kind in PASSES.values():
