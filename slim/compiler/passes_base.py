@@ -18,6 +18,7 @@ from slim.compiler.report import Report
 
 # What may be true of a Program and taken away for good: the vocabulary of requires and invalidates.
 FLOAT_WEIGHTS = "float weights"
+WHOLE_WEIGHTS = "linears that are in one piece"
 FLOAT_KV = "keys and values in floating point"
 UNSMOOTHED = "norm gains that hold no smoothing"  # to fold them would undo it
 

@@ -13,7 +13,7 @@ from slim import errors
 from slim.compiler.charts import Chart
 from slim.compiler.cost import cost
 from slim.compiler.parts import place_parts
-from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, STATISTICS, Context, Pass
+from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, STATISTICS, WHOLE_WEIGHTS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip, short_bytes
 from slim.compiler.statistics import SiteStatistics, calibration_of, walk
@@ -73,7 +73,7 @@ class GQA(Pass):
     method: Literal["aligned", "procrustes", "mean"] = "aligned"
     kv_bytes: float | None = None
 
-    requires = frozenset({FLOAT_WEIGHTS, FLOAT_KV, STATISTICS})
+    requires = frozenset({FLOAT_WEIGHTS, WHOLE_WEIGHTS, FLOAT_KV, STATISTICS})
 
     def check(self) -> None:
         """Refuses numbers of heads that no layer can have, and a budget that nothing uses."""
@@ -247,9 +247,8 @@ class GQA(Pass):
         return found
 
 
-# What layers tell of themselves, among the results of a walk; no weight is called that.
 _LOOKED_AT = 4096  # tokens of calibration: where heads look needs no more
-
+# What layers tell of themselves, among the results of a walk; no weight is called that.
 _SPECTRUM, _GROUPS = "spectrum of values", "groups"
 _KEYS, _VALUES, _OUTPUT = "loss of keys", "loss of values", "loss of the output"
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, NoReturn
 
 from slim import errors
-from slim.compiler.passes_base import FLOAT_WEIGHTS, STATISTICS, Context, Pass
+from slim.compiler.passes_base import FLOAT_WEIGHTS, STATISTICS, WHOLE_WEIGHTS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip, short_count
 from slim.passes.factoring.forms import Storage
@@ -23,8 +23,8 @@ class LowRank(Pass):
     """Holds the weights of linears as matrices of lower rank, in fewer numbers.
 
     A linear y = W x + b becomes one of the r directions of its results that matter most, and what makes all results
-    of these. Directions are the eigenvectors of S^1/2 W C W^T S^1/2, where C are the second moments of x (about their
-    mean, if there is a bias to take it up) and S those of the gradients of the model's result by y: of all matrices
+    of these. Directions are the eigenvectors of K^T W C W^T K, where C are the second moments of x (about their mean,
+    if there is a bias to take it up) and S = K K^T those of the gradients of the model's result by y: of all matrices
     of rank r theirs is the one that costs the model least, as far as x and gradients are independent. How many each
     linear keeps is settled for all of them at once, under one budget, by what the last number that it holds undoes.
     Linears are replaced one after the other, each fitted by least squares to what it returned in the original, on what
@@ -72,6 +72,7 @@ class LowRank(Pass):
     exclude: tuple[str, ...] = ()
 
     requires = frozenset({FLOAT_WEIGHTS, STATISTICS})
+    invalidates = frozenset({WHOLE_WEIGHTS})
 
     def check(self) -> None:
         """Refuses options that mean nothing, alone or together."""

@@ -101,7 +101,7 @@ def test_rows_and_coefficients_are_the_same_matrix_in_the_numbers_that_are_count
         torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((m, rank), (rank, n), (m,), (n,))
     )
     form = Pivoted.of(Product(outer, inner), bias if with_bias else None)
-    picked = form.pivots @ x + (form.bias if form.bias is not None else 0)
+    picked = form.pivots @ x + (form.pivots_bias if form.pivots_bias is not None else 0)
     rest = form.rest @ picked + (form.rest_bias if form.rest_bias is not None else 0)
     whole = outer @ (inner @ x) + (bias if with_bias else 0)
     torch.testing.assert_close(torch.cat([picked, rest])[form.order], whole, rtol=1e-7, atol=1e-7)
@@ -347,3 +347,11 @@ def test_the_report_draws_losses_and_spectra_with_the_rank_that_was_chosen() -> 
         assert values == sorted(values, reverse=True)
         assert 0 < lines.marks[name] < len(values)
     assert "predicted" in str(bars)
+
+
+@pytest.mark.parametrize("storage", ["pivot", "factors"])
+def test_what_was_factored_can_be_factored_again_biases_and_all(storage: Any) -> None:
+    once, _ = factored(lifted("gpt2"), LowRank(0.8))
+    twice, report = factored(once, LowRank(0.8, storage=storage))
+    assert report.matched
+    assert twice.nbytes < once.nbytes

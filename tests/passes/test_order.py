@@ -19,6 +19,8 @@ WRONG = {
     'quantize("int8"), quantize("int4")': "float weights",
     'smooth_quant(0.5), fold_norms': "no smoothing",
     'quantize_kv("int8"), gqa(2)': "keys and values in floating point",
+    'quantize_kv("int8"), prune(0.2)': "keys and values in floating point",
+    "low_rank(0.8), gqa(2)": "linears that are in one piece",
 }  # fmt: skip
 RIGHT = (
     'fold_norms, prune(0.2), gqa(2), low_rank(0.8), smooth_quant(0.5), quantize("int8"), quantize_kv("int8"), heal(10)',

@@ -8,6 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from slim import errors
+
 _DAMPING = 0.01  # of the mean diagonal of what weighs results: no direction of them costs nothing
 _RETRIES = 10
 
@@ -97,7 +99,7 @@ def _root_of_importance(moments: Tensor) -> Tensor:
         if not int(failed):
             return lower
         damping *= 2
-    raise ArithmeticError("moments of gradients are not positive definite")
+    raise errors.BadInput(argument="calibration", reason="the moments of its gradients have no root: give more of it")
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,15 +25,15 @@ def numbers(storage: Storage, rank: int, m: int, n: int, itemsize: int) -> int:
 
 @dataclass(frozen=True, eq=False)
 class Factors:
-    """y = outer (inner x) + bias.
+    """y = outer (inner x) + outer_bias.
 
     Attributes:
-        inner: [r, n]. outer: [m, r]. bias: [m] or None.
+        inner: [r, n]. outer: [m, r]. outer_bias: [m] or None.
     """
 
     inner: Tensor
     outer: Tensor
-    bias: Tensor | None = None
+    outer_bias: Tensor | None = None
 
     @classmethod
     def of(cls, product: Product, bias: Tensor | None) -> Factors:
@@ -42,7 +42,7 @@ class Factors:
 
 @dataclass(frozen=True, eq=False)
 class Pivoted:
-    """y[order] are r results that are rows of the whole, h = pivots x + bias, and behind them rest h + rest_bias.
+    """y[order] are r rows of the whole, h = pivots x + pivots_bias, and behind them rest h + rest_bias.
 
     Attributes:
         pivots: [r, n]. rest: [m - r, r]. order: int64 [m]: where each result stands among these.
@@ -51,7 +51,7 @@ class Pivoted:
     pivots: Tensor
     rest: Tensor
     order: Tensor
-    bias: Tensor | None = None
+    pivots_bias: Tensor | None = None
     rest_bias: Tensor | None = None
 
     @classmethod

@@ -58,13 +58,15 @@ Last = tuple[Any, tuple[Any, ...]]  # an operation and its arguments
 
 def _plain(program: Program, before: fx.Node, site: Site) -> Last:
     inner = program.insert(before, LINEAR, *_args(program, site.rows, f"{site.name}_inner"), like=before)
-    return LINEAR, _args(program, inner, f"{site.name}_outer", f"{site.name}_bias")
+    return LINEAR, _args(program, inner, f"{site.name}_outer", f"{site.name}_outer_bias")
 
 
 def _pivoted(program: Program, before: fx.Node, site: Site) -> Last:
     name = site.name
     program.facts.constants.add(f"{name}_order")
-    picked = program.insert(before, LINEAR, *_args(program, site.rows, f"{name}_pivots", f"{name}_bias"), like=before)
+    picked = program.insert(
+        before, LINEAR, *_args(program, site.rows, f"{name}_pivots", f"{name}_pivots_bias"), like=before
+    )
     rest = program.insert(before, LINEAR, *_args(program, picked, f"{name}_rest", f"{name}_rest_bias"), like=before)
     both = program.insert(before, aten.cat.default, [picked, rest], -1, like=before)
     return aten.index_select.default, (both, -1, program.weight_node(f"{name}_order"))
