@@ -110,15 +110,15 @@ class Piece:
                 raise errors.WeightsChanged
 
 
-_told: set[str] = set()
+_told: dict[str, int] = {}  # reason of a graph break -> how many have been told of
 
 
 def _tell_breaks() -> None:
-    """Warns of the graph breaks that came since it was last asked; each reason once."""
+    """Warns of the graph breaks that came since it was last asked; Dynamo counts from 0 again when it is reset."""
     from torch._dynamo.utils import counters
 
     for reason, count in counters["graph_break"].items():
-        first = reason.strip().partition("\n")[0]
-        if first not in _told:
-            _told.add(first)
+        if count != _told.get(reason):
+            _told[reason] = count
+            first = reason.strip().partition("\n")[0]
             log.warning("graph break (%d): PyTorch runs what lies between two graphs: %s", count, first)

@@ -61,6 +61,17 @@ def test_imports_run_downhill(file: Path) -> None:
     assert uphill(file.read_text(), str(file.relative_to(ROOT))) == []
 
 
+def test_the_rooms_of_passes_do_not_know_each_other() -> None:
+    found = []
+    for file in FILES:
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        if parts[:2] == ("slim", "passes") and len(parts) > 3:
+            for line, module in imported(file.read_text(), ".".join(parts[:-1])):
+                if module.startswith("slim.passes.") and module.split(".")[2] != parts[2]:
+                    found.append(f"{file}:{line}: {module}")
+    assert found == []
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
 def test_a_file_holds_one_subject(file: Path) -> None:
     assert len(file.read_text().splitlines()) < 450, "split it: one subject a file"

@@ -17,8 +17,8 @@ from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, STATISTICS, WHOLE
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip, short_bytes
 from slim.compiler.statistics import SiteStatistics, calibration_of, walk
-from slim.compiler.statistics.attention import Attended, attended, first_batches
-from slim.compiler.statistics.batches import Batch
+from slim.compiler.statistics.attention import Attended, attended
+from slim.compiler.statistics.batches import Batch, first_batches
 from slim.compiler.weights import Deferred
 from slim.passes.heads.find import Heads, LeftAlone, find_heads
 from slim.passes.heads.grouping import Groups, cheapest, contiguous

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Literal, NoReturn
 
 from slim import errors
+from slim.compiler.objective import Objective
 from slim.compiler.passes_base import Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
 from slim.compiler.statistics import calibration_of
-from slim.passes.healing.losses import Objective
 from slim.passes.healing.student import Student, teacher_of
 from slim.passes.healing.train import Plan, train
 from slim.passes.healing.trained import find_trained
@@ -36,7 +36,8 @@ class Heal(Pass):
         steps: updates at most; 0 is refused.
         rank: of the products; more learns more, and wants more data.
         loss: "forward" is KL(original || model), which covers all that the original thinks possible; "reverse" is
-            KL(model || original), which keeps to what it thinks likely. Both take the model's logits as given.
+            KL(model || original), which keeps to what it thinks likely. This, temperature and mix are for language
+            models; of others the outputs themselves are compared.
         temperature: what both logits are divided by first.
         mix: the share of the loss that is cross-entropy on the data's own next tokens, 0 to 1.
         learning_rate: of AdamW, at its highest; it rises for a twentieth of the steps, and falls like a cosine.
@@ -74,9 +75,18 @@ class Heal(Pass):
     def _refuse(self, option: str, reason: str) -> NoReturn:
         raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason)
 
+    def _check_output(self, program: Program) -> None:
+        """Refuses what says how distributions are compared where the model gives none."""
+        if program.facts.kind == "causal_lm":
+            return
+        for option, default in (("loss", "forward"), ("temperature", 1.0), ("mix", 0.0)):
+            if getattr(self, option) != default:
+                self._refuse(option, "it is for language models; of others the values are compared as they are")
+
     def run(self, program: Program, ctx: Context) -> Report:
         """Changes float weights, gains, biases and scales; no shape, no node."""
         report = Report()
+        self._check_output(program)
         calibration = calibration_of(program, ctx, repr(self), most=self.steps * self.tokens)
         trained, report.skipped = find_trained(program, self.rank, self.seed)
         objective = Objective.of(program, self.loss, self.temperature, self.mix)

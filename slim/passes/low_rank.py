@@ -10,12 +10,13 @@ from slim import errors
 from slim.compiler.passes_base import FLOAT_WEIGHTS, STATISTICS, WHOLE_WEIGHTS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip, short_count
+from slim.compiler.selection import Choice
+from slim.compiler.statistics import calibration_of
 from slim.passes.factoring.forms import Storage
 from slim.passes.factoring.pictures import charts
 from slim.passes.factoring.ranks import Budget, Group, chosen_ranks, share
 from slim.passes.factoring.sites import Linear, Site, by_rows, find_linears
 from slim.passes.factoring.work import factor, factor_as_published, spectra, weigh
-from slim.passes.rounding.select import Choice
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,7 @@ class LowRank(Pass):
         )
         sites = self._with_ranks(program, ctx, linears, budget) if linears else []
         chosen = [site for site in sites if site.rank is not None]
+        report.notes += self._few(program, ctx, chosen)
         for site in sites:
             if site.rank is None:
                 report.skipped += [Skip(linear.name, self._whole(site, budget)) for linear in site.linears]
@@ -144,11 +146,21 @@ class LowRank(Pass):
         apart = [site for group in groups for site in group.apart]
         plan = [(site, budget.even(site)) for site in apart] if self._even else chosen_ranks(groups, lost, budget)
         if plan is None:
-            self._refuse("keep", f"even the smallest ranks hold more than {self.keep:.1%} of the numbers")
+            least = sum(budget.least(site) for site in apart) / sum(site.size for site in apart)
+            self._refuse("keep", f"even the smallest ranks hold {least:.1%} of the numbers")
         for site, rank in plan:
             site.rank, site.predicted = rank, None if rank is None else share(lost[site.name], rank)
             site.lost = lost[site.name]
         return [*whole, *(site for site, _ in plan)]
+
+    def _few(self, program: Program, ctx: Context, sites: Sequence[Site]) -> list[str]:
+        """A note where there are fewer rows than a matrix has columns: nothing is known of the other directions."""
+        widest = max((site.shape[1] for site in sites), default=0)
+        if self.method == "svd" or not sites:
+            return []
+        tokens = calibration_of(program, ctx, repr(self)).tokens
+        few = f"{tokens:,} calibration tokens are fewer than the {widest:,} columns of the widest matrix"
+        return [] if tokens >= widest else [f"{few}: what is predicted to be lost says little, more data help"]
 
     def _whole(self, site: Site, budget: Budget) -> str:
         """Why a linear is not factored."""

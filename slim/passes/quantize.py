@@ -12,10 +12,10 @@ from slim.compiler.options import literal
 from slim.compiler.passes_base import FLOAT_WEIGHTS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
+from slim.compiler.selection import Choice, chosen_weights, names_like
 from slim.passes.rounding.budget import within_budget
 from slim.passes.rounding.grid import Format, Grid
 from slim.passes.rounding.rescale import move_scales
-from slim.passes.rounding.select import Choice, chosen_weights, names_like
 from slim.passes.rounding.work import Recipe, Work
 
 _GROUPS = {"int4": 32, "int3": 32, "nf4": 64}  # where the user does not say; other formats have one scale a row

@@ -16,8 +16,8 @@ from slim.compiler.report import Report, Skip
 from slim.compiler.rounded_kv import readers_of, round_before, rounded
 from slim.compiler.rules import argument
 from slim.compiler.statistics import calibration_of
-from slim.compiler.statistics.attention import first_batches, watch
-from slim.compiler.statistics.batches import Batch
+from slim.compiler.statistics.attention import watch
+from slim.compiler.statistics.batches import Batch, first_batches
 
 aten, slim = torch.ops.aten, torch.ops.slim
 

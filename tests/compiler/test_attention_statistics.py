@@ -4,8 +4,8 @@ import copy
 
 import torch
 
-from slim.compiler.statistics.attention import attended, first_batches
-from slim.compiler.statistics.batches import read_calibration
+from slim.compiler.statistics.attention import attended
+from slim.compiler.statistics.batches import first_batches, read_calibration
 from tests import programs
 
 TOKENS = torch.randint(3, 90, (2, 12), generator=torch.Generator().manual_seed(0))

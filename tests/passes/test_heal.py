@@ -11,13 +11,13 @@ import slim
 from benchmarks import zoo
 from slim import errors
 from slim.compiler.lift import lift
+from slim.compiler.objective import divergence
 from slim.compiler.passes_base import Context, Pass
 from slim.compiler.pipeline import run_pipeline
 from slim.compiler.program import Program
 from slim.compiler.report import Report
 from slim.passes import GQA, Heal, Quantize, QuantizeKV
 from slim.passes.healing import checkpoint as checkpoints
-from slim.passes.healing.losses import divergence
 from slim.passes.healing.student import Student
 from slim.passes.healing.trained import find_trained
 
@@ -171,6 +171,13 @@ def test_without_calibration_it_is_refused(llama) -> None:
 def test_options_that_train_nothing_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(errors.BadPassOption):
         Heal(**options)
+
+
+def test_options_for_language_models_are_refused_for_others() -> None:
+    program = lift(zoo.build_encoder("bert"))
+    for option in ({"mix": 0.5}, {"temperature": 2.0}, {"loss": "reverse"}):
+        with pytest.raises(errors.BadPassOption, match="language models"):
+            healed(program, [Quantize("int8"), Heal(2, **option)])
 
 
 def test_training_that_makes_it_worse_changes_nothing_and_is_an_error(llama) -> None:

@@ -318,7 +318,7 @@ def test_linears_that_save_too_little_stay_whole() -> None:
 
 def test_even_the_smallest_ranks_may_be_too_many() -> None:
     program = lift(Reads(8, True), ROWS[0])
-    with pytest.raises(errors.BadPassOption, match="smallest ranks hold more"):
+    with pytest.raises(errors.BadPassOption, match=r"smallest ranks hold \d+\.\d% of the numbers"):
         factored(program, LowRank(0.05), ROWS)
     with pytest.raises(errors.PassMatchedNothing, match="smallest rank holds more"):
         factored(program, LowRank(0.05, importance="none", multiple=8), ROWS)
@@ -355,3 +355,8 @@ def test_what_was_factored_can_be_factored_again_biases_and_all(storage: Any) ->
     twice, report = factored(once, LowRank(0.8, storage=storage))
     assert report.matched
     assert twice.nbytes < once.nbytes
+
+
+def test_fewer_tokens_than_columns_are_noted() -> None:
+    _, report = factored(lifted("llama"), LowRank(0.8), calibration=[torch.tensor([[5, 6, 7]])])
+    assert any("3 calibration tokens are fewer than" in note for note in report.notes)

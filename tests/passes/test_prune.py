@@ -12,11 +12,12 @@ from slim import errors
 from slim.compiler.passes_base import Context
 from slim.compiler.probe import make_probe
 from slim.compiler.program import Program
+from slim.compiler.statistics.paired import Paired
 from slim.compiler.verify import verify
 from slim.passes import Prune
 from slim.passes.pruning.budget import multiple_of
 from slim.passes.pruning.obs import DAMPING, removal_order
-from slim.passes.pruning.refit import Moments, refit
+from slim.passes.pruning.refit import refit
 from slim.passes.pruning.sites import block_parameters
 from tests.programs import lifted, model
 
@@ -140,9 +141,9 @@ def test_a_bias_takes_up_what_is_lost_on_average() -> None:
     x = torch.randn(400, 6) + torch.tensor([5.0, 0, 0, 0, 0, 0])
     sums = Accumulator("x", 6, Wanted(gram=True))
     sums.add(x)
-    moments = Moments.of(sums.finish(), centred=True)
+    paired = Paired.of(sums.finish(), centred=True)
     weight, kept = torch.randn(3, 6), torch.arange(1, 6)
-    fitted = refit(weight, torch.zeros(3), moments, kept)
+    fitted = refit(weight, torch.zeros(3), paired, kept)
     assert fitted.bias is not None
     wanted, found = x @ weight.T, x[:, kept] @ fitted.weight.float().T + fitted.bias.float()
     assert torch.allclose(wanted.mean(0), found.mean(0), atol=1e-3)

@@ -30,6 +30,14 @@ def test_there_are_commands() -> None:
     assert {shlex.split(command)[0] for command in COMMANDS} == set(main.commands)
 
 
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda page: page.name
+)
+def test_links_lead_to_files_that_are_there(page: Path) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_readme_has_these_options(command: str) -> None:
     name, *arguments = shlex.split(command)

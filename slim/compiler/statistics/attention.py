@@ -15,16 +15,6 @@ from slim.compiler.statistics.batches import Batch
 Seen = Callable[[fx.Node, Any, Any, Tensor], None]  # node, its arguments, its keywords, its result
 
 
-def first_batches(batches: Sequence[Batch], tokens: int) -> list[Batch]:
-    """As many as hold ``tokens``, where there are that many."""
-    taken: list[Batch] = []
-    for batch in batches:
-        if sum(b.tokens for b in taken) >= tokens:
-            break
-        taken.append(batch)
-    return taken
-
-
 @torch.no_grad()
 def watch(program: Program, nodes: Sequence[fx.Node], batch: Batch, seen: Seen) -> None:
     """Runs the Program on a batch, and shows ``seen`` each of ``nodes`` with its arguments and its result."""

@@ -50,6 +50,16 @@ class Calibration:
         return sum(batch.tokens for batch in self.batches)
 
 
+def first_batches(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """As many as hold ``tokens``, where there are that many."""
+    taken: list[Batch] = []
+    for batch in batches:
+        if sum(b.tokens for b in taken) >= tokens:
+            break
+        taken.append(batch)
+    return taken
+
+
 def read_calibration(program: Program, given: Any, most: int = MOST) -> Calibration:
     """What the user gave as ``calibration``, as batches.
 

@@ -94,21 +94,27 @@ class Checkpoint:
             return
         kept = [(f"result/{i}/{name}", value) for i, made in self._results.items() for name, value in made.items()]
         metadata = {"stretches": str(stretches), "batches": json.dumps([len(batches) for batches in state])}
-        temporary = self.path.with_suffix(f".{os.getpid()}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({key: value.contiguous().clone() for key, value in [*live, *kept]}, temporary, metadata)
-            temporary.replace(self.path)
-        except (OSError, SafetensorError) as error:
-            log.warning("no checkpoint of the walk can be written to %s: %s", self.path, error)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        tensors = {key: value.contiguous().clone() for key, value in [*live, *kept]}
+        write_whole(self.path, tensors, metadata)
         self._last = time.monotonic()
 
     def drop(self) -> None:
         """The walk is over."""
         with contextlib.suppress(OSError):
             self.path.unlink()
+
+
+def write_whole(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """A checkpoint under its name when it is all there; a disk that is full stops no work."""
+    temporary = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, temporary, metadata)
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        log.warning("no checkpoint can be written to %s: %s", path, error)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def fingerprint(program: Program, batches: Sequence[Batch], purpose: str) -> str:

@@ -42,7 +42,7 @@ def output_moments(
     loss = _language if program.facts.kind == "causal_lm" else _any
     rows = list(_rows(calibration_of(program, ctx, asked_by).batches))
     for batch in ctx.track(f"{asked_by}: gradients", rows):
-        caught = _Catching(program, linears)
+        caught = Catching(program, linears)
         with torch.enable_grad():
             value = loss(caught.run(*batch.inputs), batch.real, generator)
             found = torch.autograd.grad(value, list(caught.results.values()), allow_unused=True)
@@ -102,8 +102,8 @@ def _add(sums: dict[fx.Node, Tensor], linear: fx.Node, gradient: Tensor) -> None
         sums[linear] += gradient.square().sum(0)
 
 
-class _Catching(Streaming):
-    """Runs a Program and keeps what some of its nodes make, for gradients by it."""
+class Catching(Streaming):
+    """Runs a Program and keeps what some of its nodes make, for gradients by it; ``results`` has that after a run."""
 
     def __init__(self, program: Program, kept: Sequence[fx.Node]) -> None:
         super().__init__(program)

@@ -28,17 +28,19 @@ class Paired:
 
     @classmethod
     def of(cls, statistics: SiteStatistics, *, centred: bool) -> Paired:
-        """Of a walk with ``cross`` and ``dense``; ``centred`` for linears with a bias, which takes up the means."""
+        """``centred`` is for linears with a bias, which takes up the means. Of a model as it was, now is before."""
         assert statistics.gram is not None
-        assert statistics.cross is not None
-        assert statistics.dense_gram is not None
-        assert statistics.dense_mean is not None
-        gram, cross, dense = (s.double() for s in (statistics.gram, statistics.cross, statistics.dense_gram))
-        mean, dense_mean = statistics.mean.double(), statistics.dense_mean.double()
+        gram, mean = statistics.gram.double(), statistics.mean.double()
+        cross, dense = (gram if held is None else held.double() for held in (statistics.cross, statistics.dense_gram))
+        dense_mean = mean if statistics.dense_mean is None else statistics.dense_mean.double()
         if not centred:
             return cls(gram, cross, dense, mean, dense_mean)
         gram, cross = gram - mean[:, None] * mean, cross - dense_mean[:, None] * mean
         return cls(gram, cross, dense - dense_mean[:, None] * dense_mean, mean, dense_mean)
+
+    def only(self, kept: Tensor) -> Paired:
+        """Where of x the features ``kept``, int64, are left; x_dense has all of them."""
+        return Paired(self.gram[kept][:, kept], self.cross[:, kept], self.dense, self.mean[kept], self.dense_mean)
 
     def fit(self, old: Tensor, start: Tensor) -> Tensor:
         """The weight [m, n] that does to x what ``old`` did to x_dense: least squares, damped towards ``start``."""

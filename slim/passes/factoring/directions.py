@@ -8,43 +8,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from slim import errors
+from slim.compiler.linalg import damped_cholesky, leading_directions
 
 _DAMPING = 0.01  # of the mean diagonal of what weighs results: no direction of them costs nothing
-_RETRIES = 10
-
-
-def leading_directions(weight: Tensor, moments: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor]:
-    """(losses [min(m, n)], directions [m, r]): the orthonormal u that W x mostly lies along, the longest first.
-
-    Keeping r of them, as ``u u^T W``, is the product of rank r that loses least of E|W x|^2, and what it loses is the
-    sum of the losses behind the first r. They are the eigenvectors of W C W^T, and no inverse is taken: C may be
-    singular.
-
-    Args:
-        weight: W, [m, n], float64. moments: C = E[x x^T], [n, n], float64.
-        rank: r, how many directions there shall be; None, or more than there are, is min(m, n).
-    """
-    m, n = weight.shape
-    rank = min(m, n) if rank is None else min(rank, m, n)
-    if m <= n:
-        values, vectors = _eigen(weight @ moments @ weight.T)
-        return values, vectors[:, :rank]
-    root = _root(moments)  # the same directions, from the smaller side
-    values, vectors = _eigen(root.T @ weight.T @ weight @ root)
-    return values, torch.linalg.qr(weight @ (root @ vectors[:, :rank])).Q
-
-
-def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, the largest first and none below zero, and eigenvectors of a symmetric matrix."""
-    values, vectors = torch.linalg.eigh((matrix + matrix.T) / 2)
-    return values.flip(0).clamp_min(0), vectors.flip(1)
-
-
-def _root(matrix: Tensor) -> Tensor:
-    """R with ``R R^T = matrix``, which may be singular."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return vectors * values.clamp_min(0).sqrt()
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,19 +53,10 @@ class Importance:
 
 def _root_of_importance(moments: Tensor) -> Tensor:
     """K, lower triangular, with K K^T = moments, damped; of a diagonal, its root."""
-    wide = moments.dim() == 1
-    mean = moments.mean() if wide else moments.diagonal().mean()
-    unit, damping = mean if float(mean) > 0.0 else torch.ones_like(mean), _DAMPING
-    if wide:
-        return (moments + damping * unit).sqrt()
-    for _ in range(_RETRIES):
-        damped = moments.clone()
-        damped.diagonal().add_(damping * unit)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            return lower
-        damping *= 2
-    raise errors.BadInput(argument="calibration", reason="the moments of its gradients have no root: give more of it")
+    if moments.dim() > 1:
+        return damped_cholesky(moments, _DAMPING)
+    mean = moments.mean()
+    return (moments + _DAMPING * (mean if float(mean) > 0.0 else 1.0)).sqrt()
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,6 +49,10 @@ class Budget:
         fitting = [rank for rank in every if site.cost(self.storage, rank) < min(most, site.size)]
         return [rank for rank in fitting if site.cost(self.storage, rank) >= least * site.size] or fitting[-1:]
 
+    def least(self, site: Site) -> int:
+        """The numbers that its smallest form holds."""
+        return min((site.cost(self.storage, rank) for rank in self.ranks(site)), default=site.size)
+
     def even(self, site: Site) -> int | None:
         """The largest rank within the site's own share; None where there is none."""
         fitting = [rank for rank in self.ranks(site) if site.cost(self.storage, rank) <= self.keep * site.size]

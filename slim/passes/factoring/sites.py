@@ -10,11 +10,11 @@ from torch import Tensor, fx
 
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
+from slim.compiler.selection import Choice, chosen_weights
 from slim.compiler.uses import Role, uses
 from slim.compiler.weights import Deferred
 from slim.passes.factoring.directions import Importance
 from slim.passes.factoring.forms import Storage, numbers
-from slim.passes.rounding.select import Choice, chosen_weights
 
 _FEW = 2  # ranks to choose from, at least
 

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from slim.compiler.allocation import Option, allocate
+from slim.compiler.objective import Objective
 from slim.compiler.passes_base import Context
 from slim.compiler.program import Program, Streaming
 from slim.compiler.statistics import SiteStatistics, walk
@@ -16,7 +17,6 @@ from slim.compiler.statistics.batches import Batch
 from slim.passes.heads.find import Heads, find_heads
 from slim.passes.heads.layer import Made, MergedLayer, as_weights
 from slim.passes.heads.write import write_heads
-from slim.passes.healing.losses import Objective
 
 # What merging a layer to so many kv heads makes of it, by the statistics of its input.
 MergeTo = Callable[[Heads, SiteStatistics, int], MergedLayer]
@@ -56,7 +56,7 @@ def damages(
     It is measured at the fewest heads, on ``batches``; between there and none lost it follows the predicted losses.
     """
     sites = {heads.q.linear.args[0]: heads for heads in layers}
-    objective = Objective.of(program, "forward", 1.0, 0.0)
+    objective = Objective.of(program)
     wanted = [_outputs(program, batch) for batch in batches]
     found: dict[Any, list[float]] = {}
     values = [value for value in sites if isinstance(value, fx.Node)]

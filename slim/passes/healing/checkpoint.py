@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from slim.compiler.dump import cache_dir
 from slim.compiler.program import Program
 from slim.compiler.statistics.batches import Batch
-from slim.compiler.statistics.checkpoint import EVERY, fingerprint
+from slim.compiler.statistics.checkpoint import EVERY, fingerprint, write_whole
 
 if TYPE_CHECKING:
     from slim.passes.healing.train import Best
@@ -69,16 +68,8 @@ class Checkpoint:
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"{key}/{index}": state[key] for key in _STATE}
         told = {"steps": steps, "best step": best.step, "since": best.since, "score": repr(best.score)}
-        temporary = self.path.with_suffix(f".{os.getpid()}")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            copies = {name: value.detach().cpu().clone() for name, value in tensors.items()}
-            save_file(copies, temporary, {key: str(value) for key, value in told.items()})
-            temporary.replace(self.path)
-        except (OSError, SafetensorError) as error:
-            log.warning("no checkpoint of healing can be written to %s: %s", self.path, error)
-            with contextlib.suppress(OSError):
-                temporary.unlink()
+        copies = {name: value.detach().cpu().clone() for name, value in tensors.items()}
+        write_whole(self.path, copies, {key: str(value) for key, value in told.items()})
         self._last = time.monotonic()
 
     def drop(self) -> None:

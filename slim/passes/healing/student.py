@@ -22,6 +22,8 @@ class Student(Streaming):
     def __init__(self, program: Program, trained: Sequence[Trained]) -> None:
         super().__init__(program)
         self.garbage_collect_values = False  # the backward pass holds them anyway
+        self.weights = program.weights.copy()
+        self.weights.materialise()  # or every step would read from disk what no pass changed
         self.program, self.trained = program, list(trained)
         self._beside = {each.name: each for each in trained if isinstance(each, Product)}
         self._values: dict[str, Tensor] = {}

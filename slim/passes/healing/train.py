@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from slim import errors
+from slim.compiler.objective import Objective
 from slim.compiler.passes_base import Context
 from slim.compiler.program import Streaming
 from slim.compiler.statistics.batches import Batch
 from slim.passes.healing.checkpoint import Checkpoint
-from slim.passes.healing.losses import Objective
 from slim.passes.healing.student import Student
 
 _CHECK = 25  # steps between two scorings of the held-out batches

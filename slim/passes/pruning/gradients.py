@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from slim.compiler.passes_base import Context
 from slim.compiler.program import Program
-from slim.compiler.statistics.batches import Batch
+from slim.compiler.statistics.batches import Batch, first_batches
+from slim.compiler.statistics.gradients import Catching
 from slim.passes.pruning.sites import Site
 
 TOKENS = 16_384  # of the calibration data, at most
@@ -19,11 +20,10 @@ TOKENS = 16_384  # of the calibration data, at most
 def fisher(program: Program, batches: Sequence[Batch], sites: Sequence[Site], ctx: Context) -> dict[Site, Tensor]:
     """[units]: E (dL / dm)^2 over batches, with m = 1 a factor on all that the unit makes (Kwon et al., 2022)."""
     totals = {site: torch.zeros(site.units) for site in sites}
-    for values, _ in _backward(program, batches, sites, ctx, weights=()):
+    for values, found in _backward(program, batches, sites, ctx):
         for site in sites:
             value = values[site.value]
-            assert value.grad is not None
-            slopes = (value.detach() * value.grad).reshape(-1, value.shape[-1]).sum(0)
+            slopes = (value.detach() * found[site.value]).reshape(-1, value.shape[-1]).sum(0)
             totals[site] += site.per_unit(slopes).square()
     return totals
 
@@ -32,11 +32,10 @@ def taylor(program: Program, batches: Sequence[Batch], sites: Sequence[Site], ct
     """[units]: the sum of |w dL/dw| over every weight that goes with the unit (Ma et al., LLM-Pruner, 2023)."""
     names = list(dict.fromkeys(member.weight for site in sites for member in site.group.members))
     slopes = {name: torch.zeros(program.weights.shape(name)) for name in names}
-    for _, held in _backward(program, batches, sites, ctx, weights=names):
+    for _, found in _backward(program, batches, sites, ctx, names):
         for name in names:
-            grad = held[name].grad
-            if grad is not None:
-                slopes[name] += grad.float()
+            if name in found:
+                slopes[name] += found[name].float()
     totals = {site: torch.zeros(site.units) for site in sites}
     for site in sites:
         for member in site.group.members:
@@ -47,49 +46,21 @@ def taylor(program: Program, batches: Sequence[Batch], sites: Sequence[Site], ct
     return totals
 
 
-class _Recorder(fx.Interpreter):
-    """Keeps the values of some nodes, with their gradients."""
-
-    def __init__(self, program: Program, weights: dict[str, Tensor], kept: Sequence[fx.Node]) -> None:
-        super().__init__(fx.GraphModule({}, fx.Graph()), graph=program.graph)
-        self.extra_traceback = False
-        self.weights, self.nodes = weights, set(kept)
-        self.values: dict[fx.Node, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> object:
-        if n.op == "get_attr":
-            return self.weights[str(n.target)]
-        value = super().run_node(n)
-        if n in self.nodes:
-            value = value if value.requires_grad else value.detach().requires_grad_(True)
-            value.retain_grad()
-            self.values[n] = value
-        return value
-
-
 def _backward(
-    program: Program, batches: Sequence[Batch], sites: Sequence[Site], ctx: Context, weights: Sequence[str]
-) -> Iterator[tuple[dict[fx.Node, Tensor], dict[str, Tensor]]]:
-    """The values that enter the sites' linears, and ``weights``, with their gradients, batch by batch."""
-    program.weights.materialise()
-    held = {name: program.weights[name].detach() for name in program.weights}
-    for batch in ctx.track("gradients", _some(batches)):
-        leaves = {name: held[name].clone().requires_grad_(True) for name in weights}
+    program: Program, batches: Sequence[Batch], sites: Sequence[Site], ctx: Context, weights: Sequence[str] = ()
+) -> Iterator[tuple[dict[fx.Node, Tensor], dict[fx.Node | str, Tensor]]]:
+    """Batch by batch what enters the sites' linears, and the gradients by it (by node) and by ``weights`` (by name)."""
+    for batch in ctx.track("gradients", first_batches(batches, TOKENS)):
+        leaves = {name: program.weights[name].detach().clone().requires_grad_(True) for name in weights}
+        caught = Catching(program, [site.value for site in sites])
+        caught.weights = program.weights.copy()
+        caught.weights.update(leaves)
         with torch.enable_grad():
-            recorder = _Recorder(program, held | leaves, [site.value for site in sites])
-            outputs = recorder.run(*batch.inputs)
-            _loss(program, outputs[0], batch).backward()
-        yield recorder.values, leaves
-
-
-def _some(batches: Sequence[Batch]) -> list[Batch]:
-    found, tokens = [], 0
-    for batch in batches:
-        if tokens >= TOKENS:
-            break
-        found.append(batch)
-        tokens += batch.inputs[0].numel()
-    return found
+            loss = _loss(program, caught.run(*batch.inputs)[0], batch)
+        asked: dict[fx.Node | str, Tensor] = dict([*caught.results.items(), *leaves.items()])
+        found = torch.autograd.grad(loss, list(asked.values()), allow_unused=True)
+        gradients = {key: grad for key, grad in zip(asked, found, strict=True) if grad is not None}
+        yield caught.results, gradients
 
 
 def _loss(program: Program, output: Tensor, batch: Batch) -> Tensor:

@@ -13,11 +13,12 @@ from slim.compiler.passes_base import Context
 from slim.compiler.program import Program
 from slim.compiler.rules import argument
 from slim.compiler.statistics import SiteStatistics, walk
+from slim.compiler.statistics.paired import Paired
 from slim.compiler.uses import LINEAR
 from slim.compiler.weights import Deferred
 from slim.passes.pruning.budget import Counts
 from slim.passes.pruning.obs import removal_order
-from slim.passes.pruning.refit import Moments, masked, refit
+from slim.passes.pruning.refit import masked, refit
 from slim.passes.pruning.sites import Site
 
 Choice = Callable[[Site, SiteStatistics, int], Tensor]  # the units to take out of a site
@@ -74,12 +75,12 @@ class Work:
         held = original if isinstance(original, Tensor) else original.load()
         weight = held.float().reshape(-1, held.shape[-1])
         biased = site.linear.target is LINEAR and (site.bias is not None or self.bias)
-        moments = Moments.of(statistics, biased)
-        gone = self._chosen(site, count, weight, moments, statistics)
+        paired = Paired.of(statistics, centred=biased)
+        gone = self._chosen(site, count, weight, paired, statistics)
         kept = site.kept(gone)
         bias = program.weights[site.bias] if site.bias is not None else torch.zeros(len(weight)) if biased else None
         if self.fit:
-            fitted = refit(weight, bias if biased else None, moments, kept)
+            fitted = refit(weight, bias if biased else None, paired, kept)
             made = {site.weight: masked(fitted.weight, kept, held), _MISSING: torch.tensor(fitted.missing)}
             shift = fitted.bias
         else:
@@ -91,12 +92,13 @@ class Work:
             made["bias"] = shift.to(held.dtype)
         return made | {_GONE: gone}
 
-    def _chosen(self, site: Site, count: int, weight: Tensor, moments: Moments, statistics: SiteStatistics) -> Tensor:
+    def _chosen(self, site: Site, count: int, weight: Tensor, paired: Paired, statistics: SiteStatistics) -> Tensor:
         if count == 0:
             return torch.zeros(0, dtype=torch.long)
         if self.choose is not None:
             return self.choose(site, statistics, count)
-        return removal_order(moments.aim(weight), moments.now, site.columns, count).units
+        aim = paired.fit(weight.double(), weight.double())  # what does to x now what the weight did to x before
+        return removal_order(aim, paired.gram, site.columns, count).units
 
     def _take(self, program: Program, site: Site, results: dict[str, Tensor], result: Result) -> None:
         result.gone[site] = results.pop(_GONE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slim.passes.factoring.directions import leading_directions
+from slim.compiler.linalg import leading_directions
 from slim.passes.rounding.curvature import Curvature
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from slim import errors
+from slim.compiler.linalg import damped_cholesky
 
 _DAMPING = 0.01  # of the mean diagonal, as in GPTQ's own code
-_RETRIES = 10
 _TABLE = 1.0  # of the mean diagonal: measured, see docs/quantize.md
 
 
@@ -83,7 +83,7 @@ class Curvature:
         Row j says, up to its first number, by how much later columns move to make up for an error of column j.
         """
         sorted_ = self.moments[self.order][:, self.order]
-        lower = _cholesky(sorted_.flip(0, 1), self.damping)
+        lower = damped_cholesky(sorted_.flip(0, 1), self.damping)
         upper = lower.flip(0, 1)  # sorted = upper upper^T, so that the inverse of upper is U
         identity = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
         return torch.linalg.solve_triangular(upper, identity, upper=True).float()
@@ -93,7 +93,7 @@ class Curvature:
         """The transpose of ``E[x_dense x^T] C^-1``, both damped, float32."""
         if self.cross is None:
             return None
-        lower = _cholesky(self.moments, self.damping)
+        lower = damped_cholesky(self.moments, self.damping)
         damp = self.damping * self.moments.double().diagonal().mean()
         wanted = self.cross.double().clone()
         wanted.diagonal().add_(damp)
@@ -102,21 +102,3 @@ class Curvature:
     def target(self, rows: Tensor) -> Tensor:
         """What to aim at in place of ``rows`` [m, n] of a weight."""
         return rows if self._aim is None else rows @ self._aim.T
-
-
-def _cholesky(gram: Tensor, damping: float) -> Tensor:
-    """The lower factor of ``gram`` in float64 with ``damping`` times its mean diagonal added; doubled until it is one.
-
-    Raises:
-        BadInput: where it never is.
-    """
-    wide = gram.double()
-    unit = wide.diagonal().mean()
-    for _ in range(_RETRIES):
-        damped = wide.clone()
-        damped.diagonal().add_(damping * unit)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            return lower
-        damping *= 2
-    raise errors.BadInput(argument="gram", reason="it is not positive definite, however much is added to its diagonal")

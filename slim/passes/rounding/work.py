@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from slim.compiler.passes_base import Context
 from slim.compiler.program import Program
 from slim.compiler.report import Report
+from slim.compiler.selection import is_shared
 from slim.compiler.statistics import Grain, SiteStatistics, collect, walk
 from slim.compiler.uses import EXPERTS, Role, uses
 from slim.passes.rounding import install
@@ -19,7 +20,6 @@ from slim.passes.rounding.correct import low_rank_correction, outlier_columns
 from slim.passes.rounding.curvature import Curvature
 from slim.passes.rounding.grid import Grid, Stored
 from slim.passes.rounding.methods import Method, default_method, round_weight, with_data
-from slim.passes.rounding.select import is_shared
 
 Grids = Mapping[fx.Node, Grid]
 

@@ -30,7 +30,13 @@ class Objective:
     tokens: int | None
 
     @classmethod
-    def of(cls, program: Program, kind: Literal["forward", "reverse"], temperature: float, mix: float) -> Objective:
+    def of(
+        cls,
+        program: Program,
+        kind: Literal["forward", "reverse"] = "forward",
+        temperature: float = 1.0,
+        mix: float = 0.0,
+    ) -> Objective:
         names = [item.name for item in program.inputs]
         tokens = names.index("input_ids") if "input_ids" in names else None
         return cls(program.facts.kind == "causal_lm", kind, temperature, mix, tokens)
