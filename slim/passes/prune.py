@@ -44,7 +44,8 @@ class Prune(Pass):
     are tried on the calibration data, every layer fitted on its own, and the one that moves the output least is taken.
 
     Every layer loses the same number of neurons and of heads, and the configuration follows, so that the result loads
-    in plain transformers where the architecture lets its configuration say so.
+    in plain transformers where the architecture lets its configuration say so. An even number of kv heads stays even
+    (or becomes one), so that GQA behind this pass still finds groups.
 
     Args:
         ratio: of the parameters of the blocks (the matrices that are neither embedding nor head), the share that goes;

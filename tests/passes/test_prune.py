@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 import slim
 from slim import errors
 from slim.compiler.passes_base import Context
+from slim.compiler.pipeline import run_pipeline
 from slim.compiler.probe import make_probe
 from slim.compiler.program import Program
 from slim.compiler.statistics.paired import Paired
 from slim.compiler.verify import verify
-from slim.passes import Prune
-from slim.passes.pruning.budget import multiple_of
+from slim.passes import GQA, Prune
+from slim.passes.pruning.budget import multiple_of, stays_even
 from slim.passes.pruning.obs import DAMPING, removal_order
 from slim.passes.pruning.refit import refit
 from slim.passes.pruning.sites import block_parameters
@@ -222,3 +223,18 @@ def test_a_model_without_units_is_refused() -> None:
 def test_it_does_not_follow_quantisation() -> None:
     with pytest.raises(errors.PassOrder):
         slim.compile(model("llama"), 'quantize("int8"), prune(0.2)', calibration=tokens(), target="eager")
+
+
+@pytest.mark.parametrize(
+    ("held", "gone", "fits"), [(8, 1, False), (8, 2, True), (8, 7, True), (2, 1, True), (7, 2, True)]
+)
+def test_an_even_number_of_heads_stays_even_or_becomes_one(held: int, gone: int, fits: bool) -> None:
+    assert stays_even(held, gone) is fits
+
+
+def test_gqa_finds_groups_behind_it() -> None:
+    before = lifted("llama", num_attention_heads=8, num_key_value_heads=8, head_dim=8)
+    after, _ = pruned(before, Prune(0.1, units="heads", reload=False))
+    assert {int(node.args[1].meta["val"].shape[1]) for node in after.attention_nodes()} == {6}
+    merged, report = run_pipeline(after, [GQA(2)], Context(calibration=tokens()))
+    assert len(report.passes[0].matched) == len(merged.attention_nodes())

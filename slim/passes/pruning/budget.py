@@ -34,6 +34,12 @@ def neurons_kept(site: Site, gone: int, multiple: int | None) -> int:
     return max((site.units - gone) // step * step, 0)
 
 
+def stays_even(held: int, gone: int) -> bool:
+    """Whether heads that could be halved still can be, as merging and sharing among devices want, or are one."""
+    left = held - gone
+    return held % 2 == 1 or left % 2 == 0 or left == 1
+
+
 @dataclass(frozen=True)
 class Budget:
     """How much is to go, of which sites.
@@ -70,7 +76,7 @@ class Budget:
         most = max((site.units - 1 for site in self._heads), default=0)
         found: list[Counts] = []
         for lost in ({site: min(count, site.units - 1) for site in self._heads} for count in range(most + 1)):
-            if not self.allowed(lost):
+            if not self.allowed(lost) or not all(stays_even(site.units, count) for site, count in lost.items()):
                 continue
             counts = self._filled(lost)
             if counts is not None and not (found and self._is_more(lost)):
