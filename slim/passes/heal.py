@@ -15,6 +15,8 @@ from slim.passes.healing.student import Student, teacher_of
 from slim.passes.healing.train import Plan, train
 from slim.passes.healing.trained import find_trained
 
+_NO_BETTER = "nothing it learned scored better than what was there; more data or a lower learning_rate may help"
+
 
 @dataclass(frozen=True)
 class Heal(Pass):
@@ -97,6 +99,6 @@ class Heal(Pass):
                 program.weights[each.name] = each.merged()
                 report.matched.append(each.name)
             else:
-                report.skipped.append(Skip(each.name, "nothing it learned scored better than what was there"))
+                report.skipped.append(Skip(each.name, _NO_BETTER))
         report.notes += [*calibration.notes, *outcome.notes]
         return report
