@@ -1,6 +1,6 @@
 // Attention of few rows (decoding): keys and values are read once, where they lie, and serve all rows from registers.
 #pragma once
-#include "attention_rows.h"
+#include "attention_pattern.h"
 
 namespace slim {
 namespace {
@@ -169,37 +169,132 @@ struct Few {
     }
 }
 
-// Sums weighted values of keys.first..keys.last - 1. `after` are the keys that are read next.
+// The blocks of keys that one of `chunks` equal parts of a unit's work reads.
+struct Chunk {
+    i64 base, first;  // blocks begin at base, base + KEY_BLOCK, ...; the first to read
+    i64 blocks;       // how many
+    i64 last;         // the end of the last key
+    bool is_last;     // whether the newest key is among them
+
+    // Of all blocks, whatever a pattern keeps.
+    Chunk(const Attention& a, Range keys, i64 chunks, i64 number) {
+        base = a.table || a.patterns ? keys.first / KEY_BLOCK * KEY_BLOCK : keys.first;
+        last = keys.last;
+        share(ceil_div(last - base, KEY_BLOCK), chunks, number);
+        first = base + number * share_of(ceil_div(last - base, KEY_BLOCK), chunks) * KEY_BLOCK;
+    }
+
+    // Of those that the pattern may keep.
+    Chunk(const Attention& a, Range keys, i64 chunks, i64 number, const Kept& kept) : Chunk(a, keys, chunks, number) {
+        if (!a.patterns) return;
+        i64 count = 0;
+        for (i64 at = kept.next_block(base, base); at < last; at = kept.next_block(base, at + KEY_BLOCK)) count++;
+        share(count, chunks, number);
+        first = kept.next_block(base, base);
+        for (i64 skipped = number * share_of(count, chunks); skipped > 0 && first < last; skipped--)
+            first = kept.next_block(base, first + KEY_BLOCK);
+    }
+
+private:
+    static i64 share_of(i64 count, i64 chunks) { return ceil_div(count, chunks); }
+    void share(i64 count, i64 chunks, i64 number) {
+        i64 each = share_of(count, chunks);
+        blocks = most(least(each, count - number * each), 0);
+        is_last = count ? number == (count - 1) / each : number == 0;
+    }
+};
+
+// The keys of a block that any row keeps, in runs of whole groups.
+constexpr i64 GROUP = 16;
+
+template <class Run>
+void each_run(const Row* list, i64 rows, i64 count, Run&& run) {
+    u64 any = 0;
+    for (i64 r = 0; r < rows; r++) any |= list[r].kept;
+    if (any == EVERY) return run(0, count);
+    auto group = [&](i64 j) { return (any >> j & ((1 << GROUP) - 1)) != 0; };
+    for (i64 j = 0; j < count; j += GROUP) {
+        if (!group(j)) continue;
+        i64 end = j + GROUP;
+        while (end < count && group(end)) end += GROUP;
+        run(j, least(end, count));
+        j = end;
+    }
+}
+
+// The most that any key of a block scores.
+inline float highest_of(const float* s) {
+    vf top = load(s);
+    for (i64 j = LANES; j < KEY_BLOCK; j += LANES) {
+        vf x = load(s + j);
+        top = x > top ? x : top;
+    }
+    return highest(top);
+}
+
+// ln of the share that one key must reach to count; what `skip` leaves out then adds up to no more than it says.
+inline float least_share(const Attention& a, i64 batch) { return std::log(a.skip / (float)most(a.keys_of(batch), 1)); }
+
+// Sums weighted values of one block of keys from `first` on. `next` are the keys that are read after them.
 template <class K, class V>
-void attend_few(const Attention& a, const Source<K, V>& source, const Rows& rows, Range keys, const K* after,
-                const Few& few) {
+void attend_block(const Attention& a, const Source<K, V>& source, const Rows& rows, i64 first, i64 last, const K* next,
+                  const Few& few) {
     float* weights = few.weights;
     i64 key_bytes = source.k_token * (i64)sizeof(K), value_bytes = source.v_token * (i64)sizeof(V);
-    for (i64 first = keys.first; first < keys.last; first += KEY_BLOCK) {
-        i64 count = least(KEY_BLOCK, keys.last - first);
-        const K* key = source.key(rows.batch, rows.kv_head, first);
-        const V* value = source.value(rows.batch, rows.kv_head, first);
-        const char* next = (const char*)(first + KEY_BLOCK < keys.last ? key + KEY_BLOCK * source.k_token : after);
-        Tokens<K> k{key, source.k_token, count, a.key_width, (const char*)value, value_bytes};
+    i64 count = least(KEY_BLOCK, last - first);
+    const K* key = source.key(rows.batch, rows.kv_head, first);
+    const V* value = source.value(rows.batch, rows.kv_head, first);
+    each_run(few.rows, rows.count(), count, [&](i64 from, i64 to) {
+        Tokens<K> k{key + from * source.k_token, source.k_token, to - from, a.key_width,
+                    (const char*)value + from * value_bytes, value_bytes};
         tile_rows(rows.count(), [&](i64 r, auto size) {
-            dots_of_width<K, size>(k, few.q + r * few.q_row, few.q_row, weights + r * KEY_BLOCK, r == 0);
+            dots_of_width<K, size>(k, few.q + r * few.q_row, few.q_row, weights + r * KEY_BLOCK + from, r == 0);
         });
-        for (i64 r = 0; r < rows.count(); r++) {
-            Row& row = few.rows[r];
-            float* s = weights + r * KEY_BLOCK;
-            scale_keys(s, source.key_scale(rows.batch, rows.kv_head, first), count);
-            adjust(a, rows.batch, row, first, {row.seen.first, least(row.seen.last, keys.last)}, s);
-            float shrink = weigh(s, row.total);
-            if (shrink != 1.0f) scale_row(few.out + r * few.out_row, few.out_row, shrink);
-            scale_keys(s, source.value_scale(rows.batch, rows.kv_head, first), count);
-        }
-        for (i64 j = 0; j < count; j += VALUE_STEP) {
-            Tokens<V> v{value + j * source.v_token, source.v_token, least(VALUE_STEP, count - j), a.value_width,
-                        next + j * key_bytes, key_bytes};
+    });
+    bool any = a.skip == 0.0f;
+    for (i64 r = 0; r < rows.count(); r++) {
+        Row& row = few.rows[r];
+        float* s = weights + r * KEY_BLOCK;
+        scale_keys(s, source.key_scale(rows.batch, rows.kv_head, first), count);
+        adjust(a, rows.batch, row, first, {row.seen.first, least(row.seen.last, last)}, s);
+        any |= a.skip != 0.0f && highest_of(s) - row.total.max >= least_share(a, rows.batch);
+    }
+    if (!any) return;
+    for (i64 r = 0; r < rows.count(); r++) {
+        Row& row = few.rows[r];
+        float* s = weights + r * KEY_BLOCK;
+        float shrink = weigh(s, row.total);
+        if (shrink != 1.0f) scale_row(few.out + r * few.out_row, few.out_row, shrink);
+        scale_keys(s, source.value_scale(rows.batch, rows.kv_head, first), count);
+    }
+    each_run(few.rows, rows.count(), count, [&](i64 from, i64 to) {
+        for (i64 j = from; j < to; j += VALUE_STEP) {
+            Tokens<V> v{value + j * source.v_token, source.v_token, least(VALUE_STEP, to - j), a.value_width,
+                        (const char*)next + j * key_bytes, key_bytes};
             tile_rows(rows.count(), [&](i64 r, auto size) {
                 mix_of_width<V, size>(v, weights + r * KEY_BLOCK + j, few.out + r * few.out_row, few.out_row, r == 0);
             });
         }
+    });
+}
+
+// Sums weighted values of the keys of a chunk. `after` are the keys that are read next.
+template <class K, class V>
+void attend_few(const Attention& a, const Source<K, V>& source, const Rows& rows, const Kept& kept, const Chunk& chunk,
+                const K* after, const Few& few) {
+    i64 newest = NEVER;
+    if (a.skip != 0.0f && chunk.is_last && chunk.blocks > 1) {  // what scores high early lets more be skipped
+        newest = chunk.base + (chunk.last - 1 - chunk.base) / KEY_BLOCK * KEY_BLOCK;
+        if (kept.note(few.rows, newest)) attend_block(a, source, rows, newest, chunk.last, after, few);
+    }
+    i64 first = chunk.first;
+    for (i64 block = 0; block < chunk.blocks && first < chunk.last; block++) {
+        i64 following = kept.next_block(chunk.base, first + KEY_BLOCK);
+        const K* next = block + 1 < chunk.blocks && following < chunk.last
+                            ? source.key(rows.batch, rows.kv_head, following) : after;
+        if (first != newest && kept.note(few.rows, first))
+            attend_block(a, source, rows, first, chunk.last, next, few);
+        first = following;
     }
 }
 
