@@ -60,7 +60,7 @@ def _attention(writer: Writer, region: Attention) -> list[str]:
     return [*lines, "slim::Attention a{};", *assigned, "attention(t, a);"]
 
 
-_SCRATCH = ("batch", "heads", "queries", "most_keys", "key_width", "value_width")
+_SCRATCH = ("batch", "heads", "kv_heads", "queries", "most_keys", "key_width", "value_width")
 
 
 def _keys(region: Attention) -> tuple[Size, Size]:

@@ -165,7 +165,8 @@ void attend_many(const Attention& a, const Source<K, V>& source, const Rows& row
         newest = all.base + (all.last - 1 - all.base) / KEY_BLOCK * KEY_BLOCK;
         attend(newest);
     }
-    for (i64 first = all.first; first < all.last; first = kept.next_block(all.base, first + KEY_BLOCK))
+    for (i64 first = kept.next_block(all.base, all.base); first < all.last;
+         first = kept.next_block(all.base, first + KEY_BLOCK))
         if (first != newest) attend(first);
     for (i64 r = 0; r < count; r++) {
         float* out = out_of(a, rows.batch, own.rows[r]);

@@ -37,15 +37,19 @@ inline u32 draw(i64 block, i64 head, i32 number, i32 seed) {
     return x ^ (x >> 15);
 }
 
-// What the choices of one call are kept in, shared by its threads: for each row of the batch and head, the columns that
-// it keeps as bits, then its distances, the longest first.
-struct Votes {
-    u64* maps;  // [batch * heads][2][words]
-    i64 words;
+// What the choices of one call are kept in, as bits, shared by its threads: for each row of the batch and head the
+// columns that it keeps, then its distances, the longest first; for each row, kv head and query its best blocks.
+struct Choices {
+    u64 *votes, *tops;
+    i64 vote_words, top_words;
 
-    static i64 words_for(i64 most_keys) { return most_keys / 64 + 2; }
-    u64* columns(const Attention& a, i64 batch, i64 head) const { return maps + (batch * a.heads + head) * 2 * words; }
-    u64* slashes(const Attention& a, i64 batch, i64 head) const { return columns(a, batch, head) + words; }
+    static i64 words_of_vote(i64 most_keys) { return most_keys / 64 + 2; }
+    static i64 words_of_top(i64 most_keys, i64 top) { return ceil_div(ceil_div(most_keys, top), 64); }
+    u64* columns(const Attention& a, i64 batch, i64 head) const { return votes + (batch * a.heads + head) * 2 * vote_words; }
+    u64* slashes(const Attention& a, i64 batch, i64 head) const { return columns(a, batch, head) + vote_words; }
+    u64* top(const Attention& a, i64 batch, i64 kv_head, i64 query) const {
+        return tops + ((batch * a.kv_heads + kv_head) * a.queries + query) * top_words;
+    }
 };
 
 // How many keys of a row come before its first real one.
@@ -60,8 +64,12 @@ inline i64 padding_of(const Attention& a, i64 batch) {
 struct Kept {
     const Attention& a;
     const Rows& rows;
-    Votes votes;
+    Choices choices;
     i64 origin;
+    bool has_bounds;
+
+    Kept(const Attention& attention, const Rows& unit, const Choices& chosen)
+        : a(attention), rows(unit), choices(chosen), origin(padding_of(a, rows.batch)), has_bounds(bounded()) {}
 
     u64 of(const Term& term, const Row& row, i64 t, i64 first) const {
         i64 size = term.a;
@@ -96,15 +104,16 @@ struct Kept {
             case Keep::top: {
                 i64 own = floor_div(t, size);
                 u64 bits = between(own * size, (own + 1) * size, first);
+                const u64* top = choices.top(a, rows.batch, rows.kv_head, row.query);
                 for (i64 block = most(floor_div(first, size), 0); block < own && block * size < first + KEY_BLOCK; block++)
-                    if (row.top[block / 64] >> block % 64 & 1) bits |= between(block * size, (block + 1) * size, first);
+                    if (top[block / 64] >> block % 64 & 1) bits |= between(block * size, (block + 1) * size, first);
                 return bits;
             }
             case Keep::vertical_slash: {
                 if (a.queries < VOTERS) return EVERY;
-                i64 words = votes.words;
-                return cut(votes.columns(a, rows.batch, row.head), words, first) |
-                       cut(votes.slashes(a, rows.batch, row.head), words, a.most_keys - t + first);
+                i64 words = choices.vote_words;
+                return cut(choices.columns(a, rows.batch, row.head), words, first) |
+                       cut(choices.slashes(a, rows.batch, row.head), words, a.most_keys - t + first);
             }
         }
         return EVERY;
@@ -119,12 +128,32 @@ struct Kept {
         return bits;
     }
 
-    // Notes what each row keeps of a block; whether any of them keeps anything.
-    bool note(Row* list, i64 first) const {
-        if (!a.patterns) return true;
+    // Notes what each row keeps of a block, and returns what any of them does.
+    u64 note(Row* list, i64 first) const {
+        if (!a.patterns) return EVERY;
         u64 any = 0;
-        for (i64 r = 0; r < rows.count(); r++) any |= list[r].kept = of(list[r], first);
-        return any != 0;
+        for (i64 r = 0; r < rows.count(); r++) {
+            list[r].kept = r > 0 && alike(list[r - 1], list[r]) ? list[r - 1].kept : of(list[r], first);
+            any |= list[r].kept;
+        }
+        return any;
+    }
+
+    // What any row keeps of a block.
+    u64 any(const Row* list, i64 first) const {
+        u64 bits = a.patterns ? 0 : EVERY;
+        for (i64 r = 0; r < rows.count() && bits != EVERY; r++)
+            if (r == 0 || !alike(list[r - 1], list[r])) bits |= of(list[r], first);
+        return bits;
+    }
+
+    // Whether two rows keep the same: those of one query whose heads have one pattern that does not tell heads apart.
+    bool alike(const Row& one, const Row& other) const {
+        const Pattern &p = a.patterns[one.head], &q = a.patterns[other.head];
+        if (one.index != other.index || p.terms != q.terms) return false;
+        for (i32 i = 0; i < p.count; i++)
+            if (p.terms[i].keep == Keep::random || p.terms[i].keep == Keep::vertical_slash) return false;
+        return true;
     }
 
     // The first key from `first` on that the term may keep of any query.
@@ -145,9 +174,19 @@ struct Kept {
         return from < range.last ? from : NEVER;
     }
 
+    // Whether the terms alone tell where nothing is kept; what is drawn or chosen may lie anywhere.
+    bool bounded() const {
+        for (i64 head = rows.head; a.patterns && head < rows.head + rows.heads; head++)
+            for (i32 i = 0; i < a.patterns[head].count; i++) {
+                Keep keep = a.patterns[head].terms[i].keep;
+                if (keep != Keep::window && keep != Keep::columns && keep != Keep::rows && keep != Keep::blocks) return false;
+            }
+        return a.patterns != nullptr;
+    }
+
     // The first block from `first` on, of those `base`, `base` + KEY_BLOCK, ..., that may hold a key that is kept.
     i64 next_block(i64 base, i64 first) const {
-        if (!a.patterns) return first;
+        if (!has_bounds) return first;
         i64 found = NEVER;
         for (i64 head = rows.head; head < rows.head + rows.heads && found > first - origin; head++) {
             const Pattern& pattern = a.patterns[head];
@@ -202,16 +241,20 @@ void note_bounds(Thread& thread, const Attention& a, const Source<K, V>& source,
     thread.barrier();
 }
 
-// The most that a query can score against keys between two bounds.
-inline float reach(const float* q, const float* low, const float* high, i64 width) {
-    vf total{};
+// The most that a query can score in each of four blocks of keys.
+inline v4 reach(const Attention& a, const float* q, const float* const* low) {
+    vf total[4] = {};
     i64 p = 0;
-    for (; p + LANES <= width; p += LANES) {
-        vf x = load(q + p) * load(low + p), y = load(q + p) * load(high + p);
-        total += x > y ? x : y;
+    for (; p + LANES <= a.key_width; p += LANES) {
+        vf x = load(q + p);
+        for (int i = 0; i < 4; i++) {
+            vf least_one = x * load(low[i] + p), other = x * load(low[i] + a.key_width + p);
+            total[i] += least_one > other ? least_one : other;
+        }
     }
-    float found = sum(total);
-    for (; p < width; p++) found += larger(q[p] * low[p], q[p] * high[p]);
+    v4 found = sums(total);
+    for (; p < a.key_width; p++)
+        for (int i = 0; i < 4; i++) found[i] += larger(q[p] * low[i][p], q[p] * low[i][a.key_width + p]);
     return found;
 }
 
@@ -222,39 +265,50 @@ inline float nth_highest(float* x, i64 n, i64 count) {
 }
 
 // The blocks before a query's own that may matter most to its heads, as bits. `scores` holds a number for each block and
-// as many again, `turned` a query.
+// four more, for each head of a group and once again; `turned` a query for each head.
 [[gnu::noinline]] void choose_top(const Attention& a, i64 batch, i64 kv_head, i64 query, i64 origin, float* scores,
                                   float* turned, u64* map) {
     i64 own = floor_div(a.start_of(batch) + query - origin, a.top), group = a.heads / a.kv_heads;
     if (own <= 0) return;
-    std::memset(map, 0, sizeof(u64) * (size_t)ceil_div(own, 64));
-    float* ranks = scores + own;
-    for (i64 b = 0; b < own; b++) ranks[b] = -INFINITY;
-    for (i64 head = kv_head * group; head < (kv_head + 1) * group; head++) {
-        Row row{};
-        row.head = head, row.query = query;
-        rotate_query(a, batch, row, turned);
-        float best = -INFINITY;
-        for (i64 b = 0; b < own; b++) {
-            const float* low = bounds_of(a, batch, kv_head, b);
-            scores[b] = reach(turned, low, low + a.key_width, a.key_width);
-            best = larger(best, scores[b]);
+    i64 row = own + 4, width = padded(a.key_width);
+    float* ranks = scores + group * row;
+    for (i64 h = 0; h < group; h++) {
+        Row one{};
+        one.head = kv_head * group + h, one.query = query;
+        rotate_query(a, batch, one, turned + h * width);
+    }
+    for (i64 b = 0; b < own; b += 4) {
+        const float* low[4];
+        for (i64 i = 0; i < 4; i++) low[i] = bounds_of(a, batch, kv_head, least(b + i, own - 1));
+        for (i64 h = 0; h < group; h++) {
+            v4 four = reach(a, turned + h * width, low);
+            std::memcpy(scores + h * row + b, &four, sizeof four);
         }
-        for (i64 b = 0; b < own; b++) ranks[b] = larger(ranks[b], scores[b] - best);
+    }
+    for (i64 b = 0; b < own; b++) ranks[b] = -INFINITY;
+    for (i64 h = 0; h < group; h++) {
+        const float* own_scores = scores + h * row;
+        float best = -INFINITY;
+        for (i64 b = 0; b < own; b++) best = larger(best, own_scores[b]);
+        for (i64 b = 0; b < own; b++) ranks[b] = larger(ranks[b], own_scores[b] - best);
     }
     std::memcpy(scores, ranks, sizeof(float) * (size_t)own);
     float last = nth_highest(scores, own, ceil_div(own, a.share));
+    std::memset(map, 0, sizeof(u64) * (size_t)ceil_div(own, 64));
     for (i64 b = 0; b < own; b++)
         if (ranks[b] >= last) map[b / 64] |= (u64)1 << b % 64;
 }
 
-// The choices of all queries of a unit, into `maps`; the rows learn where theirs are.
-inline void choose_tops(const Attention& a, const Rows& rows, i64 origin, Row* list, float* scores, float* turned,
-                        u64* maps) {
-    i64 words = ceil_div(ceil_div(a.most_keys, a.top), 64);
-    for (i64 query = 0; query < rows.queries; query++)
-        choose_top(a, rows.batch, rows.kv_head, rows.query + query, origin, scores, turned, maps + query * words);
-    for (i64 r = 0; r < rows.count(); r++) list[r].top = maps + (list[r].query - rows.query) * words;
+// The choices of all queries of a call.
+inline void choose_tops(Thread& thread, const Attention& a, const Choices& choices, float* scores, float* turned) {
+    thread.share(a.batch * a.kv_heads * a.queries, 1, [&](i64 begin, i64 end) {
+        for (i64 i = begin; i < end; i++) {
+            i64 query = i % a.queries, pair = i / a.queries, batch = pair / a.kv_heads, kv_head = pair % a.kv_heads;
+            choose_top(a, batch, kv_head, query, padding_of(a, batch), scores, turned,
+                       choices.top(a, batch, kv_head, query));
+        }
+    });
+    thread.barrier();
 }
 
 // Marks the count highest of n numbers, and what equals the last of them; bit i, or top - i where that is given.
@@ -270,7 +324,7 @@ inline void mark_highest(const float* x, i64 n, i64 count, float* room, i64 top,
 // The columns and slashes that the last queries of one head look at most. `room` holds VOTERS + 3 numbers a key and
 // VOTERS queries of `q_row`, `turned` a key.
 template <class K, class V>
-void vote(const Attention& a, const Source<K, V>& source, i64 batch, i64 head, const Votes& votes, float* room,
+void vote(const Attention& a, const Source<K, V>& source, i64 batch, i64 head, const Choices& choices, float* room,
           float* queries, i64 q_row, float* turned) {
     i64 keys = a.keys_of(batch), kv_head = head / (a.heads / a.kv_heads), origin = padding_of(a, batch);
     float *column = room + VOTERS * keys, *slash = column + keys, *spare = slash + keys;
@@ -303,19 +357,19 @@ void vote(const Attention& a, const Source<K, V>& source, i64 batch, i64 head, c
             slash[index - j] += s[j] / sum;
         }
     }
-    u64 *columns = votes.columns(a, batch, head), *slashes = votes.slashes(a, batch, head);
-    std::memset(columns, 0, 2 * sizeof(u64) * (size_t)votes.words);
+    u64 *columns = choices.columns(a, batch, head), *slashes = choices.slashes(a, batch, head);
+    std::memset(columns, 0, 2 * sizeof(u64) * (size_t)choices.vote_words);
     mark_highest(column, keys, a.slash_columns, spare, -1, columns);
     mark_highest(slash, keys, a.slashes, spare, a.most_keys, slashes);
     slashes[a.most_keys / 64] |= (u64)1 << a.most_keys % 64;
 }
 
 template <class K, class V>
-void vote_all(Thread& thread, const Attention& a, const Source<K, V>& source, const Votes& votes, float* room,
+void vote_all(Thread& thread, const Attention& a, const Source<K, V>& source, const Choices& choices, float* room,
               float* queries, i64 q_row, float* turned) {
     thread.share(a.batch * a.heads, 1, [&](i64 begin, i64 end) {
         for (i64 i = begin; i < end; i++)
-            vote(a, source, i / a.heads, i % a.heads, votes, room, queries, q_row, turned);
+            vote(a, source, i / a.heads, i % a.heads, choices, room, queries, q_row, turned);
     });
     thread.barrier();
 }

@@ -121,15 +121,14 @@ struct Row {
     i64 index;  // of its own token among the keys
     Range seen;
     Total total;
-    u64 kept;        // of the block of keys at hand, what the head's pattern keeps
-    const u64* top;  // blocks that `top` chose, a bit each
+    u64 kept;  // of the block of keys at hand, what the head's pattern keeps
 };
 
 [[gnu::noinline]] void list_rows(const Attention& a, const Rows& rows, Row* list) {
     for (i64 query = rows.query; query < rows.query + rows.queries; query++) {
         Range seen = seen_by(a, rows.batch, query);
         for (i64 head = rows.head; head < rows.head + rows.heads; head++)
-            *list++ = {head, query, a.start_of(rows.batch) + query, seen, {-INFINITY, 0.0f}, EVERY, nullptr};
+            *list++ = {head, query, a.start_of(rows.batch) + query, seen, {-INFINITY, 0.0f}, EVERY};
     }
 }
 
@@ -175,6 +174,32 @@ v4 fold(V v, Join join) {
     std::memcpy(part, &v, sizeof v);
     for (unsigned i = 1; i < sizeof(V) / 16; i++) part[0] = join(part[0], part[i]);
     return part[0];
+}
+
+template <int... I>
+inline vf low_pairs(vf x, vf y, std::integer_sequence<int, I...>) {
+    return __builtin_shuffle(x, y, vi{((I & ~3) + I % 4 / 2 + I % 2 * LANES)...});
+}
+template <int... I>
+inline vf high_pairs(vf x, vf y, std::integer_sequence<int, I...>) {
+    return __builtin_shuffle(x, y, vi{((I & ~3) + 2 + I % 4 / 2 + I % 2 * LANES)...});
+}
+template <int... I>
+inline vf low_halves(vf x, vf y, std::integer_sequence<int, I...>) {
+    return __builtin_shuffle(x, y, vi{((I & ~3) + I % 2 + I % 4 / 2 * LANES)...});
+}
+template <int... I>
+inline vf high_halves(vf x, vf y, std::integer_sequence<int, I...>) {
+    return __builtin_shuffle(x, y, vi{((I & ~3) + 2 + I % 2 + I % 4 / 2 * LANES)...});
+}
+
+// The sums of four vectors.
+inline v4 sums(const vf* x) {
+    std::make_integer_sequence<int, LANES> all;
+    vf a = low_pairs(x[0], x[1], all) + high_pairs(x[0], x[1], all);
+    vf b = low_pairs(x[2], x[3], all) + high_pairs(x[2], x[3], all);
+    vf both = low_halves(a, b, all) + high_halves(a, b, all);
+    return fold(both, [](v4 p, v4 q) { return p + q; });
 }
 
 inline float highest(vf v) {

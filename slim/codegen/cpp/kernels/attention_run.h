@@ -9,10 +9,10 @@ namespace {
 // Scratch, in floats: for each thread what Packed points to, then slots for what units of few rows sum up by chunks of
 // keys, then what the patterns of all heads chose.
 struct Layout {
-    i64 q, out, rows, keys, values, turned, weights, scores, chosen, thread, slot, words;
+    i64 q, out, rows, keys, values, turned, weights, scores, thread, slot;
 
-    Layout(i64 key_width, i64 value_width, i64 most_keys, i64 top, i64 slash_columns) {
-        i64 blocks = top ? ceil_div(most_keys, top) : 0;
+    Layout(i64 group, i64 key_width, i64 value_width, i64 most_keys, i64 top, i64 slash_columns) {
+        i64 choosing = top ? (group + 1) * (ceil_div(most_keys, top) + 4) : 0;
         q = 0;
         out = q + MANY_ROWS * padded(key_width);
         rows = out + MANY_ROWS * padded(value_width);
@@ -21,14 +21,21 @@ struct Layout {
         turned = values + KEY_BLOCK * padded(value_width);
         weights = turned + 4 * padded(key_width);
         scores = weights + FEW_ROWS * KEY_BLOCK;
-        chosen = scores + padded(most(2 * blocks, slash_columns ? (VOTERS + 3) * most_keys : 0));
-        thread = chosen + padded(2 * MANY_ROWS * ceil_div(blocks, 64));
+        thread = scores + padded(most(choosing, slash_columns ? (VOTERS + 3) * most_keys : 0));
         slot = padded(2 * FEW_ROWS) + FEW_ROWS * padded(value_width);
-        words = slash_columns ? Votes::words_for(most_keys) : 0;
     }
 
-    explicit Layout(const Attention& a) : Layout(a.key_width, a.value_width, a.most_keys, a.top, a.slash_columns) {}
+    explicit Layout(const Attention& a)
+        : Layout(a.heads / a.kv_heads, a.key_width, a.value_width, a.most_keys, a.top, a.slash_columns) {}
 };
+
+inline Choices choices_of(const Attention& a, u64* memory) {
+    Choices choices{memory, memory, 0, 0};
+    if (a.slash_columns) choices.vote_words = Choices::words_of_vote(a.most_keys);
+    if (a.top) choices.top_words = Choices::words_of_top(a.most_keys, a.top);
+    choices.tops += a.batch * a.heads * 2 * choices.vote_words;
+    return choices;
+}
 
 constexpr i64 PIECES = 4;  // of work for a thread, where there can be so many
 constexpr i64 SLOTS = 2 * PIECES;
@@ -140,16 +147,19 @@ const K* first_key(const Attention& a, const Source<K, V>& source, const Split& 
 
 // What the patterns choose before anyone attends: bounds of blocks of keys, columns and slashes.
 template <class K, class V>
-void choose_all(Thread& thread, const Attention& a, const Source<K, V>& source, const Votes& votes, const Layout& layout,
-                float* own) {
-    if (a.top) note_bounds(thread, a, source, own + layout.turned);
+void choose_all(Thread& thread, const Attention& a, const Source<K, V>& source, const Choices& choices,
+                const Layout& layout, float* own) {
+    if (a.top) {
+        note_bounds(thread, a, source, own + layout.turned);
+        choose_tops(thread, a, choices, own + layout.scores, own + layout.q);
+    }
     if (a.slash_columns && a.queries >= VOTERS)
-        vote_all(thread, a, source, votes, own + layout.scores, own + layout.q, padded(a.key_width), own + layout.turned);
+        vote_all(thread, a, source, choices, own + layout.scores, own + layout.q, padded(a.key_width), own + layout.turned);
 }
 
 template <class K, class V>
-void run_few(Thread& thread, const Attention& a, const Source<K, V>& source, const Votes& votes, const Layout& layout,
-             float* own) {
+void run_few(Thread& thread, const Attention& a, const Source<K, V>& source, const Choices& choices,
+             const Layout& layout, float* own) {
     i64 threads = thread.team.size;
     Split split = split_few(a, threads);
     float* slots = (float*)a.scratch + threads * layout.thread;
@@ -158,13 +168,13 @@ void run_few(Thread& thread, const Attention& a, const Source<K, V>& source, con
     // New keys and values are appended by who reads them, where nobody else does.
     bool alone = split.head_groups == 1 && (split.chunks == 1 || a.queries == 1) && !a.top;
     if (a.k_cache && !alone) append_all<K, V>(thread, a, own + layout.turned);
-    choose_all(thread, a, source, votes, layout, own);
+    choose_all(thread, a, source, choices, layout, own);
     i64 units = a.batch * a.kv_heads * split.head_groups;
     thread.share(units * split.chunks, 1, [&](i64 begin, i64 end) {
         for (i64 piece = begin; piece < end; piece++) {
             i64 unit = piece / split.chunks, number = piece % split.chunks;
             Rows rows = rows_of(a, split, unit);
-            Kept kept{a, rows, votes, padding_of(a, rows.batch)};
+            Kept kept(a, rows, choices);
             Chunk chunk(a, seen_by(a, rows), split.chunks, number, kept);
             float* slot = slots + piece * layout.slot;
             if (split.chunks > 1) few.out = slot + padded(2 * FEW_ROWS);
@@ -172,9 +182,6 @@ void run_few(Thread& thread, const Attention& a, const Source<K, V>& source, con
             for (i64 r = 0; number == 0 && r < rows.count(); r++) add_sink(a, few.rows[r]);
             if (a.k_cache && alone && chunk.is_last)
                 for (i64 i = 0; i < a.queries; i++) append<K, V>(a, rows.batch, rows.kv_head, i, own + layout.turned);
-            if (a.top)
-                choose_tops(a, rows, kept.origin, few.rows, own + layout.scores, own + layout.turned,
-                            (u64*)(own + layout.chosen));
             attend_few(a, source, rows, kept, chunk, first_key(a, source, split, piece + 1), few);
             for (i64 r = 0; r < rows.count(); r++) {
                 if (split.chunks > 1) ((Total*)slot)[r] = few.rows[r].total;
@@ -188,10 +195,10 @@ void run_few(Thread& thread, const Attention& a, const Source<K, V>& source, con
 }
 
 template <class K, class V>
-void run_many(Thread& thread, const Attention& a, const Source<K, V>& source, const Votes& votes, const Layout& layout,
-              float* own) {
+void run_many(Thread& thread, const Attention& a, const Source<K, V>& source, const Choices& choices,
+              const Layout& layout, float* own) {
     if (a.k_cache) append_all<K, V>(thread, a, own + layout.turned);
-    choose_all(thread, a, source, votes, layout, own);
+    choose_all(thread, a, source, choices, layout, own);
     Split split = split_many(a, thread.team.size);
     Packed packed{own + layout.q,      own + layout.out,    (Row*)(own + layout.rows), own + layout.keys,
                   own + layout.values, own + layout.turned, own + layout.weights,          padded(a.key_width),
@@ -199,11 +206,8 @@ void run_many(Thread& thread, const Attention& a, const Source<K, V>& source, co
     thread.share(a.batch * a.kv_heads * split.rows(), 1, [&](i64 begin, i64 end) {
         for (i64 unit = begin; unit < end; unit++) {
             Rows rows = rows_of(a, split, unit);
-            Kept kept{a, rows, votes, padding_of(a, rows.batch)};
+            Kept kept(a, rows, choices);
             begin_many(a, rows, packed);
-            if (a.top)
-                choose_tops(a, rows, kept.origin, packed.rows, own + layout.scores, own + layout.turned,
-                            (u64*)(own + layout.chosen));
             attend_many(a, source, rows, kept, packed);
         }
     });
@@ -214,10 +218,10 @@ void run(Thread& thread, const Attention& a, const Source<K, V>& source) {
     Layout layout(a);
     i64 threads = thread.team.size;
     float* own = (float*)a.scratch + thread.id * layout.thread;
-    Votes votes{(u64*)((float*)a.scratch + threads * (layout.thread + SLOTS * layout.slot)), layout.words};
+    Choices choices = choices_of(a, (u64*)((float*)a.scratch + threads * (layout.thread + SLOTS * layout.slot)));
     bool few = a.queries <= FEW_QUERIES && a.key_width >= LANES && a.value_width >= LANES && !source.turn;
-    if (few) run_few(thread, a, source, votes, layout, own);
-    else run_many(thread, a, source, votes, layout, own);
+    if (few) run_few(thread, a, source, choices, layout, own);
+    else run_many(thread, a, source, choices, layout, own);
 }
 
 template <class K, class V = K>

@@ -137,8 +137,8 @@ struct Attention {
 };
 
 // top and slash_columns as in Attention.
-i64 attention_scratch(i64 batch, i64 heads, i64 queries, i64 most_keys, i64 key_width, i64 value_width, i64 top,
-                      i64 slash_columns, int threads);
+i64 attention_scratch(i64 batch, i64 heads, i64 kv_heads, i64 queries, i64 most_keys, i64 key_width, i64 value_width,
+                      i64 top, i64 slash_columns, int threads);
 void attention(Thread& thread, const Attention& args);
 
 }  // namespace slim
