@@ -86,11 +86,10 @@ class SparseAttention(Pass):
     Weights stay as they are. Print ``SparseAttention("bigbird").picture()`` to see one.
 
     Args:
-        pattern: "window" (window, sinks: Xiao et al. 2023, StreamingLLM), "strided" (window, stride) and "fixed"
-            (block, summary: both Child et al. 2019), "longformer" (window, global_tokens: Beltagy et al. 2020),
-            "bigbird" (block, neighbours, global_tokens, random_blocks, seed: Zaheer et al. 2020), "vertical_slash"
-            (columns, slashes, sinks: Jiang et al. 2024, MInference), "block_topk" (block, share, sinks: Tang et al.
-            2024, Quest), "auto" (mass, sinks), "dense", or a text as the IR has it: "window(64) | columns(4)".
+        pattern: "window" (window, sinks), "strided" (window, stride), "fixed" (block, summary), "longformer" (window,
+            global_tokens), "bigbird" (block, neighbours, global_tokens, random_blocks, seed), "vertical_slash"
+            (columns, slashes, sinks), "block_topk" (block, share, sinks), "auto" (mass, sinks), "dense", or a text as
+            the IR has it: "window(64) | columns(4)".
         window: newest tokens that a query keeps, its own among them.
         sinks: first tokens that all queries keep.
         stride: every so many keys back from the query one is kept.
@@ -103,8 +102,12 @@ class SparseAttention(Pass):
             the narrowest window (a power of two, beside the sinks) that does; heads that need more stay dense.
         skip: let kernels leave out keys that together hold no more than this share of a row's attention, where that
             saves work: with "dense" the only change. What a row gives is then off by at most twice as much, relative
-            to its largest value (Yuan et al. 2025, BLASST).
+            to its largest value.
         layers: numbers of the layers to change; None for all.
+
+    Sources: window and sinks, Xiao et al. 2023 (StreamingLLM); strided and fixed, Child et al. 2019; Beltagy et al.
+    2020 (Longformer); Zaheer et al. 2020 (BigBird); vertical_slash, Jiang et al. 2024 (MInference); block_topk, Tang
+    et al. 2024 (Quest); skip, Yuan et al. 2025 (BLASST).
 
     Raises:
         BadPassOption: for an option that the pattern does not have. NeedsCalibration: "auto" without data.

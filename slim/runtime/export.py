@@ -12,6 +12,7 @@ from torch import Tensor, fx
 
 from slim import errors
 from slim.compiler.program import Program
+from slim.compiler.rules import argument
 from slim.compiler.uses import DEQUANTIZE, stored_in
 from slim.runtime import compressed_tensors
 from slim.runtime.artifact import TOKENIZER_FILES, copy_tokenizer
@@ -53,10 +54,19 @@ def export(program: Program, directory: str | Path, format: str = "transformers"
     """
     if format not in FORMATS:
         refuse(format, f"there is no such format; there is {', '.join(FORMATS)}")
+    _refuse_patterns(program, format)
     write = _prepared(program, format, dequantize)
     with written_directory(directory, lambda folder: _is_export(folder, program.facts.source)) as folder:
         write(folder)
         copy_tokenizer(program.facts.source, folder)
+
+
+def _refuse_patterns(program: Program, format: str) -> None:
+    sparse = [node for node in program.attention_nodes() if argument(node, "pattern") is not None]
+    if sparse:
+        layers = ", ".join(str(node.kwargs["layer"]) for node in sparse[:3]) + ", ..." * (len(sparse) > 3)
+        kept = argument(sparse[0], "pattern")
+        refuse(format, f"attention of layers {layers} keeps {kept}, which its configuration cannot say; save() can")
 
 
 def _prepared(program: Program, format: str, dequantize: bool) -> Callable[[Path], None]:
@@ -113,8 +123,8 @@ def _plain_weights(program: Program, dequantize: bool) -> dict[str, Lazy]:
     grids = {
         str(weight.target)
         for node in (*quantised.values(), *rounded, *program.nodes(DEQUANTIZE))
-        for argument in node.args[1:3]
-        for weight in stored_in(argument)
+        for operand in node.args[1:3]
+        for weight in stored_in(operand)
     }
     return {name: _value(program, name, quantised.get(name)) for name in program.weights if name not in grids}
 
