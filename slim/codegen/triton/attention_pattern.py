@@ -73,6 +73,7 @@ class Kept:
             match term:
                 case Columns(tokens):
                     aheads.append(f"origin + {tokens}")
+                    untils.append(f"origin + {tokens}")
                     continue
                 case Window(tokens):
                     lows.append(f"u_first + origin - {tokens - 1}")

@@ -325,7 +325,7 @@ PREFILL = {
     "pages": Case(page=8, queries=20, rope="half", padding=3),
     "pages_of_half_bytes": Case(page=4, queries=20, quantised=4, dtype=BF16),
     "window_and_columns": Case(pattern="window(7) | columns(2)", held=None, queries=50, padding=3),
-    "longformer": Case(pattern="window(5) | columns(3) | rows(3)", held=None, queries=50, causal=False),
+    "longformer": Case(pattern="window(5) | columns(40) | rows(3)", held=None, queries=50, causal=False),
     "bigbird": Case(pattern="blocks(8, 2) | columns(8) | random(8, 2, 5)", held=None, queries=50, causal=False),
     "heads_that_differ": Case(pattern="0: dense; 1: stride(9); 2-3: window(4)", held=21, queries=30, rope="half"),
     "bytes_in_pages": Case(pattern="stride(40)", held=37, queries=20, page=8, quantised=8, window=30),

@@ -177,7 +177,7 @@ def test_bursts_over_pages_keep_the_lengths_of_rows() -> None:
         wanted.append(last)
     burst, last = decoder()
     finished = torch.zeros(tokens.shape[0], dtype=torch.bool, device=model.device)
-    chosen = burst.greedy(last, 3, Ends(torch.tensor([], dtype=torch.int64), finished, 0))
+    chosen = burst.greedy(last, 3, Ends(torch.tensor([], dtype=torch.int64, device=model.device), finished, 0))
     assert chosen is not None
     assert torch.equal(chosen, torch.stack(wanted))
     assert torch.equal(burst.cache.lengths, single.cache.lengths)
