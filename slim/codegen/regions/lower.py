@@ -370,11 +370,11 @@ def split_arguments(lowering: Lowering, node: fx.Node, shape: Sequence[Size]) ->
     operands: list[Scalar] = []
     options: dict[str, Any] = {}
     bound = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-    for argument in schema.arguments:
-        value = bound.get(argument.name)
-        if argument.name not in bound or value is None:
+    for given in schema.arguments:
+        value = bound.get(given.name)
+        if given.name not in bound or value is None:
             continue
-        kind = str(argument.type)
+        kind = str(given.type)
         if isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.Tensor):
             scalar: Scalar = expand(_broadcastable(lowering, value, shape), shape)
         elif isinstance(value, fx.Node):
@@ -386,12 +386,12 @@ def split_arguments(lowering: Lowering, node: fx.Node, shape: Sequence[Size]) ->
                 else Const(value, torch.bool)
             )
         else:
-            options[argument.name] = value
+            options[given.name] = value
             continue
-        if argument.name in ("alpha", "min", "max", "value", "beta", "threshold", "negative_slope") and not (
-            argument.name == "value" and "masked_fill" in schema.name
+        if given.name in ("alpha", "min", "max", "value", "beta", "threshold", "negative_slope") and not (
+            given.name == "value" and "masked_fill" in schema.name
         ):
-            options[argument.name] = scalar.value if isinstance(scalar, Const) else scalar
+            options[given.name] = scalar.value if isinstance(scalar, Const) else scalar
         else:
             operands.append(scalar)
     return operands, options

@@ -91,8 +91,8 @@ class _Decode:
         return [
             "pair = tl.program_id(0)", "split = tl.program_id(1)", *([f"part = pair % {parts}"] if parts > 1 else []),
             f"g = {group} % {kv_heads}", f"b = (pair // {parts * kv_heads}).to(tl.int64)",
-            f"start = tl.cast({held(self.writer, region)}, tl.int32)", f"row = tl.arange(0, {self.rows})", f"row_in = {row_in}",
-            f"head = {self._head('row')}", *self.g.channels(),
+            f"start = tl.cast({held(self.writer, region)}, tl.int32)", f"row = tl.arange(0, {self.rows})",
+            f"row_in = {row_in}", f"head = {self._head('row')}", *self.g.channels(),
         ]  # fmt: skip
 
     def _span(self) -> list[str]:
@@ -263,4 +263,3 @@ class _Decode:
         parts = [f"g * {self.g.share}"] if self.g.kv_heads > 1 else []
         parts += [f"part * {self.share}"] if self.parts > 1 else []
         return " + ".join([*parts, row])
-

@@ -52,7 +52,8 @@ def _append(region: Attention, target: Target, kept: dict[str, View]) -> Kernel:
     row, rows = "token[:, None]", "there[:, None]"
     lines = [
         "token = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)", f"there = token < {tokens}",
-        "g = tl.program_id(1)", "b = tl.program_id(2).to(tl.int64)", f"at = token + tl.cast({held(writer, region)}, tl.int64)",
+        "g = tl.program_id(1)", "b = tl.program_id(2).to(tl.int64)",
+        f"at = token + tl.cast({held(writer, region)}, tl.int64)",
         *g.channels(), *page(writer, region, "at", "there"), *turn.begin(), *turn.angles(row, rows), *k.begin(None),
         *turn.load("k_new", region.k, "k", ["b", "g", row], rows), *less_offset(writer, region, g.width),
         *k.append("BLOCK_S", "there"),

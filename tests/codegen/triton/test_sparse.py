@@ -55,10 +55,10 @@ def test_what_a_pattern_keeps_is_what_is_attended_to(seed: int, tokens: int, pad
 
 
 @pytest.mark.parametrize("kind", ["pages", "int8 pages"])
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=3, deadline=None)
 @given(
-    seed=st.integers(0, 9999), held=st.lists(st.integers(1, 150), min_size=2, max_size=3),
-    calls=st.lists(st.sampled_from([1, 1, 3, 20]), min_size=1, max_size=2),
+    seed=st.integers(0, 9999), held=st.lists(st.integers(1, 90), min_size=2, max_size=2),
+    calls=st.lists(st.sampled_from([1, 1, 3, 20]), min_size=1, max_size=1),
 )  # fmt: skip
 def test_rows_of_any_length_lie_in_pages_of_any_order(kind: str, seed: int, held: list[int], calls: list[int]) -> None:
     eager, generated = executables(kind)
@@ -70,9 +70,7 @@ def test_rows_of_any_length_lie_in_pages_of_any_order(kind: str, seed: int, held
     lengths = torch.zeros(len(held), dtype=torch.int64)
     for step, new in enumerate([max(held), *calls]):
         inputs = (*tensors(seed + step, len(held), new), table, lengths)
-        for index, (wanted, got) in enumerate(
-            zip(eager(*inputs, *both[0]), generated(*inputs, *both[1]), strict=True)
-        ):
+        for index, (wanted, got) in enumerate(zip(eager(*inputs, *both[0]), generated(*inputs, *both[1]), strict=True)):
             close(got, wanted, f"output {index}")
         lengths = torch.tensor(held) if step == 0 else lengths + new
 
