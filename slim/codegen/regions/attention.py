@@ -36,8 +36,8 @@ class Rotation:
 @handles(*_ATTENTION)
 def attention(lowering: Lowering, node: fx.Node) -> Value:
     """slim.attention, slim.cached_attention and slim.paged_attention."""
-    if not _has_kernel(lowering, node):
-        raise Unsupported("this target has no kernel for sparsity patterns or for rows of lengths of their own")
+    if not lowering.wants.attends(node):
+        raise Unsupported(f"this target has no kernel for attention that keeps {argument(node, 'pattern')}")
     shape, dtype = lowering.type(node)
     batch, heads, queries, width = shape
     keys, offset, values, bits = _sources(node)
@@ -93,11 +93,6 @@ def _round_into_memory(lowering: Lowering, region: Attention, bits: tuple[int, i
         kind, held = (torch.uint8, width // 2) if each == 4 else (torch.int8, width)
         setattr(region, f"{name}_cache", lowering.temp((*lead, held), kind, f"{region.node.name}_{name}").view())
         setattr(region, f"{name}_scale", lowering.temp(lead, F32, f"{region.node.name}_{name}_scale").view())
-
-
-def _has_kernel(lowering: Lowering, node: fx.Node) -> bool:
-    sparse = _pattern(node) is not None or argument(node, "skip") is not None
-    return lowering.wants.patterns or not (sparse or node.target is slim.paged_attention.default)
 
 
 def _pattern(node: fx.Node) -> Pattern | None:
@@ -195,7 +190,7 @@ def _channels(view: View, half: Any, interleaved: bool) -> tuple[View, View]:
 def _attention_rotates(lowering: Lowering, node: fx.Node) -> bool:
     """Whether the one reader is attention whose queries and keys are both turned by the same angles."""
     reader = _attention_of(node)
-    if reader is None or not _has_kernel(lowering, reader):
+    if reader is None or not lowering.wants.attends(reader):
         return False
     q, (k, _, v, _) = argument(reader, "q"), _sources(reader)
     if node not in (q, k) or q.target is not slim.rope.default or k.target is not slim.rope.default:

@@ -37,8 +37,11 @@ from slim.codegen.regions.scalars import (
 )
 from slim.codegen.regions.schedule import Foreign, Norm, Pair, Part, Pointwise, Product, Region, Schedule
 from slim.codegen.regions.views import Buffer, Size, View, same
+from slim.compiler.patterns import read_pattern
+from slim.compiler.patterns.terms import Term
 from slim.compiler.program import Program
 from slim.compiler.rounded_kv import done_by_attention
+from slim.compiler.rules import argument
 from slim.compiler.types import expression
 from slim.compiler.uses import LINEAR
 
@@ -69,7 +72,7 @@ class Wants:
         int8_rows: whether a product multiplies rows that the Program quantised as integers.
         requantises: whether what linears store is rounded to int8 at once, where linears alone read it so, in one step.
         own_steps: whether it finds the step of such a row, where that is slim.token_scale of the row, as it loads it.
-        patterns: whether attention reads no more keys than its pattern keeps, and rows of lengths of their own.
+        terms: of patterns, those by which attention visits no more keys than are kept.
         pitched: masks among the inputs, bool [B, T], are read where they lie, rows as far apart as they are.
     """
 
@@ -79,8 +82,13 @@ class Wants:
     int8_rows: bool = False
     requantises: bool = False
     own_steps: bool = False
-    patterns: bool = False
+    terms: frozenset[type[Term]] = frozenset()
     pitched: bool = False
+
+    def attends(self, node: fx.Node) -> bool:
+        """Whether there is a kernel for what the heads of attention keep."""
+        text = argument(node, "pattern")
+        return text is None or {type(term) for term in read_pattern(text).terms} <= self.terms
 
 
 class Unsupported(Exception):
@@ -108,7 +116,7 @@ class Lowering:
         self.schedule = Schedule()
         self.values: dict[fx.Node, Any] = {}
         self.node: fx.Node = next(iter(program.graph.nodes))
-        self.inside = done_by_attention(program)  # nodes that attention makes up for
+        self.inside = done_by_attention(program, wants.attends)  # nodes that attention makes up for
         self.pivoted = pairs.pivoted(program)
         joined = {nodes.both for nodes in self.pivoted.values()}  # what puts the columns in order makes up for it
         self.absorbed = absorbed(program, wants) | self.inside | joined
@@ -362,11 +370,11 @@ def split_arguments(lowering: Lowering, node: fx.Node, shape: Sequence[Size]) ->
     operands: list[Scalar] = []
     options: dict[str, Any] = {}
     bound = dict(zip((a.name for a in schema.arguments), node.args, strict=False)) | dict(node.kwargs)
-    for argument in schema.arguments:
-        value = bound.get(argument.name)
-        if argument.name not in bound or value is None:
+    for given in schema.arguments:
+        value = bound.get(given.name)
+        if given.name not in bound or value is None:
             continue
-        kind = str(argument.type)
+        kind = str(given.type)
         if isinstance(value, fx.Node) and isinstance(value.meta["val"], torch.Tensor):
             scalar: Scalar = expand(_broadcastable(lowering, value, shape), shape)
         elif isinstance(value, fx.Node):
@@ -378,12 +386,12 @@ def split_arguments(lowering: Lowering, node: fx.Node, shape: Sequence[Size]) ->
                 else Const(value, torch.bool)
             )
         else:
-            options[argument.name] = value
+            options[given.name] = value
             continue
-        if argument.name in ("alpha", "min", "max", "value", "beta", "threshold", "negative_slope") and not (
-            argument.name == "value" and "masked_fill" in schema.name
+        if given.name in ("alpha", "min", "max", "value", "beta", "threshold", "negative_slope") and not (
+            given.name == "value" and "masked_fill" in schema.name
         ):
-            options[argument.name] = scalar.value if isinstance(scalar, Const) else scalar
+            options[given.name] = scalar.value if isinstance(scalar, Const) else scalar
         else:
             operands.append(scalar)
     return operands, options

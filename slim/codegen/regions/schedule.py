@@ -307,8 +307,6 @@ class Attention(Region):
         skip: the share of a row's attention that may be left out; 0 for none.
         k_bounds: float32 [B or pages, G, blocks, 2, D], for a pattern with ``top``: the lowest and the highest number
             of each channel in each block of keys.
-        blocks: int32 [H or 1, query blocks, most]: the blocks of keys, of ``block`` each, that a block of as many
-            queries looks at, in rising order, then -1. None for all.
     """
 
     node: fx.Node
@@ -337,13 +335,11 @@ class Attention(Region):
     pattern: Pattern | None = None
     skip: float = 0.0
     k_bounds: View | None = None
-    blocks: View | None = None
-    block: int = 0
 
     def reads(self) -> Iterator[Buffer]:
         rope = self.rope[:2] if self.rope else ()
         cache = (self.k_cache, self.v_cache, self.k_scale, self.v_scale, self.k_bounds, self.pages, self.lengths)
-        optional = (*cache, self.k_offset, self.key_mask, self.bias, self.sinks, self.slopes, self.blocks)
+        optional = (*cache, self.k_offset, self.key_mask, self.bias, self.sinks, self.slopes)
         for view in (self.q, self.k, self.v, *rope, *optional):
             if view is not None:
                 yield view.buffer

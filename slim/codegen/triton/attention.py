@@ -16,7 +16,7 @@ def _attention(region: Attention, target: Target) -> Stage:
     _check(region)
     queries = region.q.shape[2]
     forms = []
-    if region.rope is None or region.start is not None:  # keys that are only kept for one call are not worth a form
+    if region.rope is None or region.k_cache is not None:  # keys that are only kept for one call are not worth a form
         forms.append(Form([decode(region, target)], upto=1))
     if same(queries, 1) and forms:
         return Stage(forms, queries)
@@ -31,5 +31,3 @@ def _check(region: Attention) -> None:
         view = getattr(region, name)
         if view is not None and not same(view.strides[3], 1):
             raise ValueError(f"{region.node}: the channels of {name} lie {view.strides[3]} apart, attention needs 1")
-    if region.blocks is not None and (region.block < 16 or region.block % 16):
-        raise ValueError(f"{region.node}: blocks of {region.block} keys; attention takes multiples of 16")

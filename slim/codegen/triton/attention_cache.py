@@ -191,8 +191,12 @@ def page(writer: Writer, region: Attention, token: str, mask: str | None) -> lis
         return []
     assert region.k_cache is not None
     size = writer.size(region.k_cache.shape[2])
-    place = address(writer, region.pages, "pages", ["b", f"({token} // {size})"])
+    lines = [f"block_of = {token} // {size}"]
+    if region.window is not None or region.pattern is not None:  # else nothing leaves, and no column is used twice
+        columns, fixed = writer.size(region.pages.shape[1]), region.fixed
+        turned = f"{fixed} + (block_of - {fixed}) % tl.maximum({columns} - {fixed}, 1)"
+        lines.append(f"block_of = tl.where(block_of < {columns}, block_of, {turned})")
+    place = address(writer, region.pages, "pages", ["b", "block_of"])
     return [
-        f"page = tl.load({place}{masked(mask, other='0')}).to(tl.int64)",
-        f"slot = {token} % {size}",
-    ]
+        *lines, f"page = tl.load({place}{masked(mask, other='0')}).to(tl.int64)", f"slot = {token} % {size}",
+    ]  # fmt: skip

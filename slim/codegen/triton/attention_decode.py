@@ -16,12 +16,14 @@ from slim.codegen.triton.attention_parts import (
     address,
     column,
     geometry,
+    held,
     inside,
     key_mask,
     masked,
     padded,
     start,
 )
+from slim.codegen.triton.attention_pattern import Kept
 from slim.codegen.triton.kernel import Config, Kernel
 from slim.codegen.triton.rotation import Turn
 from slim.codegen.triton.writer import Target, Writer, indented, power_of_two
@@ -39,14 +41,13 @@ class _Decode:
         self.region, self.target = region, target
         self.writer = Writer(region, target)
         self.g = geometry(region)
-        self.cached = region.start is not None
-        each_head = region.blocks is not None and region.blocks.shape[0] != 1
+        self.cached = region.k_cache is not None
         widest = max(padded(self.g.width), padded(self.g.value_width))
-        most = 1 if each_head else max(16, min(_ROWS, 16384 // widest))
-        self.share = min(self.g.share, most)  # query heads of a program
+        self.share = min(self.g.share, max(16, min(_ROWS, 16384 // widest)))  # query heads of a program
         self.parts = -(-self.g.share // self.share)
         self.rows = max(16, power_of_two(self.share))
         self.softmax = Softmax(self.writer, region, "start")
+        self.kept = Kept(self.writer, region, "u", "head[:, None]", self._works_on)
         self.turn = Turn(self.writer, region.rope, inside("d", self.g.width), padded(self.g.width))
         self.k, self.v = stored(self.writer, region, self.g.dtype, {})
 
@@ -56,7 +57,7 @@ class _Decode:
         splits = f"max(1, min(SPLITS, {4 * self.target.processors} // ({pairs})))"
         body = [
             *self._program(), *self._span(), "if split < busy:",
-            *indented([*self._queries(), *self._loop(), *self._newest(), *self._end()]),
+            *indented([*self._queries(), *self._context(), *self._end()]),
         ]  # fmt: skip
         scratch = f"(SPLITS > 1) * {pairs} * {splits} * {self.share * (self.g.value_width + 2)}"
         return self.writer.kernel(
@@ -67,8 +68,6 @@ class _Decode:
         """The first fills the machine with a batch of one."""
         size = max(padded(self.g.width), padded(self.g.value_width)) * self.g.bytes
         block = max(16, min(64, 16384 // size))
-        if self.region.blocks is not None:
-            block = min(block, self.region.block & -self.region.block)
         fills = 2 * self.target.processors // (self.g.kv_heads * self.parts)
         splits = max(1, min(64, power_of_two(fills + 1) // 2))
         found: list[Config] = []
@@ -86,15 +85,14 @@ class _Decode:
     def _program(self) -> list[str]:
         """Whose queries it works on, and how many tokens there are."""
         region, kv_heads, parts = self.region, self.g.kv_heads, self.parts
-        begin = self.writer.size(region.start) if region.start is not None else "0"
         group = "pair" if parts == 1 else f"pair // {parts}"
         rest = [f"part * {self.share} + row < {self.g.share}"] if self.g.share % self.share else []
         row_in = " & ".join(f"({condition})" for condition in [f"row < {self.share}", *rest])
         return [
             "pair = tl.program_id(0)", "split = tl.program_id(1)", *([f"part = pair % {parts}"] if parts > 1 else []),
             f"g = {group} % {kv_heads}", f"b = (pair // {parts * kv_heads}).to(tl.int64)",
-            f"start = tl.cast({begin}, tl.int32)", f"row = tl.arange(0, {self.rows})", f"row_in = {row_in}",
-            f"head = {self._head('row')}", *self.g.channels(),
+            f"start = tl.cast({held(self.writer, region)}, tl.int32)", f"row = tl.arange(0, {self.rows})",
+            f"row_in = {row_in}", f"head = {self._head('row')}", *self.g.channels(),
         ]  # fmt: skip
 
     def _span(self) -> list[str]:
@@ -107,46 +105,71 @@ class _Decode:
             lines[1] = f"end = {keys}" if limit is None else f"end = tl.minimum({keys}, {limit})"
         elif region.window is not None:
             lines[0] = f"lo = tl.maximum(start - {region.window - 1}, 0)"
-        if region.blocks is None:
-            lines.append("tiles = tl.cdiv(end - lo, BLOCK_T)")
-        else:
-            lines += [*block_list(self.writer, region, "head_of_list", "start"), self._tiles_of_list()]
-            if region.blocks.shape[0] != 1:
-                lines.insert(2, f"head_of_list = g * {self.g.share} + part" if self.parts > 1 else "head_of_list = g")
+        tiles = ["tiles = tl.cdiv(end - lo, BLOCK_T)"]
+        if self.kept:
+            keys = "keys = start + 1" if self.cached else "keys = end"
+            lines = [
+                lines[1], keys, *self.kept.begin(), "u = start - origin", "u_first = u", "u_last = u",
+                *self.kept.bounds("BLOCK_T"),
+            ]  # fmt: skip
+            tiles = ["tiles = ahead // BLOCK_T + tl.cdiv(tl.maximum(tl.minimum(end, until) - lo, 0), BLOCK_T)"]
         return [
-            *lines, "each = tl.maximum(tl.cdiv(tiles, tl.num_programs(1)), 1)",
+            *lines, *tiles, "each = tl.maximum(tl.cdiv(tiles, tl.num_programs(1)), 1)",
             "busy = tl.maximum(tl.cdiv(tiles, each), 1)",
         ]  # fmt: skip
 
-    def _tiles_of_list(self) -> str:
-        return f"tiles = count * ({self.region.block} // BLOCK_T)"
+    def _works_on(self, first: int, last: int) -> str:
+        head = "g" if self.g.share == 1 else f"g * {self.g.share}"
+        return f"({head} <= {last}) & ({head} + {self.g.share} > {first})"
 
     def _queries(self) -> list[str]:
         return [
             *self.turn.begin(), *self.turn.angles(None),
             *self.turn.load("q_new", self.region.q, "q", ["b", "head[:, None]", None], "row_in[:, None]"),
             *self.softmax.begin("head", "[:, None]", "row_in"), *start(str(self.rows), self.g),
+            *self.softmax.limit("start + 1" if self.cached else "end"),
+            *self.k.begin("BLOCK_T"), *self.v.begin("BLOCK_T"),
         ]  # fmt: skip
 
     # -- the context ---------------------------------------------------------------------------------------------------
 
+    def _context(self) -> list[str]:
+        """All keys; every head keeps the newest one, so that a tile can be skipped for it."""
+        return [*self._newest(), *self._loop()] if self.region.skip else [*self._loop(), *self._newest()]
+
     def _loop(self) -> list[str]:
-        region = self.region
+        region, begin, end = self.region, "split * each", "tl.minimum((split + 1) * each, tiles)"
         first = "first = lo + tile * BLOCK_T"
-        if region.blocks is not None:
-            first = f"first = tl.load(list_at + tile * BLOCK_T // {region.block}) * {region.block}"
-            first += f" + tile * BLOCK_T % {region.block}"
-        there = "(t < end) & (t >= lo)" if region.blocks is not None and region.window is not None else "t < end"
+        if self.kept:
+            first = "first = tl.where(tile * BLOCK_T < ahead, tile * BLOCK_T, lo + tile * BLOCK_T - ahead)"
+        there = "t < end"
+        if self.kept and region.window is not None:
+            there = f"(t < end) & (t > start - {region.window})"
+        tile = [f"tile = {end} - 1 - back"] if region.skip else []  # what scores high early lets more be skipped
+        visit = self._visit()
+        if self.kept.is_tested:
+            visit = [f"if {self.kept.worth()}:", *indented(visit)]
         body = [
-            first, "t = first + tl.arange(0, BLOCK_T)", f"there = {there}", *page(self.writer, region, "t", "there"),
-            *self.k.load("there"), f"s = tl.dot(q_new, tl.trans(key){self.g.precision})",
-            *([] if self.k.scale is None else ["s = s * k_scales[None, :]"]),
-            *self._scores(["there[None, :]"], "there"), *self.softmax.step(guarded=True), *self.v.load("there"),
+            *tile, first, "t = first + tl.arange(0, BLOCK_T)", f"there = {there}", *self.kept.tile("BLOCK_T"), *visit
+        ]  # fmt: skip
+        span = f"back in range(0, {end} - {begin})" if region.skip else f"tile in range({begin}, {end})"
+        return [f"for {span}:", *indented(body)]
+
+    def _visit(self) -> list[str]:
+        """One tile of keys, and of values where they may count."""
+        values = [
+            *self.softmax.step(guarded=True), *self.v.load("there"),
             *([] if self.v.scale is None else ["p = p * v_scales[None, :]"]),
             f"acc = tl.dot(p.to({self.g.dtype}), value, acc{self.g.precision})",
         ]  # fmt: skip
-        span = "range(split * each, tl.minimum((split + 1) * each, tiles))"
-        return [*self.k.begin("BLOCK_T"), *self.v.begin("BLOCK_T"), f"for tile in {span}:", *indented(body)]
+        if self.region.skip:
+            values = [*self.softmax.enough(), "if enough:", *indented(values)]
+        return [
+            *page(self.writer, self.region, "t", "there"), *self.k.load("there"),
+            f"s = tl.dot(q_new, tl.trans(key){self.g.precision})",
+            *([] if self.k.scale is None else ["s = s * k_scales[None, :]"]),
+            *self._scores(["there[None, :]", *self.kept.seen()], "there"), *values,
+        ]  # fmt: skip
 
     def _scores(self, seen: Sequence[str], mask: str | None) -> list[str]:
         region = self.region
@@ -164,7 +187,6 @@ class _Decode:
         region = self.region
         writes = "(part == 0)" if self.parts > 1 else None
         place = address(self.writer, region.v, "v", ["b", "g", None, "e[None, :]"])
-        seen = [] if region.blocks is None else [f"tl.sum((listed == start // {region.block}).to(tl.int32), 0) > 0"]
         body = [
             "at = start.to(tl.int64) + tl.arange(0, 1)", "t = start + tl.arange(0, 1)",
             *page(self.writer, region, "t", None),
@@ -173,7 +195,7 @@ class _Decode:
             f"v_new = tl.load({place}{masked(across(inside('e', self.g.value_width)), other='0.0')})",
             *self.k.append("1", None, writes), *self.v.append("1", None, writes),
             "s = tl.sum(q_new.to(tl.float32) * k_new.to(tl.float32), 1, keep_dims=True)",
-            *self._scores(seen, None), *self.softmax.step(guarded=True), "acc += p * v_new.to(tl.float32)",
+            *self._scores([], None), *self.softmax.step(guarded=True), "acc += p * v_new.to(tl.float32)",
         ]  # fmt: skip
         return ["if split == busy - 1:", *indented(body)]
 
@@ -241,17 +263,3 @@ class _Decode:
         parts = [f"g * {self.g.share}"] if self.g.kv_heads > 1 else []
         parts += [f"part * {self.share}"] if self.parts > 1 else []
         return " + ".join([*parts, row])
-
-
-def block_list(writer: Writer, region: Attention, head: str, query: str) -> list[str]:
-    """``list_at``: the blocks of keys that query number ``query`` sees; ``listed`` in registers; their ``count``."""
-    assert region.blocks is not None
-    most = int(region.blocks.shape[2])
-    each_head = region.blocks.shape[0] != 1
-    place = address(writer, region.blocks, "blocks", [head if each_head else None, f"({query} // {region.block})"])
-    entry = f"tl.arange(0, {power_of_two(most)})"
-    mask = f", mask={entry} < {most}, other=-1" if power_of_two(most) != most else ""
-    return [
-        f"list_at = {place}", f"listed = tl.load(list_at + {entry}{mask})",
-        "count = tl.sum((listed >= 0).to(tl.int32), 0)",
-    ]  # fmt: skip

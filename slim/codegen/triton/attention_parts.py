@@ -114,6 +114,13 @@ def terms(writer: Writer, strides: Sequence[Size], indices: Sequence[str | None]
     return found
 
 
+def held(writer: Writer, region: Attention) -> str:
+    """How many keys row ``b`` has from before."""
+    if region.lengths is not None:
+        return f"tl.load({address(writer, region.lengths, 'lengths', ['b'])})"
+    return "0" if region.start is None else writer.size(region.start)
+
+
 # -- scores ------------------------------------------------------------------------------------------------------------
 
 
@@ -161,6 +168,19 @@ class Softmax:
         if seen:
             lines.append(f's = tl.where({" & ".join(seen)}, s, float("-inf"))')
         return lines
+
+    def limit(self, keys: str) -> list[str]:
+        """``limit``: log 2 of the share that one key must reach to count, so that all that is left out is ``skip``."""
+        skip = self._region.skip
+        return [f"limit = tl.log2({number(skip)} / tl.maximum({keys}, 1).to(tl.float32))"] if skip else []
+
+    def enough(self) -> list[str]:
+        """``enough``: whether a key of the tile may hold more than that share in one of the rows ``row_in``."""
+        most = f"tl.max(s, 1){self._factor}"
+        return [
+            f"highest = {most}", 'looks = row_in & (highest > float("-inf"))',
+            'enough = tl.max(tl.where(looks, highest - top, float("-inf")), 0) >= limit',
+        ]  # fmt: skip
 
     def step(self, guarded: bool) -> list[str]:
         """``p``, the exponentials of ``s``, and what is left of the values so far.

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from slim.codegen.regions.schedule import Attention
 from slim.codegen.regions.views import Buffer, View
 from slim.codegen.triton.attention_cache import less_offset, page, stored
-from slim.codegen.triton.attention_decode import block_list
 from slim.codegen.triton.attention_parts import (
     Softmax,
     across,
     address,
     geometry,
+    held,
     inside,
     key_mask,
     masked,
     padded,
     start,
 )
+from slim.codegen.triton.attention_pattern import Kept
 from slim.codegen.triton.kernel import Config, Kernel
 from slim.codegen.triton.rotation import Turn
 from slim.codegen.triton.writer import Target, Writer, indented
@@ -48,11 +49,11 @@ def _append(region: Attention, target: Target, kept: dict[str, View]) -> Kernel:
     k, v = stored(writer, region, g.dtype, kept)
     tokens = writer.size(region.k.shape[2])
     turn = Turn(writer, region.rope, inside("d", g.width), padded(g.width))
-    begin = "0" if region.start is None else writer.size(region.start)
     row, rows = "token[:, None]", "there[:, None]"
     lines = [
         "token = tl.program_id(0).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)", f"there = token < {tokens}",
-        "g = tl.program_id(1)", "b = tl.program_id(2).to(tl.int64)", f"at = token + tl.cast({begin}, tl.int64)",
+        "g = tl.program_id(1)", "b = tl.program_id(2).to(tl.int64)",
+        f"at = token + tl.cast({held(writer, region)}, tl.int64)",
         *g.channels(), *page(writer, region, "at", "there"), *turn.begin(), *turn.angles(row, rows), *k.begin(None),
         *turn.load("k_new", region.k, "k", ["b", "g", row], rows), *less_offset(writer, region, g.width),
         *k.append("BLOCK_S", "there"),
@@ -76,6 +77,7 @@ class _Prefill:
         self.writer = Writer(region, target)
         self.g = geometry(region)
         self.softmax = Softmax(self.writer, region, "index[:, None]")
+        self.kept = Kept(self.writer, region, "u[:, None]", "h", lambda first, last: f"(h >= {first}) & (h <= {last})")
         self.turn = Turn(self.writer, region.rope, inside("d", self.g.width), padded(self.g.width))
         self.k, self.v = stored(self.writer, region, self.g.dtype, kept)
 
@@ -83,8 +85,6 @@ class _Prefill:
         size = self.writer.size
         queries = size(self.region.q.shape[2])
         tiles = f"triton.cdiv({queries}, BLOCK_M)"
-        if self.region.blocks is not None and self.region.start is not None:
-            tiles += " + 1"  # tiles begin at multiples of BLOCK_M of all tokens
         grid = [tiles, str(self.g.heads), size(self.region.q.shape[0])]
         body = [*self._program(queries), *self._queries(), *self._loops(), *self._end()]
         return self.writer.kernel("attention_prefill", body, self._configs(), grid)
@@ -95,9 +95,8 @@ class _Prefill:
         if width <= 64 and self.region.key_mask is not None:  # the mask takes registers too
             choices = (*choices[3:], *choices[:3])
         found: list[Config] = []
-        limit = self.region.block & -self.region.block if self.region.blocks is not None else 128
         for m, n, warps, stages in choices:
-            config = dict(BLOCK_M=min(m, limit), BLOCK_N=min(n, limit), num_warps=warps, num_stages=stages)
+            config = dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
             if config not in found:
                 found.append(config)
         return found
@@ -107,23 +106,25 @@ class _Prefill:
     def _program(self, queries: str) -> list[str]:
         """``i`` are its queries in the call, ``index`` in all of the tokens; those that read most keys come first."""
         region = self.region
-        begin = "0" if region.start is None else self.writer.size(region.start)
         lines = [
             "m = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M", "h = tl.program_id(1)",
             "b = tl.program_id(2).to(tl.int64)", f"g = h // {self.g.share}" if self.g.share > 1 else "g = h",
-            f"start = tl.cast({begin}, tl.int32)",
+            f"start = tl.cast({held(self.writer, region)}, tl.int32)",
         ]  # fmt: skip
-        if region.start is None:
+        if region.k_cache is None:
             lines.append(f"keys = tl.cast({self.writer.size(region.k.shape[2])}, tl.int32)")
         else:
             lines.append(f"keys = start + {queries}")
-        if region.blocks is not None and region.start is not None:
-            lines.append("m -= start % BLOCK_M")
-            there = f"(i >= 0) & (i < {queries})"
-        else:
-            there = f"i < {queries}"
+        kept = []
+        if self.kept:
+            last = f"tl.minimum(m + BLOCK_M, {queries}) - 1"
+            kept = [
+                *self.kept.begin(), "u = index - origin", "u_first = start + m - origin",
+                f"u_last = start + {last} - origin",
+            ]  # fmt: skip
         return [
-            *lines, "i = m + tl.arange(0, BLOCK_M)", f"row_in = {there}", "index = start + i", *self.g.channels(),
+            *lines, "i = m + tl.arange(0, BLOCK_M)", f"row_in = i < {queries}", "index = start + i", *kept,
+            *self.g.channels(),
         ]  # fmt: skip
 
     def _queries(self) -> list[str]:
@@ -132,17 +133,22 @@ class _Prefill:
             *self.turn.begin(), *self.turn.angles(row, "row_in[:, None]"),
             *self.turn.load("q_new", self.region.q, "q", ["b", "h", row], "row_in[:, None]"),
             *self.softmax.begin("h", ""), *start("BLOCK_M", self.g), *self.k.begin("BLOCK_N"), *self.v.begin("BLOCK_N"),
+            *self.softmax.limit("keys"),
         ]  # fmt: skip
 
     # -- the keys ------------------------------------------------------------------------------------------------------
 
     def _loops(self) -> list[str]:
         """Tiles that all queries see whole are read without asking; those at the edges of what is seen with."""
-        if self.region.blocks is not None:
-            return self._listed()
         lines, edges = self._bounds()
-        for begin, end, edge in edges:
-            lines += [f"for first in range({begin}, {end}, BLOCK_N):", *indented(self._tile(edge))]
+        for begin, end, edge in reversed(edges) if self.region.skip else edges:
+            body = self._tile(edge)
+            if not self.region.skip:
+                lines += [f"for first in range({begin}, {end}, BLOCK_N):", *indented(body)]
+                continue
+            # what scores high early lets more be skipped
+            first = f"first = {begin} + (tl.cdiv({end} - {begin}, BLOCK_N) - 1) * BLOCK_N - back"
+            lines += [f"for back in range(0, {end} - {begin}, BLOCK_N):", *indented([first, *body])]
         return lines
 
     def _bounds(self) -> tuple[list[str], list[tuple[str, str, bool]]]:
@@ -155,6 +161,9 @@ class _Prefill:
             hi, full = [*hi, far], [*full, f"{near} + 1"]
         elif window is not None:
             hi, full = [*hi, f"{far} - 1 + {window}"], [*full, f"{near} + {window}"]
+        if self.kept:
+            last = f"hi = {_least([*hi, 'until'])}"
+            return [*self.kept.bounds("BLOCK_N"), last], [("0", "tl.minimum(ahead, hi)", True), ("lo", "hi", True)]
         lines = [f"hi = {_least(hi)}", f"full = {_least(full)} // BLOCK_N * BLOCK_N"]
         if window is None:
             return lines, [("0", "full", False), ("full", "hi", True)]
@@ -166,16 +175,14 @@ class _Prefill:
         ]  # fmt: skip
         return lines, [("lo", "tl.minimum(whole, hi)", True), ("whole", "full", False), ("full", "hi", True)]
 
-    def _listed(self) -> list[str]:
-        region = self.region
-        first = f"first = tl.load(list_at + tile * BLOCK_N // {region.block}) * {region.block}"
-        body = [f"{first} + tile * BLOCK_N % {region.block}", *self._tile(edge=True)]
-        return [
-            *block_list(self.writer, region, "h", "tl.minimum(start + m, keys - 1)"),
-            f"for tile in range(0, count * ({region.block} // BLOCK_N)):", *indented(body),
-        ]  # fmt: skip
-
     def _tile(self, edge: bool) -> list[str]:
+        there = ["there = t < keys"] if edge else []
+        visit = self._visit(edge)
+        if self.kept.is_tested:
+            visit = [f"if {self.kept.worth()}:", *indented(visit)]
+        return ["t = first + tl.arange(0, BLOCK_N)", *there, *self.kept.tile("BLOCK_N"), *visit]
+
+    def _visit(self, edge: bool) -> list[str]:
         region = self.region
         there = "there" if edge else None
         seen = self._seen() if edge else ["counts[None, :]"] if region.key_mask is not None else []
@@ -184,17 +191,20 @@ class _Prefill:
             row = "tl.cast(i, tl.int64)[:, None]"
             place = address(self.writer, region.bias, "bias", ["b", "h", row, "t[None, :]"])
             bias = f"tl.load({place}{masked('row_in[:, None]', across(there), other='0.0')})"
+        values = [
+            *self.softmax.step(guarded=bool(seen) or bias is not None), *self.v.load(there),
+            *([] if self.v.scale is None else ["p = p * v_scales[None, :]"]),
+            f"acc = tl.dot(p.to({self.g.dtype}), value, acc{self.g.precision})",
+        ]  # fmt: skip
+        if region.skip:
+            values = [*self.softmax.enough(), "if enough:", *indented(values)]
         return [
-            "t = first + tl.arange(0, BLOCK_N)", *(["there = t < keys"] if edge else []),
             *page(self.writer, region, "t", there), *self.k.load(there),
             f"s = tl.dot(q_new, tl.trans(key){self.g.precision})",
             *([] if self.k.scale is None else ["s = s * k_scales[None, :]"]),
             *key_mask(self.writer, region, there),
             *(["place = tl.where(counts, t, 1 << 30)"] if region.key_mask is not None and edge else []),
-            *self.softmax.scores(seen, bias),
-            *self.softmax.step(guarded=bool(seen) or bias is not None), *self.v.load(there),
-            *([] if self.v.scale is None else ["p = p * v_scales[None, :]"]),
-            f"acc = tl.dot(p.to({self.g.dtype}), value, acc{self.g.precision})",
+            *self.softmax.scores(seen, bias), *values,
         ]  # fmt: skip
 
     def _seen(self) -> list[str]:
@@ -207,6 +217,7 @@ class _Prefill:
             seen = ["there[None, :]", f"({place}[None, :] - index[:, None] < {window})"]
         else:
             seen = ["counts[None, :]" if self.region.key_mask is not None else "there[None, :]"]
+        seen += self.kept.seen()
         return seen if window is None else [*seen, f"(index[:, None] - t[None, :] < {window})"]
 
     def _end(self) -> list[str]:

@@ -53,16 +53,16 @@ if tl.atomic_add(arrived + row, 1, sem="acq_rel") == PIECES - 1:  # the last of 
     tl.store(finished + row, ((ended != 0) | (tl.sum(ending.to(tl.int32), 0) > 0)).to(tl.int8))
     tl.store(steps + row, step + 1)
     {advance}
-    if row == 0:
-        tl.store(live + LENGTH, tl.load(live + LENGTH) + 1)
+    {grow}
 """
 
 
 class GreedyCall:
     """A bound step of a language model, to be repeated on the likeliest tokens."""
 
-    def __init__(self, call: BoundCall, feedback: Feedback, ends: Ends, length: int) -> None:
+    def __init__(self, call: BoundCall, feedback: Feedback, ends: Ends, length: int | None) -> None:
         self._call = call
+        self._lengths = None if feedback.lengths is None else call.inputs[feedback.lengths]
         self._length = length
         self._ends = ends
         self._tokens = call.inputs[feedback.tokens]
@@ -81,7 +81,8 @@ class GreedyCall:
         steps = min(steps, _MOST)
         self._steps.zero_()
         self._finished.copy_(self._ends.finished)
-        self._call.live[self._length].fill_(held + 1)
+        if self._length is not None:
+            self._call.live[self._length].fill_(held + 1)
         if self._positions is not None:
             self._positions += 1
         for _ in range(steps):
@@ -90,6 +91,8 @@ class GreedyCall:
         made = self._made(steps)
         if self._positions is not None:
             self._positions -= 1 + steps - made
+        if self._lengths is not None:
+            self._lengths -= steps - made
         self._ends.finished.copy_(self._finished)
         return self._chosen[:made].clone()
 
@@ -120,16 +123,18 @@ class GreedyCall:
         }  # fmt: skip
         if self._positions is not None:
             memory["positions"] = self._positions
+        if self._lengths is not None:
+            memory["lengths"] = self._lengths
         pointers = [memory[pointer.name] for pointer in kernel.pointers]
         return Launch(modules.load(kernel), pointers, [batch, self._ends.pad], kernel.configs[0])
 
 
-def choose(vocabulary: int, logits: torch.dtype, ends: int, length: int, positioned: bool) -> Kernel:
+def choose(vocabulary: int, logits: torch.dtype, ends: int, length: int | None, positioned: bool) -> Kernel:
     """The kernel that chooses a token a row and makes it the next step's input.
 
     Args:
         ends: how many tokens end a row, a power of two.
-        length: place of the number of keys among the live dimensions.
+        length: place of the number of keys among the live dimensions; None over pages, where each row has its own.
         positioned: whether the step takes positions.
     """
     types = {
@@ -140,13 +145,18 @@ def choose(vocabulary: int, logits: torch.dtype, ends: int, length: int, positio
     if positioned:
         types["positions"] = "i64"
         advance = "tl.store(positions + row, tl.load(positions + row) + 1)"
+    grow = "tl.store(lengths + row, tl.load(lengths + row) + 1)"
+    if length is None:
+        types["lengths"] = "i64"
+    else:
+        grow = "if row == 0:\n        tl.store(live + LENGTH, tl.load(live + LENGTH) + 1)"
     pieces = -(-vocabulary // _BLOCK)
     constants = {
         "BLOCK": _BLOCK, "VOCABULARY": vocabulary, "PIECES": pieces, "PIECES_BLOCK": power_of_two(pieces),
-        "ENDS": ends, "LENGTH": length, "num_warps": 8,
+        "ENDS": ends, **({} if length is None else {"LENGTH": length}), "num_warps": 8,
     }  # fmt: skip
     title = ["the likeliest token of each row, which the next step begins with"]
-    body = _CHOOSE.format(advance=advance).splitlines()
+    body = _CHOOSE.format(advance=advance, grow=grow).splitlines()
     pointers = [Pointer(name, dtype, "given") for name, dtype in types.items()]
     return Kernel("choose", title, body, pointers, {"rows": B, "pad": B}, [constants], ["rows", "PIECES"])
 
@@ -161,12 +171,14 @@ def _padded(ends: Tensor) -> Tensor:
 def greedy_call(call: BoundCall, feedback: Feedback, mask: Tensor | None, ends: Ends) -> GreedyCall | None:
     """None where a step has parts that PyTorch runs, or sizes that more than the mask decides."""
     executable = call.executable
+    logits = executable.schedule.outputs[feedback.logits]
+    if executable.schedule.foreign or logits.dtype not in FLOAT_FORMATS:
+        return None
+    if feedback.lengths is not None:
+        return GreedyCall(call, feedback, ends, None)
     if mask is None or feedback.mask is None:
         return None
     live = executable.unit.live
     owners = {owner: name for name, owner in executable.schedule.dims.items()}
     length = owners.get((feedback.mask, 1))
-    logits = executable.schedule.outputs[feedback.logits]
-    if executable.schedule.foreign or logits.dtype not in FLOAT_FORMATS or length not in live:
-        return None
-    return GreedyCall(call, feedback, ends, live.index(length))
+    return GreedyCall(call, feedback, ends, live.index(length)) if length in live else None

@@ -12,13 +12,14 @@ from slim.codegen.regions.lower import Wants
 from slim.codegen.regions.schedule import Attention, Foreign, Linear, Norm, Reduce, Region, Schedule
 from slim.codegen.regions.views import Size
 from slim.codegen.triton import attention, linear, loops  # noqa: F401  they register what writes each region
+from slim.codegen.triton.attention_pattern import TAKEN
 from slim.codegen.triton.kernel import Kernel, Stage
 from slim.codegen.triton.weights import QUANTIZED
 from slim.codegen.triton.writer import WRITERS, Target
 
 WANTS = Wants(
     wide=False, packed=False, formats=frozenset({"f32", "bf16", "f16", *QUANTIZED}), int8_rows=True, own_steps=True,
-    requantises=True, pitched=True,
+    requantises=True, pitched=True, terms=TAKEN,
 )  # fmt: skip
 
 
@@ -85,7 +86,7 @@ def _space(region: Region) -> tuple[Size, ...]:
     if isinstance(region, Linear):
         return region.source.view.shape
     if isinstance(region, Attention):
-        return region.q.shape if region.start is not None else (*region.q.shape, *region.k.shape)
+        return region.q.shape if region.k_cache is not None else (*region.q.shape, *region.k.shape)
     if isinstance(region, Foreign):
         return tuple(size for view in region.dtypes for size in view.shape)
     return ()

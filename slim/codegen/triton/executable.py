@@ -267,7 +267,8 @@ class BoundCall:
 
     def _tensor(self, view: View) -> Tensor:
         shape, strides = ([self.size(n) for n in sizes] for sizes in (view.shape, view.strides))
-        return self._memory[view.buffer].as_strided(shape, strides, self.size(view.offset))
+        memory = self._memory[view.buffer]  # itself a part of the arena, or of a tensor of the caller's
+        return memory.as_strided(shape, strides, memory.storage_offset() + self.size(view.offset))
 
 
 def _temps(part: Kernel | Foreign) -> list[Buffer]:

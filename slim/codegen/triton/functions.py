@@ -138,3 +138,19 @@ def from_fp8(bits):
     wide = bits.to(tl.int16)
     half = (((wide & 0x80) << 8) | ((wide & 0x7F) << 7)).to(tl.float16, bitcast=True)
     return half.to(tl.float32) * 256.0
+
+
+@triton.jit
+def draws(block, head, low, high, count: tl.constexpr, seed: tl.constexpr):
+    """Whether a head draws one of the blocks from ``low`` to ``high`` for a block of queries: Random in patterns."""
+    x = ((block + head) * 0).to(tl.uint32)  # of the shape of both
+    found = (x > 0) & (low > high)
+    for number in tl.static_range(count):
+        start: tl.constexpr = (seed * 0x9E3779B1 + number * 0x27D4EB2F) & 0xFFFFFFFF
+        x = block.to(tl.uint32) * 0xC2B2AE3D + head.to(tl.uint32) * 0x85EBCA77 + start
+        x = (x ^ (x >> 15)) * 0x2C1B3C6D
+        x = (x ^ (x >> 12)) * 0x297A2D39
+        x = x ^ (x >> 15)
+        chosen = (x % tl.maximum(block, 1).to(tl.uint32)).to(tl.int32)
+        found = found | ((chosen >= low) & (chosen <= high) & (block > 0))
+    return found

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.pairs import RandomPairs
 from slim.codegen.regions.lower import lower
-from slim.codegen.regions.schedule import Linear, Schedule
+from slim.codegen.regions.schedule import Attention, Linear, Schedule
 from slim.codegen.triton.ahead import compile_for
 from slim.codegen.triton.decoding import choose
 from slim.codegen.triton.device import ahead
@@ -24,7 +24,8 @@ from slim.compiler.lift import lift
 from slim.compiler.passes_base import Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.uses import UNPACKS
-from slim.runtime.binding import bind_cache
+from slim.passes.sparse_attention import SparseAttention
+from slim.runtime.binding import Paging, bind_cache
 from tests.programs import program
 
 # Llama 3.2 1B, but for the number of layers, which share their kernels, and the vocabulary, which only decides how
@@ -54,6 +55,16 @@ def pairs(*passes: Pass) -> Schedule:
     schedule = lower(bind_cache(lifted, masked=False, last_only=True), WANTS)
     placing = [r for r in schedule.regions if isinstance(r, Linear) and any(part.placed for part in r.parts)]
     schedule.regions = [placing[0], placing[4], placing[-1]]  # q, k and v; pivots and others that a residual reads
+    return schedule
+
+
+def sparse(text: str, skip: float, paging: Paging | None) -> Schedule:
+    """Attention of the same Llama by a pattern."""
+    torch.manual_seed(0)
+    lifted = lift(LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).eval())
+    SparseAttention(text, skip=skip).run(lifted, Context())
+    schedule = lower(bind_cache(lifted, masked=paging is None, last_only=True, bits=8, paging=paging), WANTS)
+    schedule.regions = [region for region in schedule.regions if isinstance(region, Attention)]
     return schedule
 
 
@@ -122,6 +133,8 @@ def facts(kernel: Kernel, arch: str, sizes: dict[str, int] | None = None) -> dic
 
 def main(*archs: str) -> None:
     schedules = {"bf16": llama(), "pairs": [pairs()]}
+    schedules["window in pages"] = [sparse("window(1024) | columns(4)", 1e-3, Paging(64))]
+    schedules["bigbird"] = [sparse("blocks(64, 3) | columns(64) | random(64, 3, 0)", 1e-3, None)]
     for format in FORMATS:
         schedules[format] = [lower(gate_and_up(format), WANTS)]
     for format in ("int8", "int4"):

@@ -28,5 +28,9 @@ def test_every_kernel_of_a_1b_llama_compiles_without_spills():
         assert kernels >= {("bf16", kind) for kind in MODEL}
         assert kernels >= {(format, kind) for format in FORMATS for kind in ("linear_one_row", "linear_few_rows")}
         assert {kind for _, kind in kernels} >= {"dequantize_weight", "round_rows"}
+        sparse = {
+            (name, f"attention_{kind}") for name in ("window in pages", "bigbird") for kind in ("decode", "prefill")
+        }
+        assert kernels >= sparse
     assert [each for each in found if each["spills"]] == []
     assert [each for each in found if each["shared"] > SHARED[each["arch"]]] == []

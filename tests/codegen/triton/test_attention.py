@@ -18,6 +18,7 @@ from slim.codegen.regions.views import Buffer, View, contiguous_strides
 from slim.codegen.triton.kernel import Config, Kernel
 from slim.codegen.triton.writer import WRITERS, Target
 from slim.compiler.dialect.attention import attend
+from slim.compiler.patterns import read_pattern
 from tests.codegen.triton.run import run
 
 B, S, T = (sympy.Symbol(name, integer=True, positive=True) for name in "BST")
@@ -49,7 +50,7 @@ class Case:
     offset: bool = False  # taken off the keys that a cache holds
     quantised: int = 0  # bits of the cache's numbers; 0 are floats
     page: int | None = None  # tokens of a page
-    blocks: int | None = None  # how many lists there are, of blocks of 16
+    pattern: str | None = None
     splits: int = 2
     scale: float = 0.3
 
@@ -89,7 +90,7 @@ class Call:
         return attend(
             self.q, self.k, self.v, options.get("key_mask"), options.get("bias"), options.get("sinks"),
             options.get("slopes"), scale=case.scale, causal=case.causal, window=case.window, softcap=case.softcap,
-            offset=case.held or 0,
+            pattern=case.pattern, offset=case.held or 0,
         )  # fmt: skip
 
     def cache(self, name: str) -> Tensor:
@@ -145,7 +146,7 @@ def called(case: Case, seed: int = 0) -> Call:
     out = given("out", (B, S, heads, values), torch.full((batch, queries, heads, values), 9.0), case.dtype)
     region = Attention(
         fx.Graph().placeholder("x"), q, k, v, out.permute((0, 2, 1, 3)), case.scale, case.causal, case.window,
-        case.softcap,
+        case.softcap, pattern=None if case.pattern is None else read_pattern(case.pattern),
     )  # fmt: skip
     q_now, k_now, v_now = (strided(view, tensors, case).float() for view in (q, k, v))
     if case.rope is not None:
@@ -178,6 +179,8 @@ def _cached(call: Call, given: Any) -> Tensor | None:
         most = -(-room // case.page)
         pages = torch.randperm(case.batch * most + 1)[: case.batch * most].reshape(case.batch, most).int()
         call.region.pages = given("pages", (B, most), pages)
+        call.region.lengths = given("lengths", (B,), torch.full((case.batch,), case.held))
+        call.region.start = None
         room, row = most * case.page, case.page
     for name in ("k", "v"):
         new = getattr(call, name)
@@ -236,27 +239,7 @@ def _options(case: Case, region: Attention, given: Any) -> dict[str, Tensor]:
         bias[:, :, :, 1] = float("-inf")
         options["bias"] = bias.expand(case.batch, -1, -1, -1)
         region.bias = given("bias", (1, case.heads, S, T), bias).expand((B, case.heads, S, T))
-    if case.blocks is not None:
-        options["bias"] = _listed(case, region, given)
     return options
-
-
-def _listed(case: Case, region: Attention, given: Any) -> Tensor:
-    """Random lists of blocks of keys, each with that of the query itself; as a mask [1, H, S, T]."""
-    assert case.blocks is not None
-    many = -(-case.total // 16)
-    looks = torch.rand(case.blocks, many, many) < 0.5
-    looks |= torch.eye(many, dtype=torch.bool)
-    most = int(looks.sum(-1).max()) + 1
-    lists = torch.full((case.blocks, many, most), -1, dtype=torch.int32)
-    for h in range(case.blocks):
-        for row in range(many):
-            found = looks[h, row].nonzero().flatten()
-            lists[h, row, : len(found)] = found.int()
-    region.blocks, region.block = given("blocks", tuple(lists.shape), lists), 16
-    index = torch.arange(case.queries) + (case.held or 0)
-    mask = looks[:, index // 16][:, :, torch.arange(case.total) // 16]
-    return mask.expand(case.heads, -1, -1)[None]
 
 
 def check(case: Case, seed: int = 0) -> Call:
@@ -308,9 +291,10 @@ DECODE = {
     "pages": Case(page=8, held=40, rope="half", padding=3),
     "pages_of_bytes": Case(page=16, held=40, quantised=8),
     "pages_of_half_bytes": Case(page=4, held=30, quantised=4, window=12),
-    "lists_for_all_heads": Case(blocks=1, held=69, rope="half"),
-    "lists_for_each_head": Case(blocks=4, held=69, window=40),
-    "lists_in_pages": Case(blocks=1, held=50, page=8),
+    "window_and_columns": Case(pattern="window(7) | columns(2)", held=69, rope="half"),
+    "heads_that_differ": Case(pattern="0: dense; 1: window(6); 2-3: stride(9) | columns(3)", held=69, window=40),
+    "blocks_in_pages": Case(pattern="blocks(16, 1) | summary(16, 3)", held=50, page=8, padding=3),
+    "random_blocks": Case(pattern="window(3) | random(8, 2, 5)", held=77, padding=5),
 }
 PREFILL = {
     "whole_prompt": Case(held=0, queries=37, rope="half"),
@@ -340,10 +324,12 @@ PREFILL = {
     "half_bytes": Case(quantised=4, queries=20, rope="half", value_width=40),
     "pages": Case(page=8, queries=20, rope="half", padding=3),
     "pages_of_half_bytes": Case(page=4, queries=20, quantised=4, dtype=BF16),
-    "lists": Case(blocks=1, held=None, queries=50),
-    "lists_for_each_head": Case(blocks=4, held=None, queries=50, causal=False),
-    "lists_after_an_uneven_start": Case(blocks=4, held=21, queries=30, rope="half"),
-    "lists_of_bytes_in_pages": Case(blocks=1, held=37, queries=20, page=8, quantised=8, window=30),
+    "window_and_columns": Case(pattern="window(7) | columns(2)", held=None, queries=50, padding=3),
+    "longformer": Case(pattern="window(5) | columns(40) | rows(3)", held=None, queries=50, causal=False),
+    "bigbird": Case(pattern="blocks(8, 2) | columns(8) | random(8, 2, 5)", held=None, queries=50, causal=False),
+    "heads_that_differ": Case(pattern="0: dense; 1: stride(9); 2-3: window(4)", held=21, queries=30, rope="half"),
+    "bytes_in_pages": Case(pattern="stride(40)", held=37, queries=20, page=8, quantised=8, window=30),
+    "random_after_padding": Case(pattern="window(3) | random(8, 2, 5)", held=41, queries=30, padding=5),
 }
 
 
@@ -405,11 +391,4 @@ def test_channels_that_are_not_side_by_side_are_refused() -> None:
     region = called(Case()).region
     region.q = View(region.q.buffer, region.q.shape, (*contiguous_strides(region.q.shape)[:3], 2))
     with pytest.raises(ValueError, match="channels of q lie 2 apart"):
-        WRITERS[Attention](region, Target(["T"]))
-
-
-def test_blocks_that_no_tile_fits_are_refused() -> None:
-    region = called(Case(blocks=1)).region
-    region.block = 24
-    with pytest.raises(ValueError, match="multiples of 16"):
         WRITERS[Attention](region, Target(["T"]))
