@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -524,3 +525,44 @@ def test_an_encoder_decoder_is_refused_with_the_reason():
     config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
     with pytest.raises(errors.UnsupportedModel, match="encoder-decoder"):
         lift(T5ForConditionalGeneration(config))
+
+
+# -- graphs that are functions as they stand ---------------------------------------------------------------------------
+
+
+class Aliasing(nn.Module):
+    """Calls of which some return a view, or their argument, and none writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 16)
+
+    def forward(self, x):
+        a, b = self.linear(x).chunk(2, -1)
+        a = F.dropout(a.to(torch.float64).to(x.device), 0.5, self.training).contiguous()
+        return (a * b.to(a.dtype)).reshape(x.shape[0], x.shape[1], 2, -1).float()
+
+
+def test_what_writes_into_nothing_is_traced_once_and_gives_the_same_operations(monkeypatch):
+    model, x = Aliasing().eval(), torch.randn(2, 5, 8)
+    exporting = sys.modules["slim.compiler.lift.export"]  # the package has a function of that name
+    monkeypatch.setattr(exporting, "is_functional", lambda graph: False)
+    traced_twice = lift(model, x)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", None)
+    once = lift(model, x)
+    assert [node.target for node in once.nodes()] == [node.target for node in traced_twice.nodes()]
+    torch.testing.assert_close(once.run(x)[0], model(x))
+
+
+@pytest.mark.parametrize("writes", ["x.clone().mul_(2)", "F.dropout(x, 0.5)", "x.flatten(0, 1) * 2"])
+def test_what_writes_or_is_not_known_is_taken_apart_by_torch(writes):
+    from slim.compiler.lift.functional import is_functional
+
+    class Writing(nn.Module):
+        def forward(self, x):
+            return eval(writes)
+
+    exported = torch.export.export(Writing().eval(), (torch.randn(3, 4, 8),))
+    assert not is_functional(exported.graph)
+    assert is_functional(exported.run_decompositions({}).graph)
