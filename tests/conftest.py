@@ -49,7 +49,8 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     # xdist gives each worker a folder inside the run's own: one level up, all share what one has built.
     run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLIM_CACHE", str(run / "slim-cache"))
+        # Builds are named by what they were made of, so that those of an earlier run, where it kept them, are right.
+        patch.setenv("SLIM_CACHE", os.environ.get("SLIM_TEST_CACHE") or str(run / "slim-cache"))
         yield
 
 
