@@ -18,7 +18,7 @@ demo: $(READY) ## compile a small model and show what it gained
 	$(PY) examples/demo.py
 
 test: $(READY) ## run every test (those that need a GPU skip where there is none)
-	$(PY) -m pytest -n $(JOBS)
+	$(PY) -m pytest -n $(JOBS) --dist worksteal
 
 lint: $(READY) ## check style, format and types
 	$(PY) -m ruff check .

@@ -1,6 +1,6 @@
 """torch.compile with slim's backend beside PyTorch's own: an encoder with real weights (MiniLM), one interleaved run.
 
-    python -m benchmarks.torch_compile                        # batch 8 x 128, results/torch_compile.json
+    python -m benchmarks.torch_compile                        # batch 8 x 128, results/torch_compile.json and .md
     python -m benchmarks.torch_compile --batch 1 --length 32 --rounds 9
 
 Every round times each engine in turn (A B C, A B C); best and median are printed, with how far the output is from that
@@ -66,6 +66,22 @@ def main() -> None:
         "batch": options.batch, "length": options.length, "rounds": options.rounds, "rows": rows,
     }  # fmt: skip
     options.output.write_text(json.dumps(told, indent=1) + "\n")
+    options.output.with_suffix(".md").write_text(_table(told))
+
+
+def _table(told: dict[str, Any]) -> str:
+    """The numbers as Markdown, with what they were measured on."""
+    lines = [
+        f"all-MiniLM-L6-v2, batch {told['batch']} x {told['length']}, {told['threads']} threads of",
+        f"{told['machine']['processor']}, torch {told['torch']}, {told['date']}: one interleaved run of",
+        f"{told['rounds']} rounds. Off by: the largest difference of an output from that of eager.",
+        "",
+        "| engine | best, ms | median, ms | off by |",
+        "|---|---|---|---|",
+    ]
+    for name, row in told["rows"].items():
+        lines.append(f"| {name} | {row['best_ms']:.1f} | {row['median_ms']:.1f} | {row['off']:.1e} |")
+    return "\n".join(lines) + "\n"
 
 
 def _options() -> argparse.Namespace:

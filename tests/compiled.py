@@ -1,4 +1,4 @@
-"""Compiled models that tests share: each is built and lifted once a process."""
+"""Models of the zoo that tests share: each is built, lifted and compiled once a process."""
 
 import os
 import re
@@ -12,18 +12,28 @@ import transformers
 from torch import Tensor
 
 from benchmarks import zoo
-from slim.compiler.lift import lift
+from slim.compiler.program import Program
 from slim.runtime.compiled import CompiledModel
+from tests.lifting import lift_once
 
 PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [0, 1, 1, 1, 1, 1, 1, 1, 1], [1] * 9])
 
 
 @cache
+def built(name: str) -> Any:
+    """The small random transformers model of that name in the zoo, language model or encoder; not to be changed."""
+    return zoo.build_encoder(name) if name in zoo.ENCODERS else zoo.build(name)
+
+
+def lifted(name: str) -> Program:
+    """The same lifted; a copy, so that a test may rewrite it."""
+    return lift_once(built(name))
+
+
+@cache
 def pair(name: str) -> tuple[Any, CompiledModel]:
-    """A small random transformers model, and the same compiled."""
-    torch.manual_seed(0)
-    model = zoo.build(name)
-    return model, CompiledModel(lift(model), "eager")
+    """The same, and compiled; neither is to be changed."""
+    return built(name), CompiledModel(lifted(name), "eager")
 
 
 def check_golden(name: str, text: str) -> None:

@@ -8,6 +8,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import logging
 import random
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,7 +49,20 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     # xdist gives each worker a folder inside the run's own: one level up, all share what one has built.
     run = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("SLIM_CACHE", str(run / "slim-cache"))
+        # Builds are named by what they were made of, so that those of an earlier run, where it kept them, are right.
+        patch.setenv("SLIM_CACHE", os.environ.get("SLIM_TEST_CACHE") or str(run / "slim-cache"))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _lift_once() -> Iterator[None]:
+    import slim.api
+    from tests.lifting import lift_once, lift_path_once
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slim.api, "lift", lift_once)
+        patch.setattr(slim.api, "lift_path", lift_path_once)
+        patch.setattr(sys.modules["slim.compiler.lift"], "lift_path", lift_path_once)
         yield
 
 

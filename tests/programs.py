@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from slim.compiler.lift import lift
 from slim.compiler.program import Facts, Program
 from slim.compiler.text import HEADER, parse
 from slim.compiler.weights import Deferred, Weights
+from tests.lifting import lift_once
 
 
 class Counted:
@@ -93,11 +93,6 @@ def model(architecture: str, dtype: torch.dtype = torch.float32, **options: Any)
     return randomised(AutoModelForCausalLM.from_config(config)).to(dtype)
 
 
-@functools.cache
-def _lifted(architecture: str, dtype: torch.dtype, **options: Any) -> Program:
-    return lift(model(architecture, dtype, **options))
-
-
 def lifted(architecture: str, dtype: torch.dtype = torch.float32, **options: Any) -> Program:
-    """``model(...)`` lifted, once a session; a copy, so that a test may rewrite it."""
-    return _lifted(architecture, dtype, **options).copy()
+    """``model(...)`` lifted; a copy, so that a test may rewrite it."""
+    return lift_once(model(architecture, dtype, **options))

@@ -77,7 +77,7 @@ pipeline_option: Decorator = click.option(
     help="The passes, in order: 'fold_norms, quantize(\"int8\")', or @FILE to read them from. See `slim passes`.",
 )
 charts_option: Decorator = click.option(
-    "--charts", is_flag=True, help="Print the charts of the report too: what passes found in each layer."
+    "--charts", is_flag=True, help="Print the charts of the report as text: what passes found in each layer."
 )
 
 

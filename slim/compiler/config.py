@@ -10,6 +10,9 @@ import torch
 from slim import errors
 from slim.compiler.program import Facts
 
+# What configurations call the number of kv heads.
+KV_HEADS = ("num_key_value_heads", "num_kv_heads")
+
 
 def rebuild_config(facts: Facts) -> Any:
     """The transformers configuration that the facts describe; None for a model that is not transformers'."""

@@ -52,8 +52,14 @@ def _fit_one_of(value: Any, kinds: tuple[Any, ...]) -> Any:
             return fit(value, kind)
         except Unfit:
             continue
-    known = [choice for kind in kinds for choice in choices(kind)]
-    raise Unfit(value, " or ".join(_wanted(kind) for kind in kinds), known)
+    listed = all(kind is NoneType or choices(kind) for kind in kinds)
+    raise Unfit(value, _wanted_of(kinds), [choice for kind in kinds for choice in choices(kind)] if listed else ())
+
+
+def _wanted_of(kinds: tuple[Any, ...]) -> str:
+    """One of several types in words: ``a finite number, a list of integers or "auto"``."""
+    words = [_wanted(kind) for kind in kinds if not (kind is int and float in kinds)]
+    return " or ".join([", ".join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
 
 def _is_number(value: Any) -> bool:
@@ -69,11 +75,15 @@ def choices(kind: Any) -> list[str]:
     return []
 
 
+_PLURALS = {int: "integers", float: "finite numbers", bool: "True and False", str: "strings"}
+
+
 def _wanted(kind: Any) -> str:
     if get_origin(kind) is Literal:
-        return "one of " + ", ".join(literal(choice) for choice in get_args(kind))
+        shown = ", ".join(literal(choice) for choice in get_args(kind))
+        return f"one of {shown}" if len(get_args(kind)) > 1 else shown
     if get_origin(kind) is tuple:
-        return f"a list, each item {_wanted(get_args(kind)[0])}"
+        return f"a list of {_PLURALS[get_args(kind)[0]]}"
     words = {int: "an integer", float: "a finite number", bool: "True or False", str: "a string", NoneType: "None"}
     return words[kind]
 

@@ -32,6 +32,7 @@ class Facts:
         parts: derived weight -> which part of which original it is.
         constants: weights that are not parameters (buffers, folded literals).
         retired: weights that were folded away, and the constant that stands in their place.
+        replaced: weights in whose place a pass put others, and that pass as pipeline text.
         bases: shape and dtype of the originals that ``parts`` refers to.
         max_length: the longest sequence the graph is right for; None where nothing limits it.
         notes: what the lift wants the user to know.
@@ -48,6 +49,7 @@ class Facts:
     parts: dict[str, Part] = field(default_factory=dict)
     bases: dict[str, tuple[tuple[int, ...], torch.dtype]] = field(default_factory=dict)
     retired: dict[str, float] = field(default_factory=dict)
+    replaced: dict[str, str] = field(default_factory=dict)
     constants: set[str] = field(default_factory=set)
     added: list[str] = field(default_factory=list)
     max_length: int | None = None

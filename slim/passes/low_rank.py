@@ -123,6 +123,7 @@ class LowRank(Pass):
         elif chosen:
             factor_as_published(program, ctx, chosen, self._storage, self.method, repr(self), report)
         report.matched += [linear.name for site in chosen for linear in site.linears]
+        program.facts.replaced |= dict.fromkeys(report.matched, repr(self))
         report.notes += [str(site) for site in chosen]
         report.notes += [self._held(sites)] if chosen else []
         report.charts = charts(chosen)

@@ -135,7 +135,7 @@ def fitted(
         if value is None and name in facts.retired:
             value = full(tuple(meta.shape), facts.retired[name])
         if value is None:
-            refuse(format, f"{name} {list(meta.shape)} is no longer part of the program")
+            refuse(format, f"{name} {list(meta.shape)} is no longer part of the program{_why_gone(facts, name)}")
         if tuple(value.shape) != tuple(meta.shape):
             refuse(format, f"{name} is {list(value.shape)}, and the configuration says {list(meta.shape)}")
         found[name] = value
@@ -144,6 +144,13 @@ def fitted(
     if left:
         refuse(format, f"the architecture has no place for {', '.join(left[:5])}{' and others' * (len(left) > 5)}")
     return found
+
+
+def _why_gone(facts: Facts, base: str) -> str:
+    """Which passes put other weights in place of ``base``, or of parts of it; nothing where none did."""
+    names = [base, *(name for name, part in facts.parts.items() if part.base == base)]
+    passes = dict.fromkeys(facts.replaced[name] for name in names if name in facts.replaced)
+    return f": {' and '.join(passes)} put others in its place" if passes else ""
 
 
 def tied_names(expected: Mapping[str, Tensor]) -> dict[str, list[str]]:

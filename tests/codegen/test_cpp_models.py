@@ -7,9 +7,8 @@ from torch import Tensor
 import slim
 from benchmarks import zoo
 from slim.codegen import build
-from slim.compiler.lift import lift
 from slim.runtime.compiled import CompiledModel
-from tests.compiled import difference, pair, prompt
+from tests.compiled import difference, lifted, pair, prompt
 
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"no C++ code here: {build.missing()}")
 
@@ -36,7 +35,7 @@ def test_a_language_model_is_one_piece_and_says_the_same(name: str):
 
 @pytest.mark.parametrize("name", ENCODERS)
 def test_an_encoder_is_one_piece_and_says_the_same(name: str):
-    program = lift(zoo.build_encoder(name))
+    program = lifted(name)
     tokens, mask = prompt()
     inputs = {"input_ids": tokens.flip(1), "attention_mask": mask.flip(1)}
     generated, eager = (CompiledModel(program, target) for target in ("cpu", "eager"))

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import slim
-from benchmarks import zoo
 from benchmarks.pairs import RandomPairs
 from slim.codegen import build
 from slim.codegen.regions.describe import describe
@@ -21,7 +20,7 @@ from slim.compiler.program import Program
 from slim.compiler.uses import LINEAR
 from slim.runtime.binding import bind_cache
 from slim.runtime.compiled import CompiledModel
-from tests.compiled import check_golden, difference, prompt
+from tests.compiled import built, check_golden, difference, lifted, prompt
 
 needs_compiler = pytest.mark.skipif(build.missing() is not None, reason=f"no C++ code here: {build.missing()}")
 
@@ -31,7 +30,7 @@ ARCHITECTURES = ("gpt2", "gemma2", "qwen2", "qwen3", "phi3", "gpt_neox", "opt", 
 @cache
 def llama(storage: str) -> Program:
     """A small Llama whose linears are pairs."""
-    return slim.compile(zoo.build("llama"), [RandomPairs(0.6, storage, 8)], target="eager", verify=False).program  # type: ignore[arg-type]
+    return slim.compile(built("llama"), [RandomPairs(0.6, storage, 8)], target="eager", verify=False).program  # type: ignore[arg-type]
 
 
 # -- regions -----------------------------------------------------------------------------------------------------------
@@ -48,7 +47,7 @@ def test_a_layer_of_pairs_is_twelve_regions_and_one_more_where_gate_and_up_meet(
     for storage, count in (("factors", 12), ("pivot", 13)):
         schedule = lower(bind_cache(llama(storage), masked=False, last_only=True))
         assert not schedule.foreign
-        layers = len(zoo.build("llama").model.layers)
+        layers = len(built("llama").model.layers)
         table_norm_and_head = 5
         assert len(schedule.regions) == count * layers + table_norm_and_head
 
@@ -163,7 +162,7 @@ def test_any_number_of_rows(name: str, rows: tuple[int, int], seed: int):
 @needs_compiler
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures_stay_in_one_piece_and_say_the_same(name: str):
-    eager = slim.compile(zoo.build(name), [RandomPairs(0.7, multiple=8)], target="eager", verify=False)
+    eager = slim.compile(built(name), [RandomPairs(0.7, multiple=8)], target="eager", verify=False)
     generated = CompiledModel(eager.program, "cpu", report=slim.compiler.report.PipelineReport())
     tokens, mask = prompt()
     got, wanted = (model(tokens, attention_mask=mask).logits for model in (generated, eager))
@@ -176,7 +175,7 @@ def test_architectures_stay_in_one_piece_and_say_the_same(name: str):
 
 @needs_compiler
 def test_an_encoder_with_pairs_says_the_same():
-    program = lift(zoo.build_encoder("bert"))
+    program = lifted("bert")
     RandomPairs(0.7, multiple=8).run(program, slim.compiler.passes_base.Context())
     tokens, mask = prompt()
     inputs = {"input_ids": tokens.flip(1), "attention_mask": mask.flip(1)}
@@ -188,7 +187,7 @@ def test_an_encoder_with_pairs_says_the_same():
 @needs_compiler
 def test_a_model_with_pairs_comes_back_from_disk(tmp_path):
     model = slim.compile(
-        zoo.build("llama"), [RandomPairs(0.6, multiple=16), 'quantize("int4", group_size=16, method="rtn")'],
+        built("llama"), [RandomPairs(0.6, multiple=16), 'quantize("int4", group_size=16, method="rtn")'],
         target="cpu", verify=False, strict=False,
     )  # fmt: skip
     tokens, _ = prompt(padded=False)

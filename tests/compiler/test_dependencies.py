@@ -7,16 +7,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks import zoo
 from slim import errors
 from slim.compiler.dependencies import By, Dependencies, Group, Kind
-from slim.compiler.lift import lift
 from slim.compiler.passes_base import Context
 from slim.compiler.probe import make_probe
 from slim.compiler.program import Program
 from slim.compiler.uses import LINEAR
 from slim.compiler.verify import verify
 from slim.passes import Quantize
+from tests import compiled
 from tests.programs import lifted, program
 
 
@@ -69,12 +68,12 @@ def test_units_taken_out_are_zeros(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["falcon", "bloom", "bert"])
 def test_units_of_models_that_share_or_fuse_otherwise_taken_out_are_zeros(name: str) -> None:
-    check_removal(lift(zoo.build_encoder(name) if name in zoo.encoder_names() else zoo.build(name)))
+    check_removal(compiled.lifted(name))
 
 
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
 def test_neurons_and_heads_of_mixtures_taken_out_are_zeros(name: str) -> None:
-    check_removal(lifted(name) if name == "mixtral" else lift(zoo.build(name)), "kv", Kind.NEURON, Kind.KV_HEAD)
+    check_removal(lifted(name) if name == "mixtral" else compiled.lifted(name), "kv", Kind.NEURON, Kind.KV_HEAD)
 
 
 def test_an_expert_taken_out_is_one_that_is_never_chosen() -> None:

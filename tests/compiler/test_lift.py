@@ -1,8 +1,8 @@
 """Lifting keeps the function, finds every attention, norm, rotation and linear, and leaves the model as it was."""
 
 import copy
-import functools
 import math
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -15,25 +15,11 @@ from benchmarks import zoo
 from slim import errors
 from slim.compiler.lift import lift
 from slim.compiler.verify import verify
+from tests.compiled import built, lifted
 
 aten, slim_ops = torch.ops.aten, torch.ops.slim
 ATTENTION, LINEAR, EXPERTS = slim_ops.attention.default, aten.linear.default, slim_ops.expert_linear.default
 RMS, LAYER, ROPE = slim_ops.rms_norm.default, slim_ops.layer_norm.default, slim_ops.rope.default
-
-
-@functools.cache
-def zoo_model(name):
-    return zoo.build_encoder(name) if name in zoo.ENCODERS else zoo.build(name)
-
-
-@functools.cache
-def _lifted(name):
-    return lift(zoo_model(name))
-
-
-def lifted(name):
-    """Once a session; a copy."""
-    return _lifted(name).copy()
 
 
 def padded(batch, length, vocab=zoo.VOCAB, right=False):
@@ -87,7 +73,7 @@ REORDERED = {"gpt2", "phi3", "gpt_neox", "bloom", "gpt_oss", "deepseek_v3", "mix
 @pytest.mark.parametrize("name", NAMES)
 def test_a_lifted_model_computes_what_the_model_does(name):
     program, inputs = lifted(name), padded(3, 23)
-    found, wanted = run(program, inputs)[0], own(zoo_model(name), program, inputs).logits
+    found, wanted = run(program, inputs)[0], own(built(name), program, inputs).logits
     real = inputs["attention_mask"].bool()
     assert relative(found, wanted, real) <= (2e-6 if name in REORDERED else 1e-6)
 
@@ -144,7 +130,7 @@ def test_attention_says_what_its_model_says(name):
 def test_one_lift_serves_every_batch_and_length(name, batch, length):
     program, inputs = lifted(name), padded(batch, length)
     real = inputs["attention_mask"].bool()
-    assert relative(run(program, inputs)[0], own(zoo_model(name), program, inputs).logits, real) <= 1e-5
+    assert relative(run(program, inputs)[0], own(built(name), program, inputs).logits, real) <= 1e-5
 
 
 def test_batch_and_length_are_symbols_in_the_inputs_and_the_output():
@@ -166,7 +152,7 @@ def test_a_gain_of_one_plus_w_is_known_as_such():
 
 
 def test_a_tied_weight_is_one_value():
-    model = zoo_model("gemma2")
+    model = built("gemma2")
     program = lifted("gemma2")
     assert program.facts.tied == {"lm_head.weight": "model.embed_tokens.weight"}
     assert "lm_head.weight" not in program.weights
@@ -184,7 +170,7 @@ FUSED = {"gpt2": "c_attn", "phi3": "qkv_proj", "gpt_neox": "query_key_value", "b
 
 @pytest.mark.parametrize(("name", "fused"), FUSED.items())
 def test_fused_weights_are_taken_apart_and_can_be_put_together_again(name, fused):
-    program, original = lifted(name), zoo_model(name).state_dict()
+    program, original = lifted(name), built(name).state_dict()
     split = {base for base in program.facts.bases if fused in base}
     assert split, f"nothing of {fused} was split"
     assert not any(base in program.weights for base in split)
@@ -205,7 +191,7 @@ def test_queries_keys_and_values_have_linears_of_their_own(name, parts):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_parameters_are_counted_as_the_model_counts_them(name):
-    assert lifted(name).parameters == sum(p.numel() for p in zoo_model(name).parameters())
+    assert lifted(name).parameters == sum(p.numel() for p in built(name).parameters())
 
 
 # -- the user's model --------------------------------------------------------------------------------------------------
@@ -262,7 +248,7 @@ def test_a_lift_that_fails_leaves_the_users_model_as_it_was_too(monkeypatch):
 
 
 def test_weights_are_shared_with_the_model_and_not_copied():
-    program, parameters = lifted("llama"), dict(zoo_model("llama").named_parameters())
+    program, parameters = lifted("llama"), dict(built("llama").named_parameters())
     assert set(program.weights) - program.facts.constants == set(parameters)
     assert all(program.weights[name].data_ptr() == p.data_ptr() for name, p in parameters.items())
 
@@ -281,11 +267,11 @@ def test_a_program_remembers_what_kind_of_model_it_was():
 def test_an_encoder_is_lifted_too(name):
     program, inputs = lifted(name), padded(3, 19, right=True)
     inputs["input_ids"] = inputs["input_ids"] * inputs["attention_mask"] + (1 - inputs["attention_mask"]) * (
-        zoo_model(name).config.pad_token_id
+        built(name).config.pad_token_id
     )
     assert program.facts.kind == "encoder"
     assert [node.kwargs["causal"] for node in program.attention_nodes()] == [False, False]
-    wanted = own(zoo_model(name), program, inputs).last_hidden_state
+    wanted = own(built(name), program, inputs).last_hidden_state
     assert relative(run(program, inputs)[0], wanted, inputs["attention_mask"].bool()) <= 1e-6
     assert len(list(program.nodes(LAYER))) == 5
     verify(program, "lift")
@@ -524,3 +510,44 @@ def test_an_encoder_decoder_is_refused_with_the_reason():
     config = T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2, decoder_start_token_id=0)
     with pytest.raises(errors.UnsupportedModel, match="encoder-decoder"):
         lift(T5ForConditionalGeneration(config))
+
+
+# -- graphs that are functions as they stand ---------------------------------------------------------------------------
+
+
+class Aliasing(nn.Module):
+    """Calls of which some return a view, or their argument, and none writes."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(8, 16)
+
+    def forward(self, x):
+        a, b = self.linear(x).chunk(2, -1)
+        a = F.dropout(a.to(torch.float64).to(x.device), 0.5, self.training).contiguous()
+        return (a * b.to(a.dtype)).reshape(x.shape[0], x.shape[1], 2, -1).float()
+
+
+def test_what_writes_into_nothing_is_traced_once_and_gives_the_same_operations(monkeypatch):
+    model, x = Aliasing().eval(), torch.randn(2, 5, 8)
+    exporting = sys.modules["slim.compiler.lift.export"]  # the package has a function of that name
+    monkeypatch.setattr(exporting, "is_functional", lambda graph: False)
+    traced_twice = lift(model, x)
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.export.ExportedProgram, "run_decompositions", None)
+    once = lift(model, x)
+    assert [node.target for node in once.nodes()] == [node.target for node in traced_twice.nodes()]
+    torch.testing.assert_close(once.run(x)[0], model(x))
+
+
+@pytest.mark.parametrize("writes", ["x.clone().mul_(2)", "F.dropout(x, 0.5)", "x.flatten(0, 1) * 2"])
+def test_what_writes_or_is_not_known_is_taken_apart_by_torch(writes):
+    from slim.compiler.lift.functional import is_functional
+
+    class Writing(nn.Module):
+        def forward(self, x):
+            return eval(writes)
+
+    exported = torch.export.export(Writing().eval(), (torch.randn(3, 4, 8),))
+    assert not is_functional(exported.graph)
+    assert is_functional(exported.run_decompositions({}).graph)

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from benchmarks import zoo
-from slim.compiler.lift import lift
 from slim.compiler.probe import make_probe
 from slim.compiler.scaling import scale_sites, settle
 from slim.compiler.uses import EXPERTS, LINEAR
 from slim.compiler.verify import verify
+from tests.compiled import lifted
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +44,7 @@ KNOWN = {
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_models_keep_their_function_and_every_linear_has_a_scale_or_a_reason(name: str) -> None:
-    before = lift(zoo.build_encoder(name) if name in zoo.ENCODERS else zoo.build(name))
+    before = lifted(name)
     after = before.copy()
     sites, skips = scale_sites(after)
     linears = list(after.nodes(LINEAR, EXPERTS))

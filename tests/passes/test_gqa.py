@@ -1,5 +1,6 @@
 """GQA merges heads exactly where that can be, as well as it claims elsewhere, and the Program follows."""
 
+import functools
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import slim
-from benchmarks import zoo
 from slim import errors
 from slim.compiler.lift import lift
 from slim.compiler.passes_base import Context
@@ -28,7 +28,7 @@ from slim.passes.heads.grouping import cheapest, contiguous
 from slim.passes.heads.merge import Stack, aligned_mean, apart
 from slim.runtime.compiled import CompiledModel
 from tests import programs
-from tests.compiled import difference, pair
+from tests.compiled import built, difference, lifted, pair
 
 TOKENS = [torch.randint(3, 96, (4, 32), generator=torch.Generator().manual_seed(i)) for i in range(3)]
 
@@ -87,6 +87,10 @@ def mixing(width: int, generator: torch.Generator) -> Tensor:
     return q * (0.5 + torch.rand(width, generator=generator))
 
 
+# A Program shares its model's weights: what is written into them after the lift is in it.
+sharing = functools.cache(lift)
+
+
 @given(st.integers(0, 10_000), st.sampled_from([(4, 4, 2), (4, 4, 4), (8, 4, 2)]))
 @settings(max_examples=5, deadline=None)
 def test_heads_that_differ_by_complex_factors_a_frequency_merge_exactly(seed: int, heads: tuple[int, int, int]) -> None:
@@ -95,7 +99,7 @@ def test_heads_that_differ_by_complex_factors_a_frequency_merge_exactly(seed: in
         "llama", num_attention_heads=many, num_key_value_heads=kv, num_hidden_layers=1, initializer_range=0.021
     )
     one_basis(model, group, seed, turning=8)
-    after, report = merged(lift(model), GQA(kv // group))
+    after, report = merged(sharing(model), GQA(kv // group))
     assert kv_heads(after) == [kv // group]
     assert report.error is not None
     assert report.error < 1e-4
@@ -138,8 +142,7 @@ def test_a_real_model_with_every_kv_head_twice_gets_its_own_back(shared: Path, t
 
 @pytest.mark.parametrize("name", ["llama-mha", "gpt2", "opt", "gpt_neox", "bert", "phi3"])
 def test_less_is_lost_than_by_pooling(name: str) -> None:
-    encoder = name in zoo.ENCODERS
-    program = lift((zoo.build_encoder if encoder else zoo.build)(name))
+    program = lifted(name)
     losses = {method: merged(program, GQA(0.5, method=method))[1].error for method in ("aligned", "mean")}
     assert 0.0 < losses["aligned"] < 0.9 * losses["mean"]  # type: ignore[operator]
 
@@ -236,7 +239,7 @@ def test_what_the_architecture_cannot_hold_saves_and_loads_and_is_not_exported(
 
 
 def test_the_merged_model_generates_on_the_generated_code() -> None:
-    compiled = slim.compile(zoo.build("llama-mha"), passes=[GQA(2)], calibration=TOKENS, target="cpu")
+    compiled = slim.compile(built("llama-mha"), passes=[GQA(2)], calibration=TOKENS, target="cpu")
     eager = CompiledModel(compiled.program, "eager")
     prompt = TOKENS[0][:1, :5]
     found, wanted = (m.generate(prompt, max_new_tokens=6, do_sample=False) for m in (compiled, eager))
@@ -245,7 +248,7 @@ def test_the_merged_model_generates_on_the_generated_code() -> None:
 
 
 def test_layers_may_differ_and_the_configuration_then_stays() -> None:
-    program = lift(zoo.build("llama-mha"))
+    program = lifted("llama-mha")
     after, report = merged(program, GQA((2, 1)))
     assert kv_heads(after) == [2, 1]
     assert after.facts.config is not None
@@ -254,7 +257,7 @@ def test_layers_may_differ_and_the_configuration_then_stays() -> None:
 
 
 def test_the_report_says_what_was_predicted_and_measured() -> None:
-    _, report = merged(lift(zoo.build("llama-mha")), GQA(2))
+    _, report = merged(lifted("llama-mha"), GQA(2))
     assert re.match(r"layer 0: 4 to 2 kv heads \(\d\+\d, \d\+\d\); predicted: keys lose", report.notes[0])
     assert "measured: the output loses" in report.notes[0]
     assert any("they took 1.02 kB" in note for note in report.notes)
@@ -269,7 +272,7 @@ def test_the_report_says_what_was_predicted_and_measured() -> None:
 
 def test_an_interrupted_walk_goes_on_with_the_same_result(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "EVERY", 0.0)
-    program = lift(zoo.build("llama-mha"))
+    program = lifted("llama-mha")
     whole, _ = merged(program, GQA(2))
 
     class Stopped(Exception):
@@ -319,7 +322,7 @@ def test_the_budget_goes_to_the_layer_that_needs_it(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["gpt2", "gpt_neox", "bert"])
 @pytest.mark.parametrize("share", [0.5, 0.3])
 def test_keys_and_values_fit_into_the_share_that_was_asked_for(name: str, share: float) -> None:
-    program = lift((zoo.build_encoder if name in zoo.ENCODERS else zoo.build)(name))
+    program = lifted(name)
     after, _ = merged(program, GQA("auto", kv_bytes=share))
     assert sum(kv_heads(after)) <= share * sum(kv_heads(program))
     assert sum(kv_heads(after)) > share / 2 * sum(kv_heads(program))  # and not far below
@@ -363,7 +366,7 @@ def test_means_may_pass_a_norm_of_each_head() -> None:
 
 
 def test_layers_that_share_keys_or_weights_are_left_alone() -> None:
-    program = lift(zoo.build_encoder("albert"))
+    program = lifted("albert")
     _, report = merged(program, GQA(1), strict=False)
     assert all("is read by 2 nodes" in skip.reason for skip in report.skipped)
 

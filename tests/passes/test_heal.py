@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 import slim
-from benchmarks import zoo
 from slim import errors
-from slim.compiler.lift import lift
 from slim.compiler.objective import divergence
 from slim.compiler.passes_base import Context, Pass
 from slim.compiler.pipeline import run_pipeline
@@ -20,6 +18,7 @@ from slim.passes import GQA, Heal, Quantize, QuantizeKV
 from slim.passes.healing import checkpoint as checkpoints
 from slim.passes.healing.student import Student
 from slim.passes.healing.trained import find_trained
+from tests.compiled import lifted
 
 TOKENS = [torch.randint(3, 96, (8, 24), generator=torch.Generator().manual_seed(i)) for i in range(24)]
 QUICK = dict(steps=50, tokens=192, rank=8, learning_rate=4e-3)
@@ -43,7 +42,7 @@ def distance(program: Program, original: Program, seed: int = 99) -> float:
 
 @pytest.fixture(scope="module")
 def llama() -> Program:
-    return lift(zoo.build("llama"))
+    return lifted("llama")
 
 
 @pytest.fixture(scope="module")
@@ -117,14 +116,14 @@ def test_gradients_pass_rounded_rows_keys_and_values(llama) -> None:
 
 
 def test_what_is_not_trained_is_named_with_its_reason() -> None:
-    program = lift(zoo.build("mixtral"))
+    program = lifted("mixtral")
     _, report = healed(program, [GQA(1, method="mean"), Heal(**QUICK | {"steps": 2, "patience": 1})], strict=False)
     reasons = {skip.reason for skip in report.skipped}
     assert {"experts are not trained", "a table of embeddings is not trained"} <= reasons
 
 
 def test_an_encoder_learns_the_values_of_its_outputs() -> None:
-    program = lift(zoo.build_encoder("bert"))
+    program = lifted("bert")
     before, _ = run_pipeline(program, [rounded := Quantize("int3", method="rtn")], Context(verify=False))
     after, _ = healed(program, [rounded, Heal(**QUICK)])
     inputs = [torch.ones_like(TOKENS[0]) if i.name == "attention_mask" else TOKENS[0] * (i.name == "input_ids")
@@ -174,7 +173,7 @@ def test_options_that_train_nothing_are_refused(options: dict[str, Any]) -> None
 
 
 def test_options_for_language_models_are_refused_for_others() -> None:
-    program = lift(zoo.build_encoder("bert"))
+    program = lifted("bert")
     for option in ({"mix": 0.5}, {"temperature": 2.0}, {"loss": "reverse"}):
         with pytest.raises(errors.BadPassOption, match="language models"):
             healed(program, [Quantize("int8"), Heal(2, **option)])

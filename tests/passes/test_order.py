@@ -2,13 +2,12 @@
 
 import pytest
 
-from benchmarks import zoo
 from slim import errors
-from slim.compiler.lift import lift
 from slim.compiler.passes_base import Context
 from slim.compiler.pipeline import check_order, run_pipeline
 from slim.compiler.program import Program
 from slim.passes import PASSES, parse_pipeline
+from tests.compiled import lifted
 
 WRONG = {
     'quantize("int8"), gqa(2)': "float weights",
@@ -34,7 +33,7 @@ RIGHT = (
 
 @pytest.fixture(scope="module")
 def llama() -> Program:
-    return lift(zoo.build("llama"))
+    return lifted("llama")
 
 
 @pytest.mark.parametrize("text", WRONG)

@@ -116,6 +116,8 @@ def test_pipelines_are_written_in_many_ways():
         ("quantize(head=1)", errors.BadPassOption, "1 is not True or False"),
         ("quantize(head=True, head=False)", errors.ContradictoryOptions, "head=True and head=False"),
         ('quantize("int8", weights="int8")', errors.ContradictoryOptions, "given twice"),
+        ("gqa(True)", errors.BadPassOption, 'True is not a finite number, a list of integers or "auto".'),
+        ('gqa("foo")', errors.BadPassOption, '"foo" is not a finite number, a list of integers or "auto".'),
         ("fold_norms(1)", errors.BadPassOption, "it has 0 options"),
         ("everything()", errors.BadPassOption, "must be given"),
         ("everything(ratio=1e999)", errors.BadPassOption, "finite"),

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import json
 import os
 import re
@@ -11,15 +10,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import slim.api
-import slim.compiler.lift
 from slim.cli import main
 from slim.cli.progress import Steps
 from slim.passes import PASSES
@@ -38,16 +34,6 @@ def succeed(*args: object) -> Result:
     result = run(*args)
     assert result.exit_code == 0, result.output
     return result
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _lift_once() -> Iterator[None]:
-    """Lifting takes seconds, and these tests are about everything else: each model is lifted once."""
-    lift_path = functools.cache(slim.compiler.lift.lift_path)
-    with pytest.MonkeyPatch.context() as patch:
-        for module in (slim.api, slim.compiler.lift):
-            patch.setattr(module, "lift_path", lambda path, example_inputs=None: lift_path(str(path)).copy())
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -22,6 +22,7 @@ from torch.export.graph_signature import InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
 from slim import errors
+from slim.compiler.lift.functional import is_functional, spelled
 from slim.compiler.program import Facts, Program, where
 from slim.compiler.types import SIZE_OPS, Input
 from slim.compiler.weights import Deferred, Weights
@@ -43,7 +44,8 @@ def export(
         warnings.simplefilter("ignore")  # torch.export warns of its own internals, which no user can act upon
         try:
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
-            exported = exported.run_decompositions({})
+            if not is_functional(exported.graph):
+                exported = exported.run_decompositions({})
         except errors.SlimError:
             raise
         except Exception as error:  # export raises whatever the model's own code raises under tracing
@@ -155,16 +157,25 @@ class _Builder:
             results: Any = node.args[0]
             self.graph.output(self._mapped(tuple(results)[self._mutations :]))
         elif node.op == "call_function" and _is_dialect(node.target):
-            args, kwargs = self._mapped(node.args), self._mapped(node.kwargs)
-            copied = self.graph.create_node("call_function", node.target, args, kwargs, name=node.name)
-            copied.meta.update(_provenance(node))
-            self.values[node] = copied
+            self.values[node] = self._call(node)
         else:
             reason = f"the exported graph holds {node.op} of {node.target}, which slim's dialect does not have"
             meta = _provenance(node)
             raise errors.LiftFailed(
                 module=meta.get("module", self.facts.architecture), line=meta.get("where", node.name), reason=reason
             )
+
+    def _call(self, node: fx.Node) -> Any:
+        """The same call, or the one that stands for it."""
+        other = spelled(node)
+        target, args, kwargs = (node.target, node.args, node.kwargs) if other is None else other
+        args, kwargs = self._mapped(args), self._mapped(kwargs)
+        if target is None:
+            return args[0]
+        name = node.name if other is None else target._schema.name.split("::")[-1]  # type: ignore[union-attr]
+        copied = self.graph.create_node("call_function", target, args, kwargs, name=name)
+        copied.meta.update(_provenance(node))
+        return copied
 
     @property
     def _mutations(self) -> int:

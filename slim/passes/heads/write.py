@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from torch import fx
 
+from slim.compiler.config import KV_HEADS
 from slim.compiler.program import Program
 from slim.passes.heads.find import RESHAPES, Heads, Projection
 from slim.passes.heads.layer import Made
-
-# What configurations call the number of kv heads.
-_FIELDS = ("num_key_value_heads", "num_kv_heads")
 
 
 def write_heads(program: Program, heads: Heads, made: Made, kv_heads: int) -> None:
@@ -46,7 +44,7 @@ def write_config(program: Program, before: set[int], after: set[int]) -> str | N
     config = program.facts.config
     if config is None:
         return None
-    fields = [name for name in _FIELDS if name in config and {config[name]} == before]
+    fields = [name for name in KV_HEADS if name in config and {config[name]} == before]
     if len(after) > 1:
         return "its layers differ in kv heads, which plain transformers cannot say: such a model exports to slim alone"
     if not fields:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from slim import errors
-from slim.compiler.config import empty_model, is_valid
+from slim.compiler.config import KV_HEADS, empty_model, is_valid
 from slim.compiler.dependencies import Kind
 from slim.compiler.program import Program
 from slim.compiler.uses import EXPERTS
@@ -17,7 +17,6 @@ from slim.passes.pruning.sites import Site
 _DENSE = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "shared_expert_intermediate_size",
           "shared_intermediate_size", "d_ff", "dff", "hidden_dim")  # fmt: skip
 _EXPERTS = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size", "ffn_hidden_size")
-_KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _UNSAID = "which the configuration of the model cannot say: slim saves it, plain transformers cannot hold it"
 
@@ -96,6 +95,6 @@ def _heads_written(config: dict[str, Any], site: Site, left: int) -> dict[str, A
     queries = {name: heads // site.units * left for name in _HEADS if config.get(name) == heads}
     if not queries:
         return None
-    keys = {name: left for name in _KV_HEADS if config.get(name) == site.units}
+    keys = {name: left for name in KV_HEADS if config.get(name) == site.units}
     width = {"head_dim": site.width} if "num_attention_heads" in queries else {}
     return {**config, **queries, **keys, **width}

@@ -4,10 +4,8 @@ import pytest
 import torch
 
 import slim
-from benchmarks import zoo
-from slim.compiler.lift import lift
 from slim.runtime.compiled import CompiledModel
-from tests.compiled import difference, pair
+from tests.compiled import difference, lifted, pair
 
 # One of each kind of block; the other architectures of the coverage table are these in other combinations.
 CAUSAL = (
@@ -35,7 +33,7 @@ def test_a_language_model_says_the_same_as_eager(name: str):
 
 
 def test_an_encoder_says_the_same_as_eager():
-    program = lift(zoo.build_encoder("bert"))
+    program = lifted("bert")
     inputs = {"input_ids": TOKENS.flip(1), "attention_mask": MASK.flip(1)}
     wanted = CompiledModel(program, "eager")(**inputs)
     kernels = CompiledModel(program, "cuda")
