@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from slim import errors
+from slim.compiler.difference import changes
 from slim.compiler.dump import Dump, write_reproducer
 from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, Context, Pass
 from slim.compiler.probe import Outputs, Probe, make_probe, rounding_noise, tolerance
@@ -109,6 +110,7 @@ class _Run:
             after.clean()
         report.text, report.lossless, report.seconds = repr(pass_), pass_.lossless, seconds
         report.before, report.after = Size.of(before), Size.of(after)
+        report.changes = changes(before, after)
         self._check_matched(pass_, report)
         if not self.ctx.verify:
             return after, report, ()

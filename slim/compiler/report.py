@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from slim import errors
 from slim.compiler.charts import Chart
+from slim.compiler.difference import Changes, Names
 from slim.compiler.program import Program
 from slim.compiler.rules import Count, Counts
 
@@ -54,6 +55,7 @@ class Report:
         seconds: stage ("run", "verify", "probe") -> time.
         error: how far the probe's output moved, against the Program before it; see Probe.
         drift: the same against the lifted Program.
+        changes: the nodes and weights that it made, changed and removed, by name.
     """
 
     matched: list[str] = field(default_factory=list)
@@ -68,6 +70,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     error: float | None = None
     drift: float | None = None
+    changes: Changes = field(default_factory=Changes)
 
     @property
     def tried(self) -> int:
@@ -151,6 +154,10 @@ def _form(data: dict[str, Any]) -> Form:
     return Form(**{**data, "foreign": [Skip(*pair) for pair in data["foreign"]]})
 
 
+def _changes(data: dict[str, Any]) -> Changes:
+    return Changes(**{kind: Names(**names) for kind, names in data.items()})
+
+
 def _report(data: dict[str, Any]) -> Report:
     return Report(
         **{
@@ -158,6 +165,7 @@ def _report(data: dict[str, Any]) -> Report:
             "skipped": [Skip(*pair) for pair in data["skipped"]],
             "charts": [Chart(**chart) for chart in data.get("charts", [])],  # reports from before there were any
             "rules": _counts(data["rules"]),
+            "changes": _changes(data.get("changes", {})),  # likewise
             "before": data["before"] and Size(**data["before"]),
             "after": data["after"] and Size(**data["after"]),
         }

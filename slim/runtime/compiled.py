@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from slim import errors
 from slim.codegen import Executable, Target, select
+from slim.codegen.regions.provenance import Stage
 from slim.compiler.config import rebuild_config
 from slim.compiler.inputs import position_limit, vocabulary
 from slim.compiler.program import Program
@@ -23,6 +24,7 @@ from slim.runtime import calls, generation
 from slim.runtime.architecture import counts_real_tokens, rebuild_generation_config
 from slim.runtime.binding import bind_cache, cache_slots, check_cacheable
 from slim.runtime.cache import KVCache, KVCacheConfig, Slot
+from slim.runtime.explain import Explanation, explain
 from slim.runtime.loop import Plan
 from slim.runtime.steps import CachedDecoder, Decoder, RecomputingDecoder, Step
 
@@ -67,7 +69,7 @@ class CompiledModel:
         self.target = select(target) if isinstance(target, str) else target
         self.kv_cache = kv_cache or KVCacheConfig()
         self._steps: dict[tuple[bool, bool], Step] = {}
-        self._sources: dict[str, str | bytes] = {}
+        self._executables: dict[str, Executable] = {}
         if report is not None:  # it may have been saved by another target
             report.error = report.error if report.target == self.target.name else None
             report.target, report.forms = self.target.name, {}
@@ -95,7 +97,7 @@ class CompiledModel:
         start = time.perf_counter()
         executable: Executable = self.target.lower(program)
         self.program.weights.share(program.weights)  # all forms read one copy, in the layout that their kernels want
-        self._sources |= {f"{name}/{file}": source for file, source in executable.code.items()}
+        self._executables[name] = executable
         if self.report is not None:
             self.report.forms[name] = replace(executable.form, seconds=time.perf_counter() - start)
         return executable
@@ -323,7 +325,27 @@ class CompiledModel:
     @property
     def code(self) -> dict[str, str | bytes]:
         """Name -> source (or binary) of everything generated so far; forms over a cache come when first used."""
-        return dict(self._sources)
+        made = self._executables.items()
+        return {f"{name}/{file}": source for name, executable in made for file, source in executable.code.items()}
+
+    @property
+    def stages(self) -> dict[str, Sequence[Stage]]:
+        """Executable -> its regions in the order they run, each with its nodes, its weights and its kernels."""
+        return {name: executable.stages for name, executable in self._executables.items()}
+
+    def explain(self, node: str | fx.Node) -> Explanation:
+        """From which line of the model, through which passes, into which kernel; ``print`` it.
+
+        Args:
+            node: name of a node or a weight, also of one that a pass removed.
+
+        Raises:
+            BadInput: for a name that never was, with those like it.
+
+        Example:
+            >>> print(compiled.explain("model.layers.0.mlp.down_proj.weight"))
+        """
+        return explain(self.program, self.report, self.stages, node)
 
     def cost(self) -> Any:
         """Parameters, bytes and operations as expressions in batch B, new tokens S and context T."""
