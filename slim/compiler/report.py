@@ -14,7 +14,7 @@ from slim import errors
 from slim.compiler.charts import Chart
 from slim.compiler.difference import Changes, Names
 from slim.compiler.program import Program
-from slim.compiler.rules import Count, Counts
+from slim.compiler.rules import Count, Counts, near_misses
 
 VERSION = 1
 
@@ -220,9 +220,11 @@ def _spent(seconds: dict[str, float]) -> str:
 
 def _remarks(report: PipelineReport) -> Iterator[str]:
     yield from (f"note: {note}" for note in report.notes)
+    yield from near_misses(report.rules)
     yield from _lowered(report)
     for item in report.passes:
         yield from (f"{item.text}: {note}" for note in item.notes)
+        yield from (f"{item.text}: {miss}" for miss in near_misses(item.rules))
         yield from (f"{item.text} left {sites}: {reason}" for sites, reason in _by_reason(item.skipped))
 
 

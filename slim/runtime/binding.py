@@ -178,6 +178,7 @@ class _Binder:
         new = bound.insert(
             node, slim.cached_attention.default, argument(node, "q"), k, v, *caches, start, *more, like=node, **options
         )
+        new.meta["stands_for"] = node.name
         node.replace_all_uses_with(new)
         bound.graph.erase_node(node)
 
