@@ -85,6 +85,12 @@ class Program:
 
         return print_program(self)
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from slim.compiler.notebook import program_html
+
+        return program_html(self)
+
     @property
     def dims(self) -> dict[Any, str]:
         """Symbol -> name of the symbolic dimensions."""

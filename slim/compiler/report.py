@@ -145,6 +145,12 @@ class PipelineReport:
     def __str__(self) -> str:
         return "\n".join([*_table(self), *_remarks(self)])
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from slim.compiler.notebook import report_html
+
+        return report_html(self)
+
 
 def _counts(data: dict[str, Any]) -> Counts:
     return {name: Count(**count) for name, count in data.items()}
@@ -174,7 +180,7 @@ def _report(data: dict[str, Any]) -> Report:
 
 # -- for people --------------------------------------------------------------------------------------------------------
 
-_COLUMNS = ("pass", "sites", "parameters", "bytes", "output\nmoved", "since\nlift", "seconds")
+COLUMNS = ("pass", "sites", "parameters", "bytes", "output\nmoved", "since\nlift", "seconds")
 _WIDTH = 80
 
 
@@ -188,16 +194,22 @@ def _table(report: PipelineReport) -> Iterator[str]:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, column in enumerate(_COLUMNS):
+    for index, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
-    table.add_row("(as lifted)", "", *_sizes(report.passes[0].before), "", "", "")
-    for item in report.passes:
-        table.add_row(*_row(item))
+    for row in table_rows(report):
+        table.add_row(*row)
     page = io.StringIO()
     Console(file=page, width=_WIDTH, color_system=None, highlight=False, markup=False).print(table)
     yield from (line.rstrip() for line in page.getvalue().strip("\n").splitlines())
     if report.seconds:
         yield f"seconds: {_spent(report.seconds)}"
+
+
+def table_rows(report: PipelineReport) -> Iterator[tuple[str, ...]]:
+    """The cells below COLUMNS: the model as it came, then each pass with the sizes after it."""
+    if report.passes:
+        yield "(as lifted)", "", *_sizes(report.passes[0].before), "", "", ""
+    yield from map(_row, report.passes)
 
 
 def _row(item: Report) -> tuple[str, ...]:

@@ -56,8 +56,8 @@ class Finding:
         index: its place in the pipeline, from 0.
         culprit: its site or sites, with errors; None where no pass crosses.
         places: the nodes that the culprit changes, with the lines of the model's source.
-        rewrites: rules that changed a value, in the order they were applied: a later one may hand on what an earlier one
-            did. Of the lift only where a module was given.
+        rewrites: rules that changed a value, in the order they were applied: a later one may hand on what an earlier
+            one did. Of the lift only where a module was given.
     """
 
     threshold: float

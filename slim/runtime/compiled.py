@@ -18,6 +18,7 @@ from slim.codegen import Executable, Target, select
 from slim.codegen.regions.provenance import Stage
 from slim.compiler.config import rebuild_config
 from slim.compiler.inputs import position_limit, vocabulary
+from slim.compiler.notebook import program_html, report_html, together
 from slim.compiler.program import Program
 from slim.compiler.rounded_kv import pair_bits
 from slim.runtime import calls, generation
@@ -106,6 +107,11 @@ class CompiledModel:
         name = self.program.facts.architecture or "model"
         passes = self.pipeline or "no passes"
         return f"CompiledModel({name}, {passes}, {self.program.nbytes:,} bytes, target={self.target.name!r})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what it is, its report and its IR."""
+        report = [] if self.report is None else [report_html(self.report)]
+        return together(repr(self), [*report, program_html(self.program)])
 
     # -- what evaluation harnesses and transformers' helpers ask ----------------------------------------------------
 
