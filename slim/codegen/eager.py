@@ -66,7 +66,7 @@ class _Bound:
     def __call__(self) -> tuple[Any, ...]:
         return self._executable(*self._inputs)
 
-    def greedy(self, feedback: Feedback, mask: Tensor, ends: Ends) -> None:
+    def greedy(self, feedback: Feedback, mask: Tensor | None, ends: Ends) -> None:
         """There is no such loop: every step is Python's."""
 
 
@@ -141,7 +141,7 @@ class _Lowering:
         target = node.target
         if target in _READERS and self._quantised(node):
             return
-        if target is slim.attention.default or target is slim.cached_attention.default:
+        if target in (slim.attention.default, slim.cached_attention.default) and argument(node, "pattern") is None:
             self._attention(node)
         elif target is slim.rope.default:
             self._rope(node)

@@ -20,13 +20,15 @@ class Feedback:
         logits: the output that tokens are chosen by, [B, 1, V].
         tokens: the input [B, 1] that is the chosen token.
         positions: the input [B, 1] that is one more than before, if there is one.
-        mask: the input [B, T] that grows by a key.
+        mask: the input [B, T] that grows by a key; None over pages.
+        lengths: over pages, the input [B] that says how many keys each row has; it is written. Else None.
     """
 
     logits: int
     tokens: int
     positions: int | None
-    mask: int
+    mask: int | None = None
+    lengths: int | None = None
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,10 @@ class GreedySteps(Protocol):
     """Steps of greedy decoding, bound to their cache."""
 
     def __call__(self, steps: int, held: int) -> Tensor:
-        """Tokens [steps, B] after the ``held`` ones in the cache; fewer steps where every row has ended."""
+        """Tokens [steps, B] after the ``held`` ones in the cache; fewer steps where every row has ended.
+
+        Over pages ``held`` says nothing: each row's length does.
+        """
         ...
 
 
@@ -57,10 +62,10 @@ class Bound(Protocol):
 
     def set(self, index: int, value: Tensor) -> None: ...
     def __call__(self) -> tuple[Any, ...]: ...
-    def greedy(self, feedback: Feedback, mask: Tensor, ends: Ends) -> GreedySteps | None:
+    def greedy(self, feedback: Feedback, mask: Tensor | None, ends: Ends) -> GreedySteps | None:
         """The call as a loop of decoding steps that needs no Python in between; None where there is no such thing.
 
-        ``mask`` is that of all keys there is room for, [B, capacity].
+        ``mask`` is that of all keys there is room for, [B, capacity]; None over pages.
         """
         ...
 

@@ -20,6 +20,7 @@ from slim.compiler.report import Report
 FLOAT_WEIGHTS = "float weights"
 WHOLE_WEIGHTS = "linears that are in one piece"
 FLOAT_KV = "keys and values in floating point"
+KNOWN_HEADS = "heads that no pattern tells apart"
 UNSMOOTHED = "norm gains that hold no smoothing"  # to fold them would undo it
 
 # What may be collected from a Program, once, and handed from pass to pass: the vocabulary of preserves.

@@ -104,7 +104,8 @@ class Program:
 
     def attention_nodes(self) -> list[fx.Node]:
         """One node a layer, in the order of execution."""
-        return list(self.nodes(torch.ops.slim.attention.default, torch.ops.slim.cached_attention.default))
+        ops = torch.ops.slim
+        return list(self.nodes(ops.attention.default, ops.cached_attention.default, ops.paged_attention.default))
 
     def weight_of(self, node: Any) -> str | None:
         """The name of the weight that ``node`` reads, if that is what it does."""

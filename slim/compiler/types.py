@@ -174,7 +174,7 @@ SIZE_OPS = frozenset(
 )
 
 _OUTSIDE = frozenset({"aten::from_file", "aten::save", "aten::_print", "aten::warn"})
-_IN_PLACE = frozenset({"slim::cached_attention"})  # the one op that writes: into the cache it is given
+_IN_PLACE = frozenset({"slim::cached_attention", "slim::paged_attention"})  # they write into the cache they are given
 
 
 def not_in_dialect(target: Any) -> str | None:

@@ -21,7 +21,9 @@ UNPACKS = {  # number format -> what widens its packed numbers to int8
     "nf4": torch.ops.slim.unpack_nf4.default,
 }
 RESTORING = frozenset({DEQUANTIZE, *UNPACKS.values()})  # what stands between a quantised weight and its readers
-ATTENTION = frozenset({torch.ops.slim.attention.default, torch.ops.slim.cached_attention.default})
+ATTENTION = frozenset({
+    torch.ops.slim.attention.default, torch.ops.slim.cached_attention.default, torch.ops.slim.paged_attention.default
+})  # fmt: skip
 
 
 class Role(StrEnum):

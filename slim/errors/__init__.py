@@ -35,6 +35,7 @@ from slim.errors.passes import (
 from slim.errors.running import (
     BackendOption,
     BadInput,
+    CacheFull,
     CacheMismatch,
     CacheUnsupported,
     EmptyPrompt,
@@ -51,7 +52,8 @@ from slim.errors.targets import BadEnvironment, BuildFailed, KernelFailed, Targe
 
 __all__ = [
     "ArtifactCorrupt", "ArtifactVersion", "BackendOption", "BadEnvironment", "BadIR", "BadInput", "BadPassOption",
-    "BadPipelineText", "BuildFailed", "CacheMismatch", "CacheUnsupported", "CheckpointCorrupt", "ContradictoryOptions",
+    "BadPipelineText", "BuildFailed", "CacheFull", "CacheMismatch", "CacheUnsupported", "CheckpointCorrupt",
+    "ContradictoryOptions",
     "EmptyPrompt", "ExportUnsupported", "KernelFailed", "LiftFailed", "MissingPackage", "ModelNotFound",
     "NeedsCalibration", "NeedsNoGrad", "NoTokenizer", "NonFiniteActivation", "NonFiniteWeight", "NotGenerative",
     "NotLossless", "NothingToHeal", "PassFailed", "PassMatchedNothing", "PassOrder", "PromptTooLong", "SaveFailed",

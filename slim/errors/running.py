@@ -130,3 +130,13 @@ class CacheMismatch(SlimError, ValueError):
 
     expected: object
     got: object
+
+
+class CacheFull(SlimError, RuntimeError):
+    """Every page of a KV cache is taken."""
+
+    message = "all {pages} pages of the KV cache are taken: it holds {tokens:,} tokens"
+    hint = "finish or cancel a sequence, or give the cache more room."
+
+    pages: int
+    tokens: int

@@ -13,7 +13,7 @@ from slim import errors
 from slim.compiler.charts import Chart
 from slim.compiler.cost import cost
 from slim.compiler.parts import place_parts
-from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, STATISTICS, WHOLE_WEIGHTS, Context, Pass
+from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, KNOWN_HEADS, STATISTICS, WHOLE_WEIGHTS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip, short_bytes
 from slim.compiler.statistics import SiteStatistics, calibration_of, walk
@@ -73,7 +73,7 @@ class GQA(Pass):
     method: Literal["aligned", "procrustes", "mean"] = "aligned"
     kv_bytes: float | None = None
 
-    requires = frozenset({FLOAT_WEIGHTS, WHOLE_WEIGHTS, FLOAT_KV, STATISTICS})
+    requires = frozenset({FLOAT_WEIGHTS, WHOLE_WEIGHTS, FLOAT_KV, KNOWN_HEADS, STATISTICS})
 
     def check(self) -> None:
         """Refuses numbers of heads that no layer can have, and a budget that nothing uses."""

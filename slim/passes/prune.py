@@ -11,7 +11,7 @@ from torch import Tensor, fx
 
 from slim import errors
 from slim.compiler.dependencies import Dependencies, Kind
-from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, STATISTICS, Context, Pass
+from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, KNOWN_HEADS, STATISTICS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report
 from slim.compiler.statistics import SiteStatistics, calibration_of, collect
@@ -78,7 +78,7 @@ class Prune(Pass):
     bias: bool = False
     reload: bool = True
 
-    requires = frozenset({FLOAT_WEIGHTS, FLOAT_KV, STATISTICS})
+    requires = frozenset({FLOAT_WEIGHTS, FLOAT_KV, KNOWN_HEADS, STATISTICS})
 
     def check(self) -> None:
         """Refuses shares that leave all or nothing."""

@@ -1,8 +1,9 @@
-"""Binding a KV cache into a Program: ``slim.attention`` becomes ``slim.cached_attention``."""
+"""Binding a KV cache into a Program: ``slim.attention`` becomes one over a cache, or over pages."""
 
 from __future__ import annotations
 
 import operator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,21 +12,38 @@ from torch import fx
 from slim import errors
 from slim.compiler.dialect.kv import bits_of
 from slim.compiler.inputs import evaluate
+from slim.compiler.patterns import read_pattern
 from slim.compiler.program import Program, where
 from slim.compiler.rounded_kv import pair_bits, rounded
 from slim.compiler.rules import argument
 from slim.compiler.types import Input
-from slim.runtime.cache import Slot
+from slim.runtime.cache import Slot, Tensors
 from slim.runtime.tokenwise import check_tokenwise
 
 aten, slim = torch.ops.aten, torch.ops.slim
 
-KEY_MASK = "key_mask"
-_OPTIONS = ("layer", "scale", "causal", "window", "softcap")  # of attention, the same with a cache
+KEY_MASK, TABLE, LENGTHS = "key_mask", "table", "lengths"
+# Options of attention that are the same with a cache.
+_OPTIONS = ("layer", "scale", "causal", "window", "softcap", "pattern", "skip")
 
 
-def check_cacheable(program: Program) -> None:
-    """Returns where a cached step of ``program`` computes what the whole would.
+@dataclass(frozen=True)
+class Paging:
+    """How the tokens of a row lie in pages; see ``slim.paged_attention``.
+
+    Attributes:
+        size: tokens of a page.
+        fixed: pages of a row that stay, where the others take turns.
+        pattern: what every layer keeps, beside what its own pattern does; None for everything.
+    """
+
+    size: int
+    fixed: int = 0
+    pattern: str | None = None
+
+
+def check_cacheable(program: Program, paging: Paging | None = None) -> None:
+    """Returns where a cached step of ``program`` computes what the whole would, but for what ``paging`` leaves out.
 
     Raises:
         CacheUnsupported: naming the node and the reason.
@@ -34,6 +52,8 @@ def check_cacheable(program: Program) -> None:
         raise errors.CacheUnsupported(reason="the model has no attention that slim recognises")
     for node in program.attention_nodes():
         reason = _objection(program, node)
+        if reason is None and paging is not None and paging.pattern and argument(node, "pattern") is not None:
+            reason = f"keeps {argument(node, 'pattern')} already, which a window of the cache would cut"
         if reason:
             reason = f"attention of layer {node.kwargs['layer']} {reason}"
             raise errors.CacheUnsupported(reason=reason, where=where(node))
@@ -67,7 +87,13 @@ def _is_attention_mask(mask: fx.Node) -> bool:
 
 
 def bind_cache(
-    program: Program, *, masked: bool = True, last_only: bool = False, checked: bool = False, bits: int = 0
+    program: Program,
+    *,
+    masked: bool = True,
+    last_only: bool = False,
+    checked: bool = False,
+    bits: int = 0,
+    paging: Paging | None = None,
 ) -> Program:
     """The Program of a step over a KV cache: S new tokens after ``T - S`` that the cache holds.
 
@@ -77,6 +103,10 @@ def bind_cache(
     a pair of quantised ones ``k_scale_i`` and ``v_scale_i``, [B, heads, C]. The step writes the new keys and values at
     ``T - S`` and leaves the rest alone. Keys and values that the Program rounds are held as the numbers they are
     rounded to.
+
+    With ``paging`` every row has tokens of its own number: ``key_mask`` gives way to ``table`` int32 [B, P], the pages
+    of each row, and ``lengths`` int64 [B], how many tokens it holds; the caches are [N, heads, page size, width], and
+    no token is padding.
 
     Args:
         masked: whether there may be padding; without it ``key_mask`` only says how long T is, and attention is faster.
@@ -88,17 +118,18 @@ def bind_cache(
         CacheUnsupported: where a cached step would not be the same function; see ``check_cacheable``.
     """
     if not checked:
-        check_cacheable(program)
-    bound = _Binder(program.copy(), masked, bits).bind()
+        check_cacheable(program, paging)
+    bound = _Binder(program.copy(), masked, bits, paging).bind()
     if last_only:
         _keep_last(bound)
     return bound
 
 
 class _Binder:
-    def __init__(self, program: Program, masked: bool, bits: int) -> None:
+    def __init__(self, program: Program, masked: bool, bits: int, paging: Paging | None) -> None:
         self.program = program
         self.masked = masked
+        self.paging = paging
         self.slots = cache_slots(program, bits)
         self.pairs: dict[tuple[fx.Node, fx.Node], int] = {}
 
@@ -108,7 +139,7 @@ class _Binder:
         for node in nodes:
             self.pairs.setdefault((argument(node, "k"), argument(node, "v")), len(self.pairs))
         bound = self._with_inputs()
-        start = _start(bound)
+        start = None if self.paging else _start(bound)
         for node in nodes:
             self._replace(bound, node, start)
         bound.clean()
@@ -128,11 +159,21 @@ class _Binder:
 
     def _inputs(self) -> tuple[Input, ...]:
         inputs = [v for v in self.program.inputs if v.name != "attention_mask" or self._mask_is_read()]
-        inputs.append(Input(KEY_MASK, torch.bool, ("B", "T")))
+        rows: tuple[str, str | int] = ("B", "C")
+        if self.paging is None:
+            inputs.append(Input(KEY_MASK, torch.bool, ("B", "T")))
+        else:
+            inputs += [Input(TABLE, torch.int32, ("B", "P")), Input(LENGTHS, torch.int64, ("B",))]
+            rows = ("N", self.paging.size)
         for index, slot in enumerate(self.slots):
-            for name, width, dtype in slot.tensors:
-                inputs.append(Input(f"{name}_{index}", dtype, ("B", slot.heads, "C", *width)))
+            for kind in slot.tensors:
+                inputs.append(Input(f"{kind.name}_{index}", kind.dtype, self._shape(slot, kind, *rows)))
         return tuple(inputs)
+
+    def _shape(self, slot: Slot, kind: Tensors, first: str, tokens: str | int) -> tuple[str | int, ...]:
+        if kind.tokens > 1:
+            tokens = tokens // kind.tokens if isinstance(tokens, int) else "K"
+        return (first, slot.heads, tokens, *kind.width)
 
     def _mask_is_read(self) -> bool:
         """Whether anything beside attention looks at attention_mask."""
@@ -164,23 +205,32 @@ class _Binder:
         bound.typer = typer
         return bound
 
-    def _replace(self, bound: Program, node: fx.Node, start: fx.Node) -> None:
+    def _replace(self, bound: Program, node: fx.Node, start: fx.Node | None) -> None:
         k, v = argument(node, "k"), argument(node, "v")
         index = self.pairs[k, v]
-        mask = _placeholder(bound, KEY_MASK) if self.masked and argument(node, "key_mask") is not None else None
         held = {kind.name: _placeholder(bound, f"{kind.name}_{index}") for kind in self.slots[index].tensors}
         caches = (held["k_cache"], held["v_cache"])
-        more = (mask, argument(node, "sinks"), argument(node, "slopes"), held.get("k_scale"), held.get("v_scale"))
+        more = (argument(node, "sinks"), argument(node, "slopes"), *map(held.get, ("k_scale", "v_scale", "k_bounds")))
         options = {name: node.kwargs[name] for name in _OPTIONS if name in node.kwargs}
         parts = rounded(k), rounded(v)
         if all(parts):  # the cache rounds
             k, v = (part.x for part in parts if part is not None)
-        new = bound.insert(
-            node, slim.cached_attention.default, argument(node, "q"), k, v, *caches, start, *more, like=node, **options
-        )
+        target, places = slim.cached_attention.default, (start, self._mask(bound, node))
+        if self.paging is not None:
+            target, places = slim.paged_attention.default, (_placeholder(bound, TABLE), _placeholder(bound, LENGTHS))
+            options |= self._paged_options()
+        new = bound.insert(node, target, argument(node, "q"), k, v, *caches, *places, *more, like=node, **options)
         new.meta["stands_for"] = node.name
         node.replace_all_uses_with(new)
         bound.graph.erase_node(node)
+
+    def _mask(self, bound: Program, node: fx.Node) -> fx.Node | None:
+        return _placeholder(bound, KEY_MASK) if self.masked and argument(node, "key_mask") is not None else None
+
+    def _paged_options(self) -> dict[str, Any]:
+        assert self.paging is not None
+        fixed = {"fixed": self.paging.fixed} if self.paging.fixed else {}
+        return fixed if self.paging.pattern is None else fixed | {"pattern": self.paging.pattern}
 
 
 def _placeholder(program: Program, name: str) -> fx.Node:
@@ -213,12 +263,15 @@ def cache_slots(program: Program, bits: int = 0) -> tuple[Slot, ...]:
 
 def _slot(node: fx.Node, bits: int) -> Slot:
     k, v = (argument(node, name).meta["val"] for name in ("k", "v"))
-    if node.target is slim.cached_attention.default:
+    if node.target is not slim.attention.default:
         sides = tuple(bits_of(argument(node, f"{name}_cache").meta["val"].dtype) for name in ("k", "v"))
     else:
         sides = pair_bits(node)
         sides = sides if all(sides) else (bits, bits)
-    slot = Slot(int(k.shape[1]), int(k.shape[3]), int(v.shape[3]), k.dtype, *sides)
+    pattern = argument(node, "pattern")
+    top = None if pattern is None else read_pattern(pattern).top
+    widths, bounds = (int(k.shape[3]), int(v.shape[3])), 0 if top is None else top.size
+    slot = Slot(int(k.shape[1]), *widths, k.dtype, sides[0], sides[1], bounds)
     for width, each in ((slot.key_width, slot.key_bits), (slot.value_width, slot.value_bits)):
         if each == 4 and width % 2:
             reason = f"int4 keeps two numbers in a byte, and heads of layer {node.kwargs['layer']} are {width} wide"

@@ -20,11 +20,13 @@ class KVCacheConfig:
     """How keys and values of past tokens are kept.
 
     Args:
-        layout: "contiguous": one tensor a layer; "paged" is to come.
+        layout: "contiguous": one tensor a layer, rows of one length; "paged": pages of 64 tokens, rows of lengths of
+            their own, without padding, that may fork.
         dtype: "int8" or "int4": hold numbers of so many bits, with a float32 scale for each token of each head. None
             keeps what the program says: its own type, or what ``QuantizeKV`` made of it. See docs/kv_cache.md.
-        window: keep only so many newest tokens (to come). Windows of the model's own are its attention's business.
-        sinks: first tokens to keep beside a window (to come).
+        window: keep only so many newest tokens, in pages that are written anew in turns: memory stays what it is
+            however long the text gets. Windows of the model's own are its attention's business.
+        sinks: first tokens to keep beside a window.
         eviction: which tokens to drop when full (to come).
         max_tokens: the most tokens a sequence may have, prompt included; None for no limit but the model's own.
 
@@ -46,18 +48,18 @@ class KVCacheConfig:
         for option, choices in (("layout", ("contiguous", "paged")), ("dtype", (None, "int8", "int4"))):
             if getattr(self, option) not in choices:
                 raise errors.BadInput(argument=option, reason=f"{getattr(self, option)!r} is not one of {choices}")
-        for option in ("window", "max_tokens"):
+        for option in ("window", "max_tokens", "sinks"):
             value = getattr(self, option)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if value is not None and (
+                not isinstance(value, int) or isinstance(value, bool) or value < (option != "sinks")
+            ):
                 raise errors.BadInput(argument=option, reason=f"{value!r} is no number of tokens")
         if self.sinks and self.window is None:
             raise errors.ContradictoryOptions(
                 a=f"sinks={self.sinks}", b="window=None", reason="without a window all tokens are kept"
             )
-        for option, today in (("layout", "contiguous"), ("window", None), ("eviction", None)):
-            value = getattr(self, option)
-            if value != today:
-                raise errors.CacheUnsupported(reason=_LATER.format(option=option, value=value))
+        if self.eviction is not None:
+            raise errors.CacheUnsupported(reason=_LATER.format(option="eviction", value=self.eviction))
 
     @property
     def bits(self) -> int:
@@ -66,11 +68,12 @@ class KVCacheConfig:
 
 
 class Tensors(NamedTuple):
-    """One tensor of a slot: its name, what follows [B, heads, T] in its shape, and its type."""
+    """One tensor of a slot: its name, what follows [B, heads, T] in its shape, its type, and tokens of an entry."""
 
     name: str
     width: tuple[int, ...]
     dtype: torch.dtype
+    tokens: int = 1
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Slot:
         dtype: of the keys and values that attention computes with.
         key_bits, value_bits: 8 where int8 numbers are held, 4 where there are two in a byte, both with a float32 scale
             [B, heads, T]; 0 where they are held as they are.
+        bounds: tokens of the blocks whose lowest and highest keys are held as well; 0 for none.
     """
 
     heads: int
@@ -89,14 +93,16 @@ class Slot:
     dtype: torch.dtype
     key_bits: int = 0
     value_bits: int = 0
+    bounds: int = 0
 
     @property
     def tensors(self) -> tuple[Tensors, ...]:
-        """Keys, values, and the scales of those that have them."""
+        """Keys, values, the scales of those that have them, and the bounds of blocks of keys."""
         sides = (("k", self.key_width, self.key_bits), ("v", self.value_width, self.value_bits))
         numbers = [Tensors(f"{name}_cache", *self._numbers(width, bits)) for name, width, bits in sides]
         scales = [Tensors(f"{name}_scale", (), torch.float32) for name, _, bits in sides if bits]
-        return (*numbers, *scales)
+        bounds = [Tensors("k_bounds", (2, self.key_width), torch.float32, self.bounds)] if self.bounds else []
+        return (*numbers, *scales, *bounds)
 
     def _numbers(self, width: int, bits: int) -> tuple[tuple[int, ...], torch.dtype]:
         if bits == 4:
@@ -105,7 +111,7 @@ class Slot:
 
     @property
     def bytes_per_token(self) -> int:
-        return self.heads * sum(math.prod(t.width) * t.dtype.itemsize for t in self.tensors)
+        return self.heads * sum(-(-math.prod(t.width) * t.dtype.itemsize // t.tokens) for t in self.tensors)
 
 
 _ROOM = 64  # tokens to make room for at least, so that a short prompt does not grow at once
@@ -196,12 +202,13 @@ class KVCache:
 
     def _empty(self, index: int, capacity: int) -> Tensor:
         heads, kind = self._kinds[index]
-        return torch.empty(self.batch, heads, capacity, *kind.width, dtype=kind.dtype, device=self.device)
+        entries = -(-capacity // kind.tokens)
+        return torch.empty(self.batch, heads, entries, *kind.width, dtype=kind.dtype, device=self.device)
 
     def _resize(self, capacity: int) -> None:
         for index, old in enumerate(self.tensors):
-            new = self._empty(index, capacity)
-            new[:, :, : self.length] = old[:, :, : self.length]
+            new, held = self._empty(index, capacity), -(-self.length // self._kinds[index][1].tokens)
+            new[:, :, :held] = old[:, :, :held]
             self.tensors[index] = new  # one at a time, so that only one is held twice
         mask = torch.ones(self.batch, capacity, dtype=torch.bool, device=self.device)
         mask[:, : self.length] = self.mask[:, : self.length]

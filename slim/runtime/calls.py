@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from slim import errors
 from slim.compiler.inputs import checked_mask, checked_positions, checked_tokens
 from slim.runtime.architecture import loss_function, number_real_tokens
-from slim.runtime.cache import KVCache, Slot
+from slim.runtime.cache import KVCache
+from slim.runtime.paged import PagedKVCache
 
 if TYPE_CHECKING:
     from slim.runtime.compiled import CompiledModel
@@ -34,12 +35,13 @@ def _refuse_unknown(kwargs: dict[str, Any], model: CompiledModel) -> None:
             raise errors.BadInput(argument=name, reason="it was not part of what was compiled; leave it out")
 
 
-def check_cache(cache: Any, slots: tuple[Slot, ...], batch: int) -> None:
-    """Raises CacheMismatch where ``cache`` was not made for these layers and this batch."""
-    if not isinstance(cache, KVCache):
-        raise errors.CacheMismatch(expected="a KVCache of this model", got=type(cache).__name__)
-    if cache.slots != slots:
-        expected, got = (f"{len(layers)} layers {list(layers[:1])}" for layers in (slots, cache.slots))
+def check_cache(cache: Any, model: CompiledModel, batch: int) -> None:
+    """Raises CacheMismatch where ``cache`` was not made by this model, for this batch."""
+    kind = PagedKVCache if model.paged else KVCache
+    if not isinstance(cache, kind):
+        raise errors.CacheMismatch(expected=f"a {kind.__name__} of this model", got=type(cache).__name__)
+    if cache.slots != model.slots:
+        expected, got = (f"{len(layers)} layers {list(layers[:1])}" for layers in (model.slots, cache.slots))
         raise errors.CacheMismatch(expected=expected, got=got)
     if cache.batch != batch:
         raise errors.CacheMismatch(expected=f"batch {batch}", got=f"batch {cache.batch}")
@@ -54,7 +56,7 @@ def call_language_model(
     *,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
-    past_key_values: KVCache | None = None,
+    past_key_values: KVCache | PagedKVCache | None = None,
     labels: Tensor | None = None,
     use_cache: bool | None = None,
     return_dict: bool | None = None,
@@ -69,7 +71,7 @@ def call_language_model(
     tokens = checked_tokens(input_ids, model.vocabulary)
     cache = past_key_values
     if cache is not None:
-        check_cache(cache, model.slots, tokens.shape[0])
+        check_cache(cache, model, tokens.shape[0])
     elif use_cache:
         cache = model.new_cache(tokens.shape[0], tokens.shape[1])
     past = 0 if cache is None else cache.length
@@ -89,7 +91,7 @@ def call_language_model(
     return _returned(model, _with(result, extra), return_dict)
 
 
-def _mask(tokens: Tensor, given: Tensor | None, cache: KVCache | None) -> Tensor:
+def _mask(tokens: Tensor, given: Tensor | None, cache: KVCache | PagedKVCache | None) -> Tensor:
     past = 0 if cache is None else cache.length
     if given is not None:
         return checked_mask(given, tokens, past)
@@ -112,11 +114,19 @@ def _takes(model: CompiledModel, name: str) -> bool:
     return any(value.name == name for value in model.program.inputs)
 
 
-def _cached(model: CompiledModel, cache: KVCache, mask: Tensor, inputs: dict[str, Tensor]) -> tuple[Any, ...]:
+def _cached(
+    model: CompiledModel, cache: KVCache | PagedKVCache, mask: Tensor, inputs: dict[str, Tensor]
+) -> tuple[Any, ...]:
     masked = bool((mask == 0).any())
-    step = model.step(masked=masked)
-    cache.mask[:, : cache.length] = mask[:, : cache.length].bool()
-    return step(cache, mask[:, cache.length :].bool(), inputs)
+    held, new = mask[:, : cache.length].bool(), mask[:, cache.length :].bool()
+    step: Any = model.step(masked=masked)
+    if isinstance(cache, KVCache):
+        cache.mask[:, : cache.length] = held
+    elif not torch.equal(held, cache.mask):
+        reason = "it hides tokens that the cache holds, or shows padding, which pages do not keep"
+        raise errors.BadInput(argument="attention_mask", reason=reason)
+    outputs: tuple[Any, ...] = step(cache, new, inputs)
+    return outputs
 
 
 def _kept(logits: Tensor, keep: int | Tensor) -> Tensor:

@@ -27,6 +27,8 @@ from slim.runtime.binding import bind_cache, cache_slots, check_cacheable
 from slim.runtime.cache import KVCache, KVCacheConfig, Slot
 from slim.runtime.explain import Explanation, explain
 from slim.runtime.loop import Plan
+from slim.runtime.paged import PagedKVCache, paging
+from slim.runtime.paged_steps import PagedDecoder, PagedStep
 from slim.runtime.steps import CachedDecoder, Decoder, RecomputingDecoder, Step
 
 log = logging.getLogger(__name__)
@@ -69,7 +71,8 @@ class CompiledModel:
         self.pipeline = pipeline
         self.target = select(target) if isinstance(target, str) else target
         self.kv_cache = kv_cache or KVCacheConfig()
-        self._steps: dict[tuple[bool, bool], Step] = {}
+        self._paging = paging(self.kv_cache)
+        self._steps: dict[tuple[bool, bool], Step | PagedStep] = {}
         self._executables: dict[str, Executable] = {}
         if report is not None:  # it may have been saved by another target
             report.error = report.error if report.target == self.target.name else None
@@ -157,7 +160,7 @@ class CompiledModel:
     @functools.cached_property
     def slots(self) -> tuple[Slot, ...]:
         """What a KV cache of this model holds; raises CacheUnsupported where it can have none."""
-        check_cacheable(self.program)
+        check_cacheable(self.program, self._paging)
         self._check_format()
         return cache_slots(self.program, self.kv_cache.bits)
 
@@ -169,6 +172,11 @@ class CompiledModel:
             if own not in (0, bits):
                 a, b = f"KVCacheConfig(dtype={self.kv_cache.dtype!r})", f'QuantizeKV("int{own}")'
                 raise errors.ContradictoryOptions(a=a, b=b, reason="a number is rounded once; leave one of them out")
+
+    @property
+    def paged(self) -> bool:
+        """Whether keys and values lie in pages; see ``KVCacheConfig``."""
+        return self._paging is not None
 
     @property
     def name_or_path(self) -> str:
@@ -271,23 +279,25 @@ class CompiledModel:
         """The flat outputs for one tensor an input, in the order of the Program's inputs."""
         return self._executable(*inputs)
 
-    def step(self, *, masked: bool = True, last_only: bool = False) -> Step:
+    def step(self, *, masked: bool = True, last_only: bool = False) -> Step | PagedStep:
         """The Program over a KV cache, lowered when it is first asked for; see ``bind_cache``.
 
         Raises:
             CacheUnsupported: with the reason, where the model cannot be cached.
         """
-        key = (masked, last_only)
+        key = (masked and self._paging is None, last_only)  # pages hold no padding
         if key not in self._steps:
             checked = bool(self.slots)  # or it raises
             bound = bind_cache(
-                self.program, masked=masked, last_only=last_only, checked=checked, bits=self.kv_cache.bits
-            )
-            name = "step" + "_masked" * masked + "_last" * last_only
-            self._steps[key] = Step(bound, self._lower(name, bound))
+                self.program, masked=key[0], last_only=last_only, checked=checked, bits=self.kv_cache.bits,
+                paging=self._paging,
+            )  # fmt: skip
+            name = "step" + "_masked" * key[0] + "_last" * last_only
+            kind = Step if self._paging is None else PagedStep
+            self._steps[key] = kind(bound, self._lower(name, bound))
         return self._steps[key]
 
-    def new_cache(self, batch: int, tokens: int = 0) -> KVCache:
+    def new_cache(self, batch: int, tokens: int = 0) -> KVCache | PagedKVCache:
         """An empty cache for ``batch`` sequences, with room for ``tokens`` tokens at first.
 
         Raises:
@@ -296,6 +306,8 @@ class CompiledModel:
         limit = self.kv_cache.max_tokens
         if limit is not None and tokens > limit:
             raise errors.PromptTooLong(length=tokens, capacity=limit)
+        if self._paging is not None:
+            return PagedKVCache(self.slots, batch, max(1, tokens), self.kv_cache, self.device)
         return KVCache(self.slots, batch, max(1, tokens), limit, self.device)
 
     def decoder(self, plan: Plan) -> Decoder:
@@ -309,10 +321,15 @@ class CompiledModel:
                 raise
             log.warning("generating without a KV cache, each token at the cost of the whole sequence: %s", error)
             return RecomputingDecoder(self.run, plan.max_length)
-        masked = bool((plan.mask == 0).any())
-        return CachedDecoder(self.step(masked=masked, last_only=True), cache, plan.config.prefill_chunk_size)
+        step = self.step(masked=bool((plan.mask == 0).any()), last_only=True)
+        chunk = plan.config.prefill_chunk_size
+        if isinstance(step, PagedStep):
+            assert isinstance(cache, PagedKVCache)
+            return PagedDecoder(step, cache, chunk)
+        assert isinstance(cache, KVCache)
+        return CachedDecoder(step, cache, chunk)
 
-    def _cache_for(self, plan: Plan) -> KVCache:
+    def _cache_for(self, plan: Plan) -> KVCache | PagedKVCache:
         batch, length = plan.tokens.shape
         limit = self.kv_cache.max_tokens
         run = plan.max_length - 1  # the last token is returned, and never run
@@ -320,7 +337,7 @@ class CompiledModel:
             raise errors.PromptTooLong(length=run, capacity=limit)
         if plan.cache is None:
             return self.new_cache(batch, min(run, length + _ROOM))
-        calls.check_cache(plan.cache, self.slots, batch)
+        calls.check_cache(plan.cache, self, batch)
         if plan.cache.length >= length:
             reason = f"the prompt must go on beyond the {plan.cache.length} tokens of past_key_values, and has {length}"
             raise errors.BadInput(argument="input_ids", reason=reason)

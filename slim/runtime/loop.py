@@ -18,6 +18,7 @@ from transformers.generation import (
 
 from slim.codegen import Ends
 from slim.runtime.cache import KVCache
+from slim.runtime.paged import PagedKVCache
 from slim.runtime.steps import Decoder
 
 _BURST, _PATIENCE = 16, 0.1  # steps, and seconds, at most until Ctrl-C is heard and other threads get their turn
@@ -38,7 +39,7 @@ class Plan:
     mask: Tensor
     positions: Tensor
     config: Any
-    cache: KVCache | None
+    cache: KVCache | PagedKVCache | None
     use_cache: bool | None
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)

@@ -17,10 +17,10 @@ from torch import Tensor, fx
 from slim import errors
 from slim.compiler.program import Program, where
 from slim.compiler.types import expression
+from slim.compiler.uses import ATTENTION
 
 aten, slim = torch.ops.aten, torch.ops.slim
 
-_ATTENTION = frozenset({slim.attention.default, slim.cached_attention.default})
 # Row by row by their definition, and too wide to try out: only the place of the tokens is looked at.
 _BY_ROW = frozenset({aten.linear.default, slim.expert_linear.default, aten.embedding.default})
 _BATCH, _TOKENS = 2, 4
@@ -39,7 +39,7 @@ def check_tokenwise(program: Program) -> None:
     seen: dict[Any, str | None] = {}
     kinds = _Kinds(program)
     for node in program.nodes():
-        if node.target in _ATTENTION or not _tensors(node.meta["val"]):
+        if node.target in ATTENTION or not _tensors(node.meta["val"]):
             continue
         trial = _Trial(node, sizes, kinds)
         key = trial.key()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Iterator, Sequence
 
 from slim.codegen.cpp.text import STORED, number
 from slim.codegen.cpp.writer import Writer, writes
 from slim.codegen.regions.schedule import Attention
-from slim.codegen.regions.views import View
+from slim.codegen.regions.views import Size, View
+from slim.compiler.patterns.terms import Term
 
 _CACHE = {"float": "f32", "bf16": "bf16", "f16": "f16", "i8": "int8", "u8": "int4"}
 
@@ -15,13 +17,14 @@ _CACHE = {"float": "f32", "bf16": "bf16", "f16": "f16", "i8": "int8", "u8": "int
 @writes(Attention)
 def _attention(writer: Writer, region: Attention) -> list[str]:
     text = writer.sizes.text
-    cached = region.start is not None
-    keys = region.k.shape[2] if region.start is None else region.start + region.q.shape[2]
     batch, heads, queries, width = region.q.shape
-    sizes = (batch, heads, region.k.shape[1], queries, keys, width, region.v.shape[3])
-    names = ("batch", "heads", "kv_heads", "queries", "keys", "key_width", "value_width")
-    fields = dict(zip(names, map(text, sizes), strict=True)) | {
-        "start": text(region.start) if cached else "0",
+    keys, most_keys = _keys(region)
+    sizes = {
+        "batch": batch, "heads": heads, "kv_heads": region.k.shape[1], "queries": queries, "keys": keys,
+        "key_width": width, "value_width": region.v.shape[3], "most_keys": most_keys,
+    }  # fmt: skip
+    fields = {name: text(size) for name, size in sizes.items()} | {
+        "start": text(region.start or 0),
         "scale": number(region.scale),
         "softcap": number(region.softcap or 0.0),
         "causal": "true" if region.causal else "false",
@@ -43,12 +46,61 @@ def _attention(writer: Writer, region: Attention) -> list[str]:
     fields |= _place(writer, "key_mask", region.key_mask, "mask", ("batch",), "u8")
     fields |= _place(writer, "bias", region.bias, "bias", ("batch", "head", "query", "key"))
     fields |= _place(writer, "sinks", region.sinks) | _place(writer, "slopes", region.slopes)
+    fields |= _place(writer, "table", region.pages, "table", ("batch",)) | _place(writer, "lengths", region.lengths)
+    if region.pages is not None:
+        assert region.k_cache is not None
+        fields |= {"columns": text(region.pages.shape[1]), "page_size": text(region.k_cache.shape[2])}
+        fields["fixed"] = str(region.fixed)
+    lines, choices = _pattern(writer, region)
+    fields |= choices | _place(writer, "k_bounds", region.k_bounds, "kb", ("batch", "head"))
     fields["scratch"] = writer.arguments.text(None)
-    writer.scratch.append(f"attention_scratch({', '.join(text(sizes[names.index(n)]) for n in _SCRATCH)}, threads)")
-    return ["slim::Attention a{};", *(f"a.{name} = {value};" for name, value in fields.items()), "attention(t, a);"]
+    scratch = (*(fields[name] for name in _SCRATCH), choices.get("top", "0"), choices.get("slash_columns", "0"))
+    writer.scratch.append(f"attention_scratch({', '.join(scratch)}, threads)")
+    assigned = [f"a.{name} = {value};" for name, value in fields.items()]
+    return [*lines, "slim::Attention a{};", *assigned, "attention(t, a);"]
 
 
-_SCRATCH = ("batch", "heads", "kv_heads", "queries", "keys", "key_width", "value_width")
+_SCRATCH = ("batch", "heads", "kv_heads", "queries", "most_keys", "key_width", "value_width")
+
+
+def _keys(region: Attention) -> tuple[Size, Size]:
+    """(how many keys there are; 0 where each row has its own number, the most that there can be)."""
+    if region.pages is not None:
+        assert region.k_cache is not None
+        return 0, region.pages.shape[1] * region.k_cache.shape[2]
+    keys = region.k.shape[2] if region.start is None else region.start + region.q.shape[2]
+    return keys, keys
+
+
+def _pattern(writer: Writer, region: Attention) -> tuple[list[str], dict[str, str]]:
+    """(the terms of each head, as constants, what else the kernel is to know of them)."""
+    fields = {"skip": number(region.skip)} if region.skip else {}
+    pattern = region.pattern
+    if pattern is None:
+        return [], fields
+    heads = [pattern.of(head) for head in range(int(region.q.shape[1]))]
+    lines: list[str] = []
+    names: dict[tuple[Term, ...], str] = {}
+    for terms in dict.fromkeys(heads):
+        names[terms] = f"terms_{len(names)}" if terms else "nullptr"
+        if terms:
+            body = ", ".join(f"{{{', '.join(_term(term))}}}" for term in terms)
+            lines.append(f"static const slim::Term {names[terms]}[] = {{{body}}};")
+    each = ", ".join(f"{{{names[terms]}, {len(terms)}}}" for terms in heads)
+    lines.append(f"static const slim::Pattern patterns[] = {{{each}}};")
+    fields["patterns"] = "patterns"
+    if pattern.top is not None:
+        fields |= {"top": str(pattern.top.size), "share": str(pattern.top.share)}
+    if pattern.vote is not None:
+        fields |= {"slash_columns": str(pattern.vote.columns), "slashes": str(pattern.vote.slashes)}
+    return lines, fields
+
+
+def _term(term: Term) -> Iterator[str]:
+    """The fields of the struct of that name in kernels.h."""
+    yield f"slim::Keep::{term.name()}"
+    values = dataclasses.astuple(term)
+    yield from (str(value) for value in (*values, 0, 0, 0)[:3])
 
 
 def _place(

@@ -198,7 +198,7 @@ class BoundCall:
             self.io[index] = output.data_ptr()
         return outputs
 
-    def greedy(self, feedback: Feedback, mask: Tensor, ends: Ends) -> GreedyCall | None:
+    def greedy(self, feedback: Feedback, mask: Tensor | None, ends: Ends) -> GreedyCall | None:
         """The call as a loop of decoding steps; None where it cannot be one."""
         return greedy_call(self, feedback, mask, ends)
 

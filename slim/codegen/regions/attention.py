@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import fx
 
-from slim.codegen.regions.lower import Lowering, handles
+from slim.codegen.regions.lower import Lowering, Unsupported, handles
 from slim.codegen.regions.pointwise import const, op
 from slim.codegen.regions.scalars import BOOL, F32, Iota, Lane, Load, Scalar, Value, cast, expand
 from slim.codegen.regions.schedule import Attention, Pointwise
 from slim.codegen.regions.views import Strided, View, same
+from slim.compiler.patterns import Pattern, read_pattern
 from slim.compiler.rounded_kv import rounded, rounds_itself, shifted
 from slim.compiler.rules import argument
 
 aten, slim = torch.ops.aten, torch.ops.slim
 
-_ATTENTION = (slim.attention.default, slim.cached_attention.default)
+_ATTENTION = (slim.attention.default, slim.cached_attention.default, slim.paged_attention.default)
 _ON_THE_WAY = frozenset({
     slim.rope.default, aten.sub.Tensor, slim.token_scale.default, slim.quantize.default, slim.dequantize.default
 })  # fmt: skip
@@ -34,7 +35,9 @@ class Rotation:
 
 @handles(*_ATTENTION)
 def attention(lowering: Lowering, node: fx.Node) -> Value:
-    """slim.attention and slim.cached_attention."""
+    """slim.attention, slim.cached_attention and slim.paged_attention."""
+    if not _has_kernel(lowering, node):
+        raise Unsupported("this target has no kernel for sparsity patterns or for rows of lengths of their own")
     shape, dtype = lowering.type(node)
     batch, heads, queries, width = shape
     keys, offset, values, bits = _sources(node)
@@ -45,7 +48,7 @@ def attention(lowering: Lowering, node: fx.Node) -> Value:
     region = Attention(
         node, q, k, lowering.rows(values, lowering.floats), out, argument(node, "scale"),
         argument(node, "causal"), argument(node, "window"), argument(node, "softcap"), rope,
-        key_mask=_rows(lowering, node, "key_mask"),
+        key_mask=_rows(lowering, node, "key_mask"), pattern=_pattern(node), skip=argument(node, "skip") or 0.0,
         sinks=_floats(lowering, node, "sinks"), slopes=_floats(lowering, node, "slopes"),
     )  # fmt: skip
     region.k_offset = None if offset is None else _as_floats(lowering, offset)
@@ -56,7 +59,14 @@ def attention(lowering: Lowering, node: fx.Node) -> Value:
     else:
         region.k_cache, region.v_cache = (lowering.view(argument(node, name)) for name in ("k_cache", "v_cache"))
         region.k_scale, region.v_scale = (_given(lowering, node, name) for name in ("k_scale", "v_scale"))
-        region.start = lowering.size(argument(node, "start"))
+        region.k_bounds = _given(lowering, node, "k_bounds")
+        if node.target is slim.paged_attention.default:
+            region.pages, region.lengths = (lowering.view(argument(node, name)) for name in ("table", "lengths"))
+            region.fixed = argument(node, "fixed")
+        else:
+            region.start = lowering.size(argument(node, "start"))
+    if region.k_bounds is None and region.pattern is not None and region.pattern.top is not None:
+        region.k_bounds = _bounds_of_the_run(lowering, region, region.pattern.top.size)
     lowering.emit(region)
     return Value(Load(out), shape, dtype)
 
@@ -83,6 +93,25 @@ def _round_into_memory(lowering: Lowering, region: Attention, bits: tuple[int, i
         kind, held = (torch.uint8, width // 2) if each == 4 else (torch.int8, width)
         setattr(region, f"{name}_cache", lowering.temp((*lead, held), kind, f"{region.node.name}_{name}").view())
         setattr(region, f"{name}_scale", lowering.temp(lead, F32, f"{region.node.name}_{name}_scale").view())
+
+
+def _has_kernel(lowering: Lowering, node: fx.Node) -> bool:
+    sparse = _pattern(node) is not None or argument(node, "skip") is not None
+    return lowering.wants.patterns or not (sparse or node.target is slim.paged_attention.default)
+
+
+def _pattern(node: fx.Node) -> Pattern | None:
+    text = argument(node, "pattern")
+    pattern = None if text is None else read_pattern(text)
+    return None if pattern is None or pattern.is_dense else pattern
+
+
+def _bounds_of_the_run(lowering: Lowering, region: Attention, size: int) -> View:
+    """Memory of the run's own for the bounds of blocks of keys that no cache keeps."""
+    batch, groups, _, width = region.k.shape
+    keys = region.k.shape[2] if region.start is None else region.start + region.q.shape[2]
+    blocks = (keys + size - 1) // size
+    return lowering.temp((batch, groups, blocks, 2, width), F32, f"{region.node.name}_k_bounds").view()
 
 
 def _given(lowering: Lowering, node: fx.Node, name: str) -> View | None:
@@ -139,7 +168,7 @@ def rope(lowering: Lowering, node: fx.Node) -> Value:
     x = lowering.rows(node.args[0], lowering.floats)
     cos, sin = (lowering.rows(angle, lowering.floats) for angle in node.args[1:3])
     interleaved = bool(argument(node, "interleaved"))
-    if _attention_rotates(node):
+    if _attention_rotates(lowering, node):
         return Value(Lane(Rotation(x, cos, sin, interleaved)), shape, dtype)
     out = lowering.temp(shape, dtype).view()
     half = cos.shape[-1]
@@ -163,10 +192,10 @@ def _channels(view: View, half: Any, interleaved: bool) -> tuple[View, View]:
     return view.slice(3, 0, half), view.slice(3, half, half)
 
 
-def _attention_rotates(node: fx.Node) -> bool:
+def _attention_rotates(lowering: Lowering, node: fx.Node) -> bool:
     """Whether the one reader is attention whose queries and keys are both turned by the same angles."""
     reader = _attention_of(node)
-    if reader is None:
+    if reader is None or not _has_kernel(lowering, reader):
         return False
     q, (k, _, v, _) = argument(reader, "q"), _sources(reader)
     if node not in (q, k) or q.target is not slim.rope.default or k.target is not slim.rope.default:

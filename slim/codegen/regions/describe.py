@@ -74,7 +74,11 @@ def _matrix(matrix: Matrix) -> str:
 
 
 def _attention(region: Attention) -> str:
-    parts = (("rope", region.rope), ("offset", region.k_offset), ("round", region.k_scale), ("append", region.k_cache))
+    parts = (
+        ("rope", region.rope), ("offset", region.k_offset), ("round", region.k_scale), ("append", region.k_cache),
+        ("pages", region.pages), (f"keep {region.pattern}", region.pattern),
+        (f"skip {region.skip}", region.skip or None),
+    )  # fmt: skip
     fused = [name for name, there in parts if there is not None]
     text = f" {{{', '.join(fused)}}}" if fused else ""
     reads = ", ".join(_name(view) for view in (region.q, region.k, region.v))

@@ -70,6 +70,7 @@ class Wants:
         int8_rows: whether a product multiplies rows that the Program quantised as integers.
         requantises: whether what linears store is rounded to int8 at once, where linears alone read it so, in one step.
         own_steps: whether it finds the step of such a row, where that is slim.token_scale of the row, as it loads it.
+        patterns: whether attention reads no more keys than its pattern keeps, and rows of lengths of their own.
         pitched: masks among the inputs, bool [B, T], are read where they lie, rows as far apart as they are.
     """
 
@@ -79,6 +80,7 @@ class Wants:
     int8_rows: bool = False
     requantises: bool = False
     own_steps: bool = False
+    patterns: bool = False
     pitched: bool = False
 
 

@@ -16,6 +16,7 @@ from torch import fx
 
 from slim.codegen.regions.scalars import Op, Scalar, views, walk
 from slim.codegen.regions.views import Buffer, Size, View
+from slim.compiler.patterns import Pattern
 
 
 class Region(ABC):
@@ -338,6 +339,12 @@ class Attention(Region):
         k_offset: float32 [G, 1, D], taken off rotated keys before they are held; only where there is a cache.
         pages: int32 [B, most]: where the tokens of page j lie; the caches, and their scales, are then
             [pages, G, page_size, D]. None where they are contiguous.
+        lengths: int64 [B], beside ``pages``: how many tokens each row holds, in place of ``start``.
+        fixed: columns of ``pages`` that stay; the others take turns where there are more blocks than columns.
+        pattern: what each head keeps; None for everything.
+        skip: the share of a row's attention that may be left out; 0 for none.
+        k_bounds: float32 [B or pages, G, blocks, 2, D], for a pattern with ``top``: the lowest and the highest number
+            of each channel in each block of keys.
         blocks: int32 [H or 1, query blocks, most]: the blocks of keys, of ``block`` each, that a block of as many
             queries looks at, in rising order, then -1. None for all.
     """
@@ -363,12 +370,17 @@ class Attention(Region):
     v_scale: View | None = None
     k_offset: View | None = None
     pages: View | None = None
+    lengths: View | None = None
+    fixed: int = 0
+    pattern: Pattern | None = None
+    skip: float = 0.0
+    k_bounds: View | None = None
     blocks: View | None = None
     block: int = 0
 
     def reads(self) -> Iterator[Buffer]:
         rope = self.rope[:2] if self.rope else ()
-        cache = (self.k_cache, self.v_cache, self.k_scale, self.v_scale, self.pages)
+        cache = (self.k_cache, self.v_cache, self.k_scale, self.v_scale, self.k_bounds, self.pages, self.lengths)
         optional = (*cache, self.k_offset, self.key_mask, self.bias, self.sinks, self.slopes, self.blocks)
         for view in (self.q, self.k, self.v, *rope, *optional):
             if view is not None:
@@ -376,7 +388,7 @@ class Attention(Region):
 
     def writes(self) -> Iterator[Buffer]:
         yield self.out.buffer
-        cache = (self.k_cache, self.v_cache, self.k_scale, self.v_scale)
+        cache = (self.k_cache, self.v_cache, self.k_scale, self.v_scale, self.k_bounds)
         yield from (view.buffer for view in cache if view is not None)
 
 

@@ -158,9 +158,11 @@ def _padded(ends: Tensor) -> Tensor:
     return padded
 
 
-def greedy_call(call: BoundCall, feedback: Feedback, mask: Tensor, ends: Ends) -> GreedyCall | None:
+def greedy_call(call: BoundCall, feedback: Feedback, mask: Tensor | None, ends: Ends) -> GreedyCall | None:
     """None where a step has parts that PyTorch runs, or sizes that more than the mask decides."""
     executable = call.executable
+    if mask is None or feedback.mask is None:
+        return None
     live = executable.unit.live
     owners = {owner: name for name, owner in executable.schedule.dims.items()}
     length = owners.get((feedback.mask, 1))

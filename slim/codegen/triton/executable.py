@@ -166,7 +166,7 @@ class BoundCall:
             self.fault.zero_()
             raise errors.BadInput(argument="indices", reason="one is outside of the table that it picks from")
 
-    def greedy(self, feedback: Feedback, mask: Tensor, ends: Ends) -> GreedyCall | None:
+    def greedy(self, feedback: Feedback, mask: Tensor | None, ends: Ends) -> GreedyCall | None:
         """The call as a loop of decoding steps; None where it cannot be one."""
         return greedy_call(self, feedback, mask, ends)
 

@@ -1,8 +1,9 @@
 """Attention: who may look at whom, softmax(QK^T)V, and the same over a key/value cache.
 
 Row ``i`` of the queries is the token with index ``offset + i``; key ``j`` is visible to it when
-``j <= i`` (causal), ``i - j < window`` (and ``j - i < window`` when not causal), and ``key_mask[b, j]``.
-A row that sees no key yields zeros.
+``j <= i`` (causal), ``i - j < window`` (and ``j - i < window`` when not causal), ``key_mask[b, j]``, and ``pattern``
+keeps it (slim/compiler/patterns). A row that sees no key yields zeros. With ``skip``, a lowered form may leave out keys
+that hold no more than that share of a row's attention; the reference leaves out nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slim.compiler.dialect._register import define
-from slim.compiler.dialect.kv import held, hold
+from slim.compiler.dialect.kv import gathered, held, hold, pages_of, scattered
+from slim.compiler.patterns.mask import note_bounds, pattern_mask
 
 
 def visibility(
@@ -54,12 +56,13 @@ def attend(
     causal: bool,
     window: int | None,
     softcap: float | None,
+    pattern: str | None = None,
     offset: int = 0,
 ) -> Tensor:
     """softmax(scale * q k^T) v for q [B,H,S,D], k [B,G,T,D], v [B,G,T,E]; query head h reads kv head h // (H/G)."""
     queries, keys = q.shape[2], k.shape[2]
     whole = bool(causal and queries == keys and offset == 0)
-    plain = softcap is None and sinks is None
+    plain = softcap is None and sinks is None and pattern is None
     if plain and bias is None and slopes is None and key_mask is None and window is None and (whole or not causal):
         return F.scaled_dot_product_attention(
             q, k, v, is_causal=bool(causal and queries > 1), scale=scale, enable_gqa=True
@@ -68,6 +71,9 @@ def attend(
         seen = None  # the newest token sees everything there is
     else:
         seen = visibility(key_mask, queries, keys, causal=causal, window=window, offset=offset, device=q.device)
+    if pattern is not None:
+        kept = pattern_mask(pattern, q, k, seen, key_mask, scale=scale, offset=offset)
+        seen = kept if seen is None else seen & kept
     return attend_to(seen, q, k, v, bias, sinks, slopes, scale=scale, softcap=softcap, offset=offset)
 
 
@@ -84,7 +90,7 @@ def attend_to(
     softcap: float | None,
     offset: int = 0,
 ) -> Tensor:
-    """``attend`` once it is known which keys are seen: bool, [B or 1, 1, S, T], None for all of them."""
+    """``attend`` once it is known which keys are seen: bool, [B or 1, H or 1, S, T], None for all of them."""
     bias = _with_slopes(bias, slopes, q.shape[2], k.shape[2], offset, q.dtype)
     if softcap is None and sinks is None:
         return F.scaled_dot_product_attention(q, k, v, _additive(seen, bias), scale=scale, enable_gqa=True)
@@ -110,7 +116,7 @@ def _additive(seen: Tensor | None, bias: Tensor | None) -> Tensor | None:
         return seen if bias is None else bias
     if bias.dtype == torch.bool:
         return seen & bias
-    return bias.masked_fill(~seen, float("-inf"))
+    return torch.where(seen, bias, float("-inf"))
 
 
 def _attend_by_hand(
@@ -160,10 +166,13 @@ def _attention(
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    pattern: str | None = None,
+    skip: float | None = None,
 ) -> Tensor:
     return attend(
-        q, k, v, key_mask, bias, sinks, slopes, scale=scale, causal=causal, window=window, softcap=softcap
-    ).contiguous()
+        q, k, v, key_mask, bias, sinks, slopes, scale=scale, causal=causal, window=window, softcap=softcap,
+        pattern=pattern,
+    ).contiguous()  # fmt: skip
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
@@ -182,18 +191,23 @@ def _cached_attention(
     slopes: Tensor | None = None,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    k_bounds: Tensor | None = None,
     *,
     layer: int,
     scale: float,
     causal: bool = True,
     window: int | None = None,
     softcap: float | None = None,
+    pattern: str | None = None,
+    skip: float | None = None,
 ) -> Tensor:
     end = start + q.shape[2]
     hold(k, k_cache, k_scale, start)
     hold(v, v_cache, v_scale, start)
+    if k_bounds is not None:
+        note_bounds(pattern, held(k_cache, k_scale, 0, end, torch.float32), key_mask, k_bounds)
     first = 0
-    if window is not None and start - window + 1 > 0:  # what no query of this call can see is not read
+    if window is not None and pattern is None and start - window + 1 > 0:  # what no query can see is not read
         first = start - window + 1
         key_mask = None if key_mask is None else key_mask[:, first:]
     return attend(
@@ -208,12 +222,57 @@ def _cached_attention(
         causal=causal,
         window=window,
         softcap=softcap,
+        pattern=pattern,
         offset=start - first,
     ).contiguous()
 
 
 def _cached_attention_fake(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
+
+
+def _paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    table: Tensor,
+    lengths: Tensor,
+    sinks: Tensor | None = None,
+    slopes: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
+    k_bounds: Tensor | None = None,
+    *,
+    layer: int,
+    scale: float,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    pattern: str | None = None,
+    skip: float | None = None,
+    fixed: int = 0,
+) -> Tensor:
+    """``cached_attention`` row by row, each over pages of its own: row b held ``lengths[b]`` tokens before.
+
+    Token i of row b lies in page ``table[b, i // size]`` at ``i % size``, for caches [pages, G, size, D]. Where the
+    table has fewer columns, it is a ring: those from ``fixed`` on take turns, and are written anew when their tokens
+    are seen no longer.
+    """
+    size, rows = k_cache.shape[2], []
+    for row, start in enumerate(lengths.tolist()):
+        one, pages = slice(row, row + 1), pages_of(table[row], start + q.shape[2], size, fixed)
+        k_held, v_held = gathered(k_cache, pages), gathered(v_cache, pages)
+        more = [None if cache is None else gathered(cache, pages) for cache in (k_scale, v_scale, k_bounds)]
+        options = {"window": window, "softcap": softcap, "pattern": pattern}
+        new = (q[one], k[one], v[one], k_held, v_held, start, None, sinks, slopes, *more)
+        rows.append(_cached_attention(*new, layer=layer, scale=scale, causal=causal, **options))  # type: ignore[arg-type]
+        caches = (k_cache, v_cache, k_scale, v_scale, k_bounds)
+        for cache, part in zip(caches, (k_held, v_held, *more), strict=True):
+            if cache is not None and part is not None:
+                scattered(cache, pages, part)
+    return torch.cat(rows)
 
 
 def _visibility(
@@ -249,7 +308,7 @@ def _visibility_fake(
     return torch.empty(batch, 1, queries, keys, dtype=additive or torch.bool, device=device)
 
 
-_LOOK = "bool causal=True, int? window=None, float? softcap=None"
+_LOOK = "bool causal=True, int? window=None, float? softcap=None, str? pattern=None, float? skip=None"
 define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? bias=None, Tensor? sinks=None, "
     f"Tensor? slopes=None, *, int layer, float scale, {_LOOK}) -> Tensor",
@@ -259,8 +318,16 @@ define(
 define(
     "cached_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt start, "
     "Tensor? key_mask=None, Tensor? sinks=None, Tensor? slopes=None, Tensor(c!)? k_scale=None, "
-    f"Tensor(d!)? v_scale=None, *, int layer, float scale, {_LOOK}) -> Tensor",
+    f"Tensor(d!)? v_scale=None, Tensor(e!)? k_bounds=None, *, int layer, float scale, {_LOOK}) -> Tensor",
     _cached_attention,
+    _cached_attention_fake,
+    differentiable=False,
+)
+define(
+    "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor table, "
+    "Tensor lengths, Tensor? sinks=None, Tensor? slopes=None, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, "
+    f"Tensor(e!)? k_bounds=None, *, int layer, float scale, {_LOOK}, int fixed=0) -> Tensor",
+    _paged_attention,
     _cached_attention_fake,
     differentiable=False,
 )

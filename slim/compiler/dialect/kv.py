@@ -39,3 +39,27 @@ def held(cache: Tensor, scale: Tensor | None, first: int, end: int, dtype: torch
         return part
     numbers = _unpack_int4(part) if bits_of(cache.dtype) == 4 else part
     return (numbers.float() * scale[:, :, first:end, None]).to(dtype)
+
+
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+
+def pages_of(table: Tensor, tokens: int, size: int, fixed: int) -> Tensor:
+    """The page of each block of a row's first ``tokens``, whose pages ``table`` [P] names; see ``paged_attention``."""
+    blocks = torch.arange(-(-tokens // size), device=table.device)
+    turning = table.shape[0] - fixed
+    columns = torch.where(blocks < table.shape[0], blocks, fixed + (blocks - fixed) % max(turning, 1))
+    return table[columns].long()
+
+
+def gathered(cache: Tensor, pages: Tensor) -> Tensor:
+    """The tokens in ``pages`` of a cache [pages, G, size, ...], side by side: [1, G, tokens, ...]."""
+    return cache[pages].transpose(0, 1).flatten(1, 2)[None]
+
+
+def scattered(cache: Tensor, pages: Tensor, tokens: Tensor) -> None:
+    """Puts back what ``gathered`` took; a page that was taken twice holds the later tokens."""
+    blocks = tokens[0].unflatten(1, (pages.shape[0], -1)).transpose(0, 1)
+    last = {page: block for block, page in enumerate(pages.tolist())}
+    where = torch.tensor(list(last.values()), device=cache.device)
+    cache[pages[where]] = blocks[where]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from slim.compiler.patterns.mask import pattern_mask
 from slim.compiler.program import Program, Streaming
 from slim.compiler.statistics.batches import Batch
 
@@ -63,6 +64,27 @@ def attended(program: Program, nodes: Sequence[fx.Node], batches: Sequence[Batch
 
         watch(program, nodes, batch, seen)
     return {node: Attended(_shares(reach[node]), _cosines(overlap[node])) for node in nodes if node in reach}
+
+
+def kept_attention(
+    program: Program, nodes: Sequence[fx.Node], batches: Sequence[Batch], patterns: Sequence[str]
+) -> dict[fx.Node, Tensor]:
+    """[H, patterns] for each ``slim.attention``: the share of a head's attention that each pattern would keep."""
+    kept: dict[fx.Node, Tensor] = {}
+    whole: dict[fx.Node, Tensor] = {}
+    for batch in batches:
+
+        def seen(node: fx.Node, args: Any, kwargs: Any, result: Tensor, batch: Batch = batch) -> None:
+            looks, q, k = _weights(node, args, kwargs), args[0], args[1]
+            if batch.real is not None:
+                looks = looks * batch.real[:, None, :, None]
+            masks = (pattern_mask(text, q, k, None, batch.real, scale=1.0, offset=0) for text in patterns)
+            shares = [(looks * mask).sum((0, 2, 3)).double() for mask in masks]
+            kept[node] = kept.get(node, 0.0) + torch.stack(shares, 1)
+            whole[node] = whole.get(node, 0.0) + looks.sum((0, 2, 3)).double()
+
+        watch(program, nodes, batch, seen)
+    return {node: kept[node] / whole[node].clamp_min(1e-300)[:, None] for node in nodes if node in kept}
 
 
 def _weights(node: fx.Node, args: Any, kwargs: Any) -> Tensor:

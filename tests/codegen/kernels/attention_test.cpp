@@ -278,7 +278,8 @@ void point_case(Case<T>& c) {
 }
 
 void call(Attention& a, int threads) {
-    i64 bytes = attention_scratch(a.batch, a.heads, a.kv_heads, a.queries, a.keys, a.key_width, a.value_width, threads);
+    a.most_keys = a.keys;
+    i64 bytes = attention_scratch(a.batch, a.heads, a.kv_heads, a.queries, a.keys, a.key_width, a.value_width, 0, 0, threads);
     void* scratch = std::aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
     std::memset(scratch, 0xff, (size_t)bytes);
     a.scratch = scratch;

@@ -1,6 +1,6 @@
 // Attention of few rows (decoding): keys and values are read once, where they lie, and serve all rows from registers.
 #pragma once
-#include "attention_rows.h"
+#include "attention_pattern.h"
 
 namespace slim {
 namespace {
@@ -13,32 +13,6 @@ constexpr i64 VALUE_STEP = 32;                  // keys whose values stay in L1 
 
 // A row of n >= LANES numbers as vectors: the last one ends with the row, overlapping the one before it.
 constexpr i64 vector_start(i64 vector, i64 n) { return least(vector * LANES, n - LANES); }
-
-template <int... I>
-inline vf low_pairs(vf x, vf y, std::integer_sequence<int, I...>) {
-    return __builtin_shuffle(x, y, vi{((I & ~3) + I % 4 / 2 + I % 2 * LANES)...});
-}
-template <int... I>
-inline vf high_pairs(vf x, vf y, std::integer_sequence<int, I...>) {
-    return __builtin_shuffle(x, y, vi{((I & ~3) + 2 + I % 4 / 2 + I % 2 * LANES)...});
-}
-template <int... I>
-inline vf low_halves(vf x, vf y, std::integer_sequence<int, I...>) {
-    return __builtin_shuffle(x, y, vi{((I & ~3) + I % 2 + I % 4 / 2 * LANES)...});
-}
-template <int... I>
-inline vf high_halves(vf x, vf y, std::integer_sequence<int, I...>) {
-    return __builtin_shuffle(x, y, vi{((I & ~3) + 2 + I % 2 + I % 4 / 2 * LANES)...});
-}
-
-// The sums of four vectors.
-inline v4 sums(const vf* x) {
-    std::make_integer_sequence<int, LANES> all;
-    vf a = low_pairs(x[0], x[1], all) + high_pairs(x[0], x[1], all);
-    vf b = low_pairs(x[2], x[3], all) + high_pairs(x[2], x[3], all);
-    vf both = low_halves(a, b, all) + high_halves(a, b, all);
-    return fold(both, [](v4 p, v4 q) { return p + q; });
-}
 
 // Keys or values of one head, from one token on; and what memory is asked for meanwhile, row by row: values while keys
 // are read, the next keys while values are. Two streams are faster than one, and the processor does not foresee the turns.
@@ -169,37 +143,153 @@ struct Few {
     }
 }
 
-// Sums weighted values of keys.first..keys.last - 1. `after` are the keys that are read next.
+// One of `chunks` equal parts of the blocks of keys that a unit reads.
+struct Chunk {
+    i64 base, first, end;  // blocks begin at base, base + KEY_BLOCK, ...; those of this part from first on, before end
+    i64 last;              // the end of the last key
+    bool is_last;          // whether the newest key is among them
+
+    // Of all blocks, whatever a pattern keeps.
+    Chunk(const Attention& a, Range keys, i64 chunks, i64 number) {
+        base = a.table || a.patterns ? keys.first / KEY_BLOCK * KEY_BLOCK : keys.first;
+        last = keys.last;
+        i64 count = ceil_div(last - base, KEY_BLOCK), each = ceil_div(count, chunks);
+        first = least(base + number * each * KEY_BLOCK, last);
+        end = least(first + each * KEY_BLOCK, last);
+        is_last = count ? number == (count - 1) / each : number == 0;
+    }
+
+    // Of those that the pattern may keep.
+    Chunk(const Attention& a, Range keys, i64 chunks, i64 number, const Kept& kept) : Chunk(a, keys, chunks, number) {
+        if (!kept.has_bounds || chunks == 1) return;
+        i64 count = 0;
+        for (i64 at = kept.next_block(base, base); at < last; at = kept.next_block(base, at + KEY_BLOCK)) count++;
+        i64 each = ceil_div(count, chunks);
+        first = nth(kept, kept.next_block(base, base), number * each);
+        end = nth(kept, first, each);
+        is_last = count ? number == (count - 1) / each : number == 0;
+    }
+
+private:
+    i64 nth(const Kept& kept, i64 at, i64 steps) const {
+        for (; steps > 0 && at < last; steps--) at = kept.next_block(base, at + KEY_BLOCK);
+        return least(at, last);
+    }
+};
+
+// The keys of a block that any row keeps, in runs of whole groups.
+constexpr i64 GROUP = 16;
+
+// The first key of a block from `j` on that begins or lies in a group of which `any` bit is set.
+inline i64 next_run(u64 any, i64 j, i64 count) {
+    while (j < count && !(any >> j & ((1 << GROUP) - 1))) j += GROUP;
+    return j;
+}
+
+template <class Run>
+void each_run(u64 any, i64 count, Run&& run) {
+    if (any == EVERY) return run(0, count, count);
+    for (i64 j = next_run(any, 0, count); j < count;) {
+        i64 end = j + GROUP;
+        while (end < count && next_run(any, end, end + GROUP) == end) end += GROUP;
+        i64 next = next_run(any, end, count);
+        run(j, least(end, count), next);
+        j = next;
+    }
+}
+
+// The most that any key of a block scores.
+inline float highest_of(const float* s) {
+    vf top = load(s);
+    for (i64 j = LANES; j < KEY_BLOCK; j += LANES) {
+        vf x = load(s + j);
+        top = x > top ? x : top;
+    }
+    return highest(top);
+}
+
+// ln of the share that one key must reach to count; what `skip` leaves out then adds up to no more than it says.
+inline float least_share(const Attention& a, i64 batch) { return std::log(a.skip / (float)most(a.keys_of(batch), 1)); }
+
+// Sums weighted values of one block of keys from `first` on, of which `any` are kept by some row. `next` are the keys
+// that are read after them.
 template <class K, class V>
-void attend_few(const Attention& a, const Source<K, V>& source, const Rows& rows, Range keys, const K* after,
-                const Few& few) {
+void attend_block(const Attention& a, const Source<K, V>& source, const Rows& rows, i64 first, i64 last, u64 any,
+                  const K* next, const Few& few) {
     float* weights = few.weights;
     i64 key_bytes = source.k_token * (i64)sizeof(K), value_bytes = source.v_token * (i64)sizeof(V);
-    for (i64 first = keys.first; first < keys.last; first += KEY_BLOCK) {
-        i64 count = least(KEY_BLOCK, keys.last - first);
-        const K* key = source.key(rows.batch, rows.kv_head, first);
-        const V* value = source.value(rows.batch, rows.kv_head, first);
-        const char* next = (const char*)(first + KEY_BLOCK < keys.last ? key + KEY_BLOCK * source.k_token : after);
-        Tokens<K> k{key, source.k_token, count, a.key_width, (const char*)value, value_bytes};
+    i64 count = least(KEY_BLOCK, last - first);
+    const K* key = source.key(rows.batch, rows.kv_head, first);
+    const V* value = source.value(rows.batch, rows.kv_head, first);
+    each_run(any, count, [&](i64 from, i64 to, i64) {
+        Tokens<K> k{key + from * source.k_token, source.k_token, to - from, a.key_width,
+                    (const char*)value + from * value_bytes, value_bytes};
         tile_rows(rows.count(), [&](i64 r, auto size) {
-            dots_of_width<K, size>(k, few.q + r * few.q_row, few.q_row, weights + r * KEY_BLOCK, r == 0);
+            dots_of_width<K, size>(k, few.q + r * few.q_row, few.q_row, weights + r * KEY_BLOCK + from, r == 0);
         });
-        for (i64 r = 0; r < rows.count(); r++) {
-            Row& row = few.rows[r];
-            float* s = weights + r * KEY_BLOCK;
-            scale_keys(s, source.key_scale(rows.batch, rows.kv_head, first), count);
-            adjust(a, rows.batch, row, first, {row.seen.first, least(row.seen.last, keys.last)}, s);
-            float shrink = weigh(s, row.total);
-            if (shrink != 1.0f) scale_row(few.out + r * few.out_row, few.out_row, shrink);
-            scale_keys(s, source.value_scale(rows.batch, rows.kv_head, first), count);
-        }
-        for (i64 j = 0; j < count; j += VALUE_STEP) {
-            Tokens<V> v{value + j * source.v_token, source.v_token, least(VALUE_STEP, count - j), a.value_width,
-                        next + j * key_bytes, key_bytes};
+    });
+    bool counts = a.skip == 0.0f;
+    for (i64 r = 0; r < rows.count(); r++) {
+        Row& row = few.rows[r];
+        float* s = weights + r * KEY_BLOCK;
+        scale_keys(s, source.key_scale(rows.batch, rows.kv_head, first), count);
+        adjust(a, rows.batch, row, first, {row.seen.first, least(row.seen.last, last)}, s);
+        counts |= a.skip != 0.0f && highest_of(s) - row.total.max >= least_share(a, rows.batch);
+    }
+    if (!counts) return;
+    for (i64 r = 0; r < rows.count(); r++) {
+        Row& row = few.rows[r];
+        float* s = weights + r * KEY_BLOCK;
+        float shrink = weigh(s, row.total);
+        if (shrink != 1.0f) scale_row(few.out + r * few.out_row, few.out_row, shrink);
+        scale_keys(s, source.value_scale(rows.batch, rows.kv_head, first), count);
+    }
+    each_run(any, count, [&](i64 from, i64 to, i64 following) {
+        const char* ahead = (const char*)(following < count ? key + following * source.k_token : next);
+        for (i64 j = from; j < to; j += VALUE_STEP) {
+            Tokens<V> v{value + j * source.v_token, source.v_token, least(VALUE_STEP, to - j), a.value_width,
+                        ahead + (j - from) * key_bytes, key_bytes};
             tile_rows(rows.count(), [&](i64 r, auto size) {
                 mix_of_width<V, size>(v, weights + r * KEY_BLOCK + j, few.out + r * few.out_row, few.out_row, r == 0);
             });
         }
+    });
+}
+
+// A block of keys of which some row keeps some.
+struct Found {
+    i64 first;
+    u64 any;
+};
+
+// The next one from `first` on, of a chunk that ends before key `end`; its first is `end` where there is none.
+inline Found find_block(const Kept& kept, const Row* list, i64 base, i64 first, i64 end) {
+    for (; first < end; first = kept.next_block(base, first + KEY_BLOCK))
+        if (u64 any = kept.any(list, first)) return {first, any};
+    return {end, 0};
+}
+
+// Sums weighted values of the keys of a chunk. `after` are the keys that are read next.
+template <class K, class V>
+void attend_few(const Attention& a, const Source<K, V>& source, const Rows& rows, const Kept& kept, const Chunk& chunk,
+                const K* after, const Few& few) {
+    auto attend = [&](const Found& block, const K* next) {
+        kept.note(few.rows, block.first);
+        attend_block(a, source, rows, block.first, chunk.last, block.any, next, few);
+    };
+    i64 newest = NEVER;
+    if (a.skip != 0.0f && chunk.is_last && chunk.end - chunk.first > KEY_BLOCK) {  // high scores first: more is skipped
+        newest = chunk.base + (chunk.last - 1 - chunk.base) / KEY_BLOCK * KEY_BLOCK;
+        if (u64 any = kept.any(few.rows, newest)) attend({newest, any}, after);
+    }
+    Found block = find_block(kept, few.rows, chunk.base, chunk.first, chunk.end);
+    while (block.first < chunk.end) {
+        i64 from = kept.next_block(chunk.base, block.first + KEY_BLOCK);
+        Found following = find_block(kept, few.rows, chunk.base, from, chunk.end);
+        i64 run = following.any ? following.first + next_run(following.any, 0, KEY_BLOCK) : 0;
+        if (block.first != newest)
+            attend(block, following.any ? source.key(rows.batch, rows.kv_head, run) : after);
+        block = following;
     }
 }
 

@@ -1,6 +1,6 @@
 // Attention of many rows (prefill): blocks of keys and values are packed for a product that keeps tiles in registers.
 #pragma once
-#include "attention_rows.h"
+#include "attention_few.h"
 
 namespace slim {
 namespace {
@@ -101,19 +101,31 @@ void pack_values(const Attention& a, const Source<K, V>& source, const Rows& row
               own.values + j * own.value_row);
 }
 
-// TILE_ROWS rows from `row` on against the packed block of keys first..last - 1.
-[[gnu::noinline]] void attend_tile(const Attention& a, const Rows& rows, i64 row, i64 first, i64 last, const Packed& own) {
+// TILE_ROWS rows from `row` on against the packed block of keys first..last - 1. `values()` packs their values.
+template <class Values>
+[[gnu::noinline]] void attend_tile(const Attention& a, const Rows& rows, i64 row, i64 first, i64 last, const Packed& own,
+                                   Values&& values) {
     i64 end_row = least(row + TILE_ROWS, rows.count());
+    u64 any = 0;
+    for (i64 r = row; r < end_row; r++) any |= own.rows[r].kept;
+    if (!any) return;
     i64 begin = most(own.rows[row].seen.first - first, 0);
     i64 end = least(own.rows[end_row - 1].seen.last, last) - first;
     if (begin >= end) return;
     i64 column = begin / LANES * LANES;
     multiply<false>(own.q + row * own.q_row, own.q_row, own.keys + column, KEY_BLOCK, a.key_width, own.weights + column,
                     KEY_BLOCK, vectors_of(end - column));
+    bool counts = a.skip == 0.0f;
     for (i64 r = row; r < end_row; r++) {
         float* s = own.weights + (r - row) * KEY_BLOCK;
         Range seen = own.rows[r].seen;
         adjust(a, rows.batch, own.rows[r], first, {seen.first, least(seen.last, last)}, s);
+        counts |= a.skip != 0.0f && highest_of(s) - own.rows[r].total.max >= least_share(a, rows.batch);
+    }
+    if (!counts) return;
+    values();
+    for (i64 r = row; r < end_row; r++) {
+        float* s = own.weights + (r - row) * KEY_BLOCK;
         float shrink = weigh(s, own.rows[r].total);
         if (shrink != 1.0f) scale_row(own.out + r * own.value_row, own.value_row, shrink);
     }
@@ -121,8 +133,8 @@ void pack_values(const Attention& a, const Source<K, V>& source, const Rows& row
                    own.out + row * own.value_row, own.value_row, vectors_of(a.value_width));
 }
 
-template <class K, class V>
-void attend_many(const Attention& a, const Source<K, V>& source, const Rows& rows, const Packed& own) {
+// Loads and rotates the queries.
+inline void begin_many(const Attention& a, const Rows& rows, const Packed& own) {
     i64 count = rows.count(), tiled = (count + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS;
     std::memset(own.out, 0, sizeof(float) * (size_t)(tiled * own.value_row));
     std::memset(own.q + count * own.q_row, 0, sizeof(float) * (size_t)((tiled - count) * own.q_row));
@@ -131,13 +143,31 @@ void attend_many(const Attention& a, const Source<K, V>& source, const Rows& row
         add_sink(a, own.rows[r]);
         rotate_query(a, rows.batch, own.rows[r], own.q + r * own.q_row);
     }
-    Range seen = seen_by(a, rows);
-    for (i64 first = seen.first; first < seen.last; first += KEY_BLOCK) {
-        i64 last = least(first + KEY_BLOCK, seen.last);
+}
+
+template <class K, class V>
+void attend_many(const Attention& a, const Source<K, V>& source, const Rows& rows, const Kept& kept, const Packed& own) {
+    i64 count = rows.count();
+    Chunk all(a, seen_by(a, rows), 1, 0, kept);
+    auto attend = [&](i64 first) {
+        if (!kept.note(own.rows, first)) return;
+        i64 last = least(first + KEY_BLOCK, all.last);
+        bool packed = false;
         pack_keys(a, source, rows, first, last - first, own);
-        pack_values(a, source, rows, first, last - first, own);
-        for (i64 row = 0; row < count; row += TILE_ROWS) attend_tile(a, rows, row, first, last, own);
+        for (i64 row = 0; row < count; row += TILE_ROWS)
+            attend_tile(a, rows, row, first, last, own, [&] {
+                if (!packed) pack_values(a, source, rows, first, last - first, own);
+                packed = true;
+            });
+    };
+    i64 newest = NEVER;
+    if (a.skip != 0.0f && all.last > all.base) {  // what scores high early lets more be skipped
+        newest = all.base + (all.last - 1 - all.base) / KEY_BLOCK * KEY_BLOCK;
+        attend(newest);
     }
+    for (i64 first = kept.next_block(all.base, all.base); first < all.last;
+         first = kept.next_block(all.base, first + KEY_BLOCK))
+        if (first != newest) attend(first);
     for (i64 r = 0; r < count; r++) {
         float* out = out_of(a, rows.batch, own.rows[r]);
         const float* summed = own.out + r * own.value_row;

@@ -11,7 +11,8 @@ namespace {
 typedef float v4 __attribute__((vector_size(16)));
 typedef i32 vi4 __attribute__((vector_size(16)));
 
-constexpr i64 KEY_BLOCK = 64;  // keys whose scores are held at a time
+constexpr i64 KEY_BLOCK = 64;  // keys whose scores are held at a time; pages are whole blocks
+constexpr u64 EVERY = ~(u64)0;  // a bit for each key of a block
 
 // Floats that a row of n takes in scratch: whole vectors and cache lines on every machine.
 constexpr i64 padded(i64 n) { return (n + 15) / 16 * 16; }
@@ -19,9 +20,11 @@ constexpr i64 vectors_of(i64 n) { return (n + LANES - 1) / LANES; }
 constexpr i64 least(i64 x, i64 y) { return x < y ? x : y; }
 constexpr i64 most(i64 x, i64 y) { return x > y ? x : y; }
 
-// The keys and values that are attended to: the cache, or what the caller gave.
+// The keys and values that are attended to: the cache, or what the caller gave. Tokens from `index` on lie side by side
+// up to the end of a page.
 template <class K, class V>
 struct Source {
+    const Attention& a;
     const K* k;
     const V* v;
     i64 k_batch, k_head, k_token, v_batch, v_head, v_token;
@@ -29,16 +32,18 @@ struct Source {
     const float *k_scale, *v_scale;
     i64 ks_batch, ks_head, vs_batch, vs_head;
 
-    const K* key(i64 batch, i64 head, i64 index) const { return k + batch * k_batch + head * k_head + index * k_token; }
+    const K* key(i64 batch, i64 head, i64 index) const {
+        return k + a.place(batch, index) * k_batch + head * k_head + a.within(index) * k_token;
+    }
     const V* value(i64 batch, i64 head, i64 index) const {
-        return v + batch * v_batch + head * v_head + index * v_token;
+        return v + a.place(batch, index) * v_batch + head * v_head + a.within(index) * v_token;
     }
     // What the numbers of keys and values from `index` on stand for; null where they stand for themselves.
     const float* key_scale(i64 batch, i64 head, i64 index) const {
-        return QUANTIZED<K> ? k_scale + batch * ks_batch + head * ks_head + index : nullptr;
+        return QUANTIZED<K> ? k_scale + a.place(batch, index) * ks_batch + head * ks_head + a.within(index) : nullptr;
     }
     const float* value_scale(i64 batch, i64 head, i64 index) const {
-        return QUANTIZED<V> ? v_scale + batch * vs_batch + head * vs_head + index : nullptr;
+        return QUANTIZED<V> ? v_scale + a.place(batch, index) * vs_batch + head * vs_head + a.within(index) : nullptr;
     }
 };
 
@@ -54,19 +59,19 @@ struct Rows {
 };
 
 // The keys that causality and the window leave to a query.
-inline Range seen_by(const Attention& a, i64 query) {
-    i64 token = a.start + query;
-    Range seen{0, a.keys};
-    if (a.causal) seen.last = least(a.keys, token + 1);
+inline Range seen_by(const Attention& a, i64 batch, i64 query) {
+    i64 token = a.start_of(batch) + query, keys = a.keys_of(batch);
+    Range seen{0, keys};
+    if (a.causal) seen.last = least(keys, token + 1);
     if (a.window) {
-        seen.first = least(a.keys, most(0, token - a.window + 1));
+        seen.first = least(keys, most(0, token - a.window + 1));
         seen.last = least(seen.last, token + a.window);
     }
     return seen;
 }
 
 inline Range seen_by(const Attention& a, const Rows& rows) {
-    return {seen_by(a, rows.query).first, seen_by(a, rows.query + rows.queries - 1).last};
+    return {seen_by(a, rows.batch, rows.query).first, seen_by(a, rows.batch, rows.query + rows.queries - 1).last};
 }
 
 // y = x times factor, rotated as token `index` of the new ones where there is a rotation.
@@ -97,12 +102,12 @@ void append(const Attention& a, i64 batch, i64 head, i64 index, float* row) {
     rotate(a, batch, index, a.k + batch * a.k_batch + head * a.k_head + index * a.k_token, 1.0f, row);
     if (a.k_offset)
         for (i64 p = 0; p < a.key_width; p++) row[p] -= a.k_offset[head * a.ko_head + p];
-    i64 token = a.start + index;
-    put(row, a.key_width, (K*)a.k_cache + batch * a.kc_batch + head * a.kc_head + token * a.kc_token,
-        QUANTIZED<K> ? a.k_scale + batch * a.ks_batch + head * a.ks_head + token : nullptr);
+    i64 token = a.start_of(batch) + index, place = a.place(batch, token), at = a.within(token);
+    put(row, a.key_width, (K*)a.k_cache + place * a.kc_batch + head * a.kc_head + at * a.kc_token,
+        QUANTIZED<K> ? a.k_scale + place * a.ks_batch + head * a.ks_head + at : nullptr);
     put(a.v + batch * a.v_batch + head * a.v_head + index * a.v_token, a.value_width,
-        (V*)a.v_cache + batch * a.vc_batch + head * a.vc_head + token * a.vc_token,
-        QUANTIZED<V> ? a.v_scale + batch * a.vs_batch + head * a.vs_head + token : nullptr);
+        (V*)a.v_cache + place * a.vc_batch + head * a.vc_head + at * a.vc_token,
+        QUANTIZED<V> ? a.v_scale + place * a.vs_batch + head * a.vs_head + at : nullptr);
 }
 
 // -- softmax over keys that come block by block -----------------------------------------------------------------------
@@ -113,15 +118,17 @@ struct Total {
 
 struct Row {
     i64 head, query;
+    i64 index;  // of its own token among the keys
     Range seen;
     Total total;
+    u64 kept;  // of the block of keys at hand, what the head's pattern keeps
 };
 
 [[gnu::noinline]] void list_rows(const Attention& a, const Rows& rows, Row* list) {
     for (i64 query = rows.query; query < rows.query + rows.queries; query++) {
-        Range seen = seen_by(a, query);
+        Range seen = seen_by(a, rows.batch, query);
         for (i64 head = rows.head; head < rows.head + rows.heads; head++)
-            *list++ = {head, query, seen, {-INFINITY, 0.0f}};
+            *list++ = {head, query, a.start_of(rows.batch) + query, seen, {-INFINITY, 0.0f}, EVERY};
     }
 }
 
@@ -169,6 +176,32 @@ v4 fold(V v, Join join) {
     return part[0];
 }
 
+template <int... I>
+inline vf low_pairs(vf x, vf y, std::integer_sequence<int, I...>) {
+    return __builtin_shuffle(x, y, vi{((I & ~3) + I % 4 / 2 + I % 2 * LANES)...});
+}
+template <int... I>
+inline vf high_pairs(vf x, vf y, std::integer_sequence<int, I...>) {
+    return __builtin_shuffle(x, y, vi{((I & ~3) + 2 + I % 4 / 2 + I % 2 * LANES)...});
+}
+template <int... I>
+inline vf low_halves(vf x, vf y, std::integer_sequence<int, I...>) {
+    return __builtin_shuffle(x, y, vi{((I & ~3) + I % 2 + I % 4 / 2 * LANES)...});
+}
+template <int... I>
+inline vf high_halves(vf x, vf y, std::integer_sequence<int, I...>) {
+    return __builtin_shuffle(x, y, vi{((I & ~3) + 2 + I % 2 + I % 4 / 2 * LANES)...});
+}
+
+// The sums of four vectors.
+inline v4 sums(const vf* x) {
+    std::make_integer_sequence<int, LANES> all;
+    vf a = low_pairs(x[0], x[1], all) + high_pairs(x[0], x[1], all);
+    vf b = low_pairs(x[2], x[3], all) + high_pairs(x[2], x[3], all);
+    vf both = low_halves(a, b, all) + high_halves(a, b, all);
+    return fold(both, [](v4 p, v4 q) { return p + q; });
+}
+
 inline float highest(vf v) {
     v4 m = fold(v, [](v4 x, v4 y) { return x > y ? x : y; });
     float low = m[0] > m[1] ? m[0] : m[1], high = m[2] > m[3] ? m[2] : m[3];
@@ -183,7 +216,7 @@ inline float highest(vf v) {
         for (i64 j = 0; j < KEY_BLOCK; j++) s[j] = a.softcap * tanh_f(s[j] * inverse_cap);
     }
     if (a.slopes) {
-        i32 distance = (i32)(first - a.start - row.query);
+        i32 distance = (i32)(first - row.index);
         for (i32 j = 0; j < (i32)KEY_BLOCK; j++) s[j] += a.slopes[row.head] * (float)(distance + j);
     }
     if (a.bias) {
@@ -194,6 +227,8 @@ inline float highest(vf v) {
         const u8* mask = a.key_mask + batch * a.mask_batch + first;
         for (i64 j = begin; j < end; j++) s[j] = mask[j] ? s[j] : -INFINITY;
     }
+    if (row.kept != EVERY)
+        for (i64 j = begin; j < end; j++) s[j] = row.kept >> j & 1 ? s[j] : -INFINITY;
     for (i64 j = 0; j < begin; j++) s[j] = -INFINITY;
     for (i64 j = end; j < KEY_BLOCK; j++) s[j] = -INFINITY;
 }

@@ -31,21 +31,23 @@ static inline i64 argmax(const T* x, i64 n) {
 struct Greedy {
     i64 steps, batch, vocabulary, capacity, end_count;
     i64 made;                // steps done
-    i64 mask_index, length;  // places: of the mask in io, of the number of keys in dims
+    i64 mask_index, length;  // places: of the mask in io, of the number of keys in dims; over pages the first is -1
     i64 pad;                 // what rows that have ended go on with
     const void* logits;      // [batch, vocabulary]
     Format format;           // of the logits
     i64 *tokens, *positions;  // [batch]: what the step reads; no positions where it reads none
     const u8* mask;          // [batch, capacity]
     u8* seen;                // room for as much: the mask of the keys there are, row after row
+    i64* lengths;            // [batch], over pages: how many tokens each row holds before the step
     const i64* ends;         // [end_count]: tokens that end a row
     u8* finished;            // [batch]
     i64* chosen;             // [steps, batch]
 
     void begin(void** io, i64* dims) {
+        for (i64 row = 0; positions && row < batch; row++) positions[row]++;
+        if (mask_index < 0) return;
         i64 keys = ++dims[length];
         for (i64 row = 0; row < batch; row++) {
-            if (positions) positions[row]++;
             if (batch > 1) std::memcpy(seen + row * keys, mask + row * capacity, keys);
         }
         io[mask_index] = batch > 1 ? seen : const_cast<u8*>(mask);
@@ -62,6 +64,7 @@ struct Greedy {
     bool end() {
         bool all = true;
         for (i64 row = 0; row < batch; row++) {
+            if (lengths) lengths[row]++;
             if (finished[row]) tokens[row] = pad;
             chosen[made * batch + row] = tokens[row];
             for (i64 e = 0; e < end_count; e++) finished[row] |= tokens[row] == ends[e];

@@ -64,6 +64,20 @@ float token_scale(const float* x, i64 n);
 
 // -- attention --------------------------------------------------------------------------------------------------------
 
+// What a term of a sparsity pattern keeps; slim/compiler/patterns/terms.py has the meaning of its kind and numbers.
+enum class Keep : i32 { window, columns, rows, stride, blocks, summary, random, top, vertical_slash };
+
+struct Term {
+    Keep keep;
+    i32 a, b, c;
+};
+
+// The terms of one head; none keep everything.
+struct Pattern {
+    const Term* terms;
+    i32 count;
+};
+
 // softmax(scale * q k^T + ...) v, after rotating q and k and appending k and v to the cache. Strides are in elements,
 // the innermost dimension is contiguous everywhere. See slim/compiler/dialect/attention.py for the meaning.
 struct Attention {
@@ -81,6 +95,11 @@ struct Attention {
     const float* k_offset;             // [kv_heads, key_width] or null: taken off rotated keys before they are stored
     i64 ko_head;
     i64 start;                         // row i of the queries is token start + i
+    // With a table the caches, and their scales, are [page, kv_heads, page_size, width]: kc_batch and the like are from
+    // page to page. Token i of a row lies in page table[i / page_size]; columns from `fixed` on take turns.
+    const i32* table;                  // [batch, columns] or null
+    i64 table_batch, columns, page_size, fixed;
+    const i64* lengths;                // [batch]: instead of start and keys, what each row holds before its new tokens
     const float *cos, *sin;            // [batch, queries, rope_width / 2], null: q and k are rotated already
     i64 rope_batch, rope_token, rope_width;
     bool interleaved;
@@ -94,13 +113,32 @@ struct Attention {
     float softcap;                     // 0: none
     bool causal;
     i64 window;                        // 0: none
+    const Pattern* patterns;           // [heads], or null: every head keeps everything
+    float skip;                        // share of a row's attention that may be left out; 0: none
+    i64 top, share;                    // of the pattern's term `top`: keys of a block, and 1 in how many; 0: no such term
+    i64 slash_columns, slashes;        // of its term `vertical_slash`; 0: no such term
+    float* k_bounds;                   // with `top`: [batch or page, kv_heads, blocks, 2, key_width], lowest and highest
+    i64 kb_batch, kb_head;
     float* out;                        // [batch, heads, queries, value_width]
     i64 out_batch, out_head, out_token;
+    i64 most_keys;                     // that a row can have: what the choices of a pattern need room for
     void* scratch;                     // attention_scratch() bytes, 64-byte aligned, the same for all threads
+
+    i64 start_of(i64 row) const { return lengths ? lengths[row] : start; }
+    i64 keys_of(i64 row) const { return lengths ? lengths[row] + queries : keys; }
+    // Where the tokens of a block of a row lie: the first index of the caches.
+    i64 place(i64 row, i64 token) const {
+        if (!table) return row;
+        i64 column = token / page_size;
+        if (column >= columns) column = fixed + (column - fixed) % (columns - fixed);
+        return table[row * table_batch + column];
+    }
+    i64 within(i64 token) const { return table ? token & (page_size - 1) : token; }
 };
 
-i64 attention_scratch(i64 batch, i64 heads, i64 kv_heads, i64 queries, i64 keys, i64 key_width, i64 value_width,
-                      int threads);
+// top and slash_columns as in Attention.
+i64 attention_scratch(i64 batch, i64 heads, i64 kv_heads, i64 queries, i64 most_keys, i64 key_width, i64 value_width,
+                      i64 top, i64 slash_columns, int threads);
 void attention(Thread& thread, const Attention& args);
 
 }  // namespace slim

@@ -21,6 +21,7 @@ using i8 = std::int8_t;
 using u8 = std::uint8_t;
 using u16 = std::uint16_t;
 using u32 = std::uint32_t;
+using u64 = std::uint64_t;
 
 #if defined(SLIM_SCALAR)
 constexpr int LANES = 4;  // plain arithmetic: the compiler splits what the machine does not have

@@ -1,0 +1,252 @@
+"""Lets attention look at fewer keys: windows, strides, blocks, or what queries, prompts or calibration data choose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+
+from slim import errors
+from slim.compiler.passes_base import KNOWN_HEADS, Context, Pass
+from slim.compiler.patterns import by_head, read_pattern
+from slim.compiler.patterns.picture import picture
+from slim.compiler.patterns.terms import (
+    Blocks,
+    Columns,
+    Random,
+    Rows,
+    Stride,
+    Summary,
+    Term,
+    Top,
+    VerticalSlash,
+    Window,
+)  # fmt: skip
+from slim.compiler.program import Program
+from slim.compiler.report import Report, Skip
+from slim.compiler.rules import argument
+from slim.compiler.statistics import calibration_of
+from slim.compiler.statistics.attention import kept_attention
+from slim.compiler.statistics.batches import first_batches
+
+_Options = Mapping[str, int]
+_TOKENS = 16384  # of calibration that "auto" looks at
+_DENSE = ()
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A published pattern: the options it has, with their defaults, and the terms it is made of."""
+
+    options: _Options
+    terms: Callable[[_Options], tuple[Term, ...]]
+
+
+def _columns(tokens: int) -> tuple[Term, ...]:
+    return (Columns(tokens),) if tokens else ()
+
+
+KINDS: dict[str, _Kind] = {
+    "window": _Kind({"window": 1024, "sinks": 4}, lambda o: (Window(o["window"]), *_columns(o["sinks"]))),
+    "strided": _Kind({"window": 128, "stride": 128}, lambda o: (Window(o["window"]), Stride(o["stride"]))),
+    "fixed": _Kind({"block": 128, "summary": 8}, lambda o: (Blocks(o["block"], 1), Summary(o["block"], o["summary"]))),
+    "longformer": _Kind(
+        {"window": 512, "global_tokens": 16},
+        lambda o: (Window(o["window"]), Columns(o["global_tokens"]), Rows(o["global_tokens"])),
+    ),
+    "bigbird": _Kind(
+        {"block": 64, "neighbours": 2, "global_tokens": 64, "random_blocks": 3, "seed": 0},
+        lambda o: (
+            Blocks(o["block"], o["neighbours"]), Columns(o["global_tokens"]), Rows(o["global_tokens"]),
+            Random(o["block"], o["random_blocks"], o["seed"]),
+        ),
+    ),
+    "vertical_slash": _Kind(
+        {"columns": 256, "slashes": 256, "sinks": 4},
+        lambda o: (VerticalSlash(o["columns"], o["slashes"]), *_columns(o["sinks"])),
+    ),
+    "block_topk": _Kind(
+        {"block": 16, "share": 8, "sinks": 4},
+        lambda o: (Top(o["block"], o["share"]), *_columns(o["sinks"])),
+    ),
+}  # fmt: skip
+_AUTO = {"sinks": 4}
+_MASS = 0.95
+# Terms that draw from, or choose among, the keys before a query.
+_LOOK_BACK = (Random, Top, VerticalSlash)
+
+
+@dataclass(frozen=True)
+class SparseAttention(Pass):
+    """Has every query of attention look at the keys that a pattern keeps, and at no others.
+
+    The pattern becomes an attribute of each ``slim.attention``, as text; kernels visit the blocks of keys it keeps.
+    Weights stay as they are. Print ``SparseAttention("bigbird").picture()`` to see one.
+
+    Args:
+        pattern: "window" (window, sinks: Xiao et al. 2023, StreamingLLM), "strided" (window, stride) and "fixed"
+            (block, summary: both Child et al. 2019), "longformer" (window, global_tokens: Beltagy et al. 2020),
+            "bigbird" (block, neighbours, global_tokens, random_blocks, seed: Zaheer et al. 2020), "vertical_slash"
+            (columns, slashes, sinks: Jiang et al. 2024, MInference), "block_topk" (block, share, sinks: Tang et al.
+            2024, Quest), "auto" (mass, sinks), "dense", or a text as the IR has it: "window(64) | columns(4)".
+        window: newest tokens that a query keeps, its own among them.
+        sinks: first tokens that all queries keep.
+        stride: every so many keys back from the query one is kept.
+        block: tokens of a block. summary: last tokens of each block that later queries keep.
+        global_tokens: first tokens that see and are seen by all. neighbours: blocks around a query's own, it included.
+        random_blocks: earlier blocks drawn for each head and block of queries, by ``seed``.
+        columns, slashes: keys, and distances, that the last 64 queries of a prompt choose; decoding is dense.
+        share: of the blocks before its own a query keeps the best 1 in so many.
+        mass: with "auto", the share of its attention that each head must keep on the calibration data. The head gets
+            the narrowest window (a power of two, beside the sinks) that does; heads that need more stay dense.
+        skip: let kernels leave out keys that together hold no more than this share of a row's attention, where that
+            saves work: with "dense" the only change. What a row gives is then off by at most twice as much, relative
+            to its largest value (Yuan et al. 2025, BLASST).
+        layers: numbers of the layers to change; None for all.
+
+    Raises:
+        BadPassOption: for an option that the pattern does not have. NeedsCalibration: "auto" without data.
+
+    Example:
+        >>> slim.compile(model, passes=[SparseAttention("window", window=256)])
+    """
+
+    pattern: str = "window"
+    window: int | None = None
+    sinks: int | None = None
+    stride: int | None = None
+    block: int | None = None
+    summary: int | None = None
+    global_tokens: int | None = None
+    neighbours: int | None = None
+    random_blocks: int | None = None
+    seed: int | None = None
+    columns: int | None = None
+    slashes: int | None = None
+    share: int | None = None
+    mass: float | None = None
+    skip: float | None = None
+    layers: tuple[int, ...] | None = None
+
+    invalidates: ClassVar[frozenset[str]] = frozenset({KNOWN_HEADS})
+
+    def check(self) -> None:
+        """Options that the pattern does not have, and values that make no pattern, are refused."""
+        known = self._known()
+        for option in ("window", "sinks", "stride", "block", "summary", "global_tokens", "neighbours", "random_blocks",
+                       "seed", "columns", "slashes", "share", "mass"):  # fmt: skip
+            value = getattr(self, option)
+            if value is not None and option not in known:
+                reason = f"the pattern {self.pattern!r} has no such option"
+                raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason, known=known)
+        for option, value in (("mass", self.mass), ("skip", self.skip)):
+            if value is not None and not 0.0 < value < 1.0:
+                reason = f"{value} is not between 0 and 1"
+                raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason)
+        if self.pattern != "auto":
+            try:
+                self.text()
+            except errors.BadInput as error:
+                raise errors.BadPassOption(
+                    pass_name=self.name, option="pattern", reason=str(error.reason), known=[*KINDS, "auto", "dense"]
+                ) from None
+            if self.text() == "dense" and self.skip is None:
+                reason = "it changes nothing without skip"
+                raise errors.BadPassOption(pass_name=self.name, option="dense", reason=reason)
+
+    def _known(self) -> list[str]:
+        if self.pattern == "auto":
+            return ["mass", *_AUTO]
+        return list(KINDS[self.pattern].options) if self.pattern in KINDS else []
+
+    def text(self) -> str:
+        """The pattern as the IR has it."""
+        if self.pattern not in KINDS:
+            return str(read_pattern(self.pattern))
+        kind = KINDS[self.pattern]
+        given = {name: getattr(self, name) for name in kind.options}
+        terms = kind.terms({name: kind.options[name] if value is None else value for name, value in given.items()})
+        return str(by_head([terms]))
+
+    def picture(self, tokens: int = 32, head: int = 0) -> str:
+        """What queries (rows) keep of the keys (columns); see ``slim.compiler.patterns.picture``."""
+        return picture(self.text(), tokens, head)
+
+    def run(self, program: Program, ctx: Context) -> Report:
+        """Writes the pattern into each attention node."""
+        report = Report()
+        nodes = list(self._choose(program, report))
+        texts = (
+            self._found(program, ctx, nodes, report) if self.pattern == "auto" else dict.fromkeys(nodes, self.text())
+        )
+        for node, text in texts.items():
+            if text == "dense" and self.skip is None:
+                report.skipped.append(
+                    Skip(_name(node), f"no window keeps {self.mass or _MASS:.0%} of any head's attention")
+                )
+                continue
+            if text != "dense":
+                node.update_kwarg("pattern", text)
+            if self.skip is not None:
+                node.update_kwarg("skip", self.skip)
+            report.matched.append(_name(node))
+        return report
+
+    def _choose(self, program: Program, report: Report) -> Any:
+        absent = set(self.layers or ()) - {node.kwargs["layer"] for node in program.attention_nodes()}
+        if absent:
+            reason = f"the model has no attention of layer {', '.join(map(str, sorted(absent)))}"
+            raise errors.BadPassOption(pass_name=self.name, option="layers", reason=reason)
+        for node in program.attention_nodes():
+            if self.layers is not None and node.kwargs["layer"] not in self.layers:
+                continue
+            objection = self._objection(node)
+            if objection:
+                report.skipped.append(Skip(_name(node), objection))
+            else:
+                yield node
+
+    def _objection(self, node: fx.Node) -> str | None:
+        if argument(node, "pattern") is not None:
+            return f"it keeps {argument(node, 'pattern')} already"
+        looks_back = self.pattern != "auto" and any(
+            isinstance(term, _LOOK_BACK) for term in read_pattern(self.text()).terms
+        )
+        if looks_back and not argument(node, "causal"):
+            return "it looks at later tokens, and the pattern chooses among earlier ones alone"
+        if argument(node, "q").meta["val"].shape[2] != argument(node, "k").meta["val"].shape[2]:
+            return "its keys are not those of its own tokens"
+        return None
+
+    # -- auto --------------------------------------------------------------------------------------------------------
+
+    def _found(self, program: Program, ctx: Context, nodes: list[fx.Node], report: Report) -> dict[fx.Node, str]:
+        """For each node the narrowest window of each head that keeps enough of its attention."""
+        batches = first_batches(calibration_of(program, ctx, self.name).batches, _TOKENS)
+        longest = max(int(batch.inputs[0].shape[1]) for batch in batches)
+        sinks = _columns(_AUTO["sinks"] if self.sinks is None else self.sinks)
+        sizes = [2**n for n in range(3, 20) if 2**n < longest]
+        candidates = [(Window(size), *sinks) for size in sizes]
+        wanted = self.mass or _MASS
+        kept = kept_attention(program, nodes, batches, [str(by_head([terms])) for terms in candidates])
+        texts: dict[fx.Node, str] = {}
+        narrow = 0
+        for node in nodes:
+            heads = [
+                next((terms for terms, share in zip(candidates, shares, strict=True) if share >= wanted), _DENSE)
+                for shares in kept[node].tolist()
+            ]
+            narrow += sum(terms != _DENSE for terms in heads)
+            texts[node] = str(by_head(heads))
+        total = sum(int(argument(node, "q").meta["val"].shape[1]) for node in nodes)
+        report.notes.append(
+            f"{narrow} of {total} heads keep {wanted:.0%} of their attention in a window, of up to {longest} tokens of "
+            f"{sum(batch.tokens for batch in batches):,} that were looked at"
+        )
+        return texts
+
+
+def _name(node: fx.Node) -> str:
+    return f"attention of layer {node.kwargs['layer']}"

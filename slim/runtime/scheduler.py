@@ -1,0 +1,406 @@
+"""Many requests at once over one pool of pages: continuous batching.
+
+Prompts are run a piece at a time between bursts of decoding, so that those who wait for their next token do not wait
+for another's prompt. Who came first is served first; when pages run out, the youngest gives its own back and is
+computed again later.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from slim import errors
+from slim.codegen import Ends, GreedySteps
+from slim.compiler.inputs import checked_tokens
+from slim.runtime.paged_steps import PagedStep
+from slim.runtime.pages import PAGE, PagePool, Row, Stats, stats
+from slim.runtime.prefixes import Prefixes
+
+if TYPE_CHECKING:
+    from slim.runtime.compiled import CompiledModel
+
+_BURST = 16  # steps of decoding between two looks at who waits
+
+
+class Request:
+    """One prompt on its way; iterate over it for its new tokens as they come.
+
+    Attributes:
+        prompt: token ids. tokens: new ones so far. limit: how many there may be.
+        state: "waiting", "running", "finished" or "cancelled".
+        preempted: how often it gave its pages back and was computed again.
+    """
+
+    def __init__(self, scheduler: Scheduler, number: int, prompt: list[int], limit: int) -> None:
+        self._scheduler = scheduler
+        self.number, self.prompt, self.limit = number, prompt, limit
+        self.tokens: list[int] = []
+        self.state = "waiting"
+        self.preempted = 0
+        self._row: Row | None = None
+
+    def __repr__(self) -> str:
+        return f"Request({self.number}, {len(self.prompt)} + {len(self.tokens)} tokens, {self.state})"
+
+    @property
+    def done(self) -> bool:
+        return self.state in ("finished", "cancelled")
+
+    def __iter__(self) -> Iterator[int]:
+        """New tokens, one by one; the scheduler works while there is none."""
+        given = 0
+        while True:
+            while given < len(self.tokens):
+                yield self.tokens[given]
+                given += 1
+            if self.done:
+                return
+            self._scheduler.advance()
+
+    def result(self) -> list[int]:
+        """All new tokens, once the last is there."""
+        return list(self)
+
+    def cancel(self) -> None:
+        """Stops it where it is; its pages are free at once."""
+        self._scheduler.cancel(self)
+
+    @property
+    def _known(self) -> list[int]:
+        return self.prompt + self.tokens
+
+
+@dataclass
+class _Batch:
+    """The rows that decode together, bound to their pages; made anew when others join or leave."""
+
+    requests: list[Request]
+    tokens: Tensor
+    positions: Tensor
+    table: Tensor
+    lengths: Tensor
+    ends: Ends
+    greedy: GreedySteps | None
+    bound: Any
+    layout: tuple[int, list[int]]
+
+
+class Scheduler:
+    """Serves requests over one pool of pages, greedily.
+
+    Args:
+        model: compiled with ``KVCacheConfig(layout="paged")``.
+        max_tokens: that all requests together may hold; the pool's size.
+        max_batch: requests that decode at the same time.
+        chunk: tokens of prompts that are run between two bursts of decoding.
+        share_prefixes: whether prompts that begin alike share pages.
+        eos_token_id: what ends a request; None takes the model's own, an empty list none.
+
+    Raises:
+        CacheUnsupported: where the model's cache is not in pages, or keeps a window alone.
+
+    Example:
+        >>> scheduler = Scheduler(compiled, max_tokens=8192)
+        >>> requests = [scheduler.submit(prompt, max_new_tokens=64) for prompt in prompts]
+        >>> scheduler.run()
+        >>> [request.tokens for request in requests]
+    """
+
+    def __init__(
+        self,
+        model: CompiledModel,
+        *,
+        max_tokens: int = 65536,
+        max_batch: int = 32,
+        chunk: int = 256,
+        share_prefixes: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+    ) -> None:
+        for name, value in (("max_tokens", max_tokens), ("max_batch", max_batch), ("chunk", chunk)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise errors.BadInput(argument=name, reason=f"{value!r} is no number above 0")
+        if not model.paged or model.kv_cache.window is not None:
+            wanted = 'compile with kv_cache=KVCacheConfig(layout="paged")'
+            raise errors.CacheUnsupported(reason=f"a scheduler shares pages that keep all tokens: {wanted}")
+        self.model, self.max_batch, self.chunk = model, max_batch, chunk
+        step = model.step(last_only=True)
+        assert isinstance(step, PagedStep)
+        self._step = step
+        limit = max(1, max_tokens // PAGE)
+        self.pool = PagePool(model.slots, min(limit, 4 * max_batch), limit, model.device)
+        self.prefixes = Prefixes(self.pool) if share_prefixes else None
+        self._ends = _ends(model, eos_token_id)
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # in the order they came
+        self._batch: _Batch | None = None
+        self._numbers = itertools.count()
+        self._lock = threading.RLock()
+
+    # -- what users do -----------------------------------------------------------------------------------------------
+
+    def submit(self, input_ids: Tensor | Sequence[int], max_new_tokens: int) -> Request:
+        """Adds a request, from any thread; it starts when its turn comes and there is room.
+
+        Args:
+            input_ids: of one prompt, [S] or [1, S].
+
+        Raises:
+            EmptyPrompt, TokenOutOfRange, BadInput. PromptTooLong: where it could never fit.
+        """
+        given = input_ids if isinstance(input_ids, Tensor) else torch.tensor(list(input_ids), dtype=torch.int64)
+        tokens = checked_tokens(given[None] if given.dim() == 1 else given, self.model.vocabulary)
+        if tokens.shape[0] != 1:
+            raise errors.BadInput(
+                argument="input_ids", reason=f"a request is one prompt, and these are {tokens.shape[0]}"
+            )
+        if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
+            raise errors.BadInput(argument="max_new_tokens", reason=f"{max_new_tokens!r} is no number of tokens")
+        total = tokens.shape[1] + max_new_tokens - 1  # the last token is returned, and never run
+        assert self.pool.limit is not None
+        for limit in (self.pool.limit * PAGE, self.model.position_limit, self.model.kv_cache.max_tokens):
+            if limit is not None and total > limit:
+                raise errors.PromptTooLong(length=total, capacity=limit)
+        with self._lock:
+            request = Request(self, next(self._numbers), tokens[0].tolist(), max_new_tokens)
+            self._waiting.append(request)
+        return request
+
+    def fork(self, request: Request) -> Request:
+        """Another request that goes on from where one is, over the same pages.
+
+        Raises:
+            BadInput: for one that is done.
+        """
+        with self._lock:
+            if request.done:
+                raise errors.BadInput(argument="request", reason=f"{request} does not go on")
+            twin = Request(self, next(self._numbers), list(request.prompt), request.limit)
+            twin.tokens = list(request.tokens)
+            if request._row is not None and request in self._running and len(self._running) < self.max_batch:
+                twin._row, twin.state = request._row.fork(), "running"
+                self._running.append(twin)
+                self._batch = None
+            else:
+                self._waiting.append(twin)
+            return twin
+
+    def cancel(self, request: Request) -> None:
+        """See ``Request.cancel``; one that is done stays as it is."""
+        with self._lock:
+            if request.done:
+                return
+            if request in self._waiting:
+                self._waiting.remove(request)
+            self._leave(request, "cancelled")
+
+    def advance(self) -> bool:
+        """A piece of a prompt, then a burst of decoding; False where there is nothing to do."""
+        with self._lock:
+            self._admit()
+            worked = self._prefill()
+            return self._decode() or worked
+
+    def run(self) -> None:
+        """Works until every request is done."""
+        while self.advance():
+            pass
+
+    def stats(self) -> Stats:
+        """Of the pool; pages that only shared prompts name count as taken."""
+        with self._lock:
+            return stats(self.pool, [request._row for request in self._running if request._row is not None])
+
+    # -- who runs ----------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Lets in who waits, first come first served, while there are pages for their prompts."""
+        while self._waiting and len(self._running) < self.max_batch:
+            request = self._waiting[0]
+            known = request._known
+            shared = self.prefixes.known(known) if self.prefixes else 0
+            growing = len(self._running)  # each of them may soon want a page more
+            if not self._have(-(-len(known) // PAGE) - shared + 1 + growing) and self._running:
+                return
+            self._waiting.popleft()
+            request._row = self.prefixes.begin(known) if self.prefixes else Row(self.pool)
+            request.state = "running"
+            self._running.append(request)
+            self._running.sort(key=lambda other: other.number)
+            self._batch = None
+
+    def _have(self, pages: int) -> bool:
+        """Whether so many pages can be taken, those of forgotten prompts among them."""
+        assert self.pool.available is not None
+        short = pages - self.pool.available
+        return short <= 0 or (self.prefixes is not None and self.prefixes.evict(short) >= short)
+
+    def _reserve(self, request: Request, tokens: int) -> bool:
+        """Makes room for tokens of a request; the youngest others give theirs, then the request its own."""
+        row = request._row
+        assert row is not None
+        while not self._have(row.missing(tokens)):
+            youngest = self._running[-1]
+            self._preempt(youngest)
+            if youngest is request:
+                return False
+        row.reserve(tokens)
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        request.preempted += 1
+        self._leave(request, "waiting")
+        self._waiting.appendleft(request)
+
+    def _leave(self, request: Request, state: str) -> None:
+        request.state = state
+        if request._row is not None:
+            request._row.free()
+            request._row = None
+        if request in self._running:
+            self._running.remove(request)
+            self._batch = None
+
+    # -- running prompts ---------------------------------------------------------------------------------------------
+
+    def _prefill(self) -> bool:
+        """Up to ``chunk`` tokens of prompts, the oldest first."""
+        left, worked = self.chunk, False
+        for request in list(self._running):
+            if left <= 0:
+                break
+            if request.state == "running" and self._behind(request) > 0:
+                left -= self._run_prompt(request, left)
+                worked = True
+        return worked
+
+    @staticmethod
+    def _behind(request: Request) -> int:
+        """Tokens that are still to be run before the next can be chosen by decoding; all but the newest."""
+        assert request._row is not None
+        missing = len(request._known) - request._row.length
+        return missing if not request.tokens or missing > 1 else 0
+
+    def _run_prompt(self, request: Request, most: int) -> int:
+        known, row = request._known, request._row
+        assert row is not None
+        count = min(self._behind(request), most)
+        if not self._reserve(request, count):
+            return count
+        start = row.length
+        logits = self._call([row], torch.tensor([known[start : start + count]]), torch.tensor([[start]]))
+        row.length += count
+        if row.length == len(known):
+            if self.prefixes is not None:
+                self.prefixes.learn(known, row)
+            self._take(request, [int(logits[0].float().argmax())])
+        return count
+
+    def _call(self, rows: list[Row], tokens: Tensor, first: Tensor) -> Tensor:
+        """The logits of the last token of each row, [B, V]."""
+        table, lengths = _places(rows)
+        inputs = {
+            "input_ids": tokens, "attention_mask": torch.ones_like(tokens),
+            "position_ids": first + torch.arange(tokens.shape[1]),
+        }  # fmt: skip
+        device = self.model.device
+        inputs = {name: value.to(device) for name, value in inputs.items()}
+        arguments = self._step.arguments(inputs, table.to(device), lengths.to(device), self.pool.tensors)
+        logits: Tensor = self._step.executable(*arguments)[0]
+        return logits[:, -1]
+
+    # -- decoding ----------------------------------------------------------------------------------------------------
+
+    def _decode(self) -> bool:
+        """A burst for all whose prompts are done."""
+        ready = [request for request in self._running if self._behind(request) == 0]
+        steps = min([_BURST, *(request.limit - len(request.tokens) for request in ready)])
+        for request in list(ready):
+            if request.state == "running" and not self._reserve(request, steps):
+                continue
+        ready = [request for request in ready if request.state == "running"]
+        if not ready:
+            return False
+        batch = self._bound(ready)
+        for index, request in enumerate(ready):
+            batch.tokens[index, 0] = request.tokens[-1]
+            assert request._row is not None
+            batch.lengths[index] = request._row.length
+            batch.positions[index, 0] = request._row.length - (batch.greedy is not None)
+        batch.ends.finished.zero_()
+        chosen = self._chosen(batch, steps)
+        for index, request in enumerate(ready):
+            assert request._row is not None
+            request._row.length += len(chosen)
+            self._take(request, chosen[:, index].tolist())
+        return True
+
+    def _bound(self, ready: list[Request]) -> _Batch:
+        rows = [request._row for request in ready if request._row is not None]
+        layout = (self.pool.generation, [len(row.pages) for row in rows])
+        old = self._batch
+        if old is not None and old.requests == ready and old.layout == layout:
+            return old
+        if old is None or old.requests != ready or old.layout[0] != layout[0] or max(layout[1]) > old.table.shape[1]:
+            self._batch = self._bind(ready, rows, layout)
+        else:
+            old.table[:, : max(layout[1])] = _places(rows)[0]
+            old.layout = layout
+        assert self._batch is not None
+        return self._batch
+
+    def _bind(self, ready: list[Request], rows: list[Row], layout: tuple[int, list[int]]) -> _Batch:
+        device = self.model.device
+        table, lengths = (value.to(device) for value in _places(rows, spare=8))
+        tokens = torch.zeros(len(ready), 1, dtype=torch.int64, device=device)
+        positions = torch.zeros_like(tokens)
+        inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": torch.ones_like(tokens)}
+        bound = self._step.executable.bind(*self._step.arguments(inputs, table, lengths, self.pool.tensors))
+        ends = Ends(self._ends, torch.zeros(len(ready), dtype=torch.bool, device=device), 0)
+        greedy = bound.greedy(self._step.feedback, None, ends)
+        return _Batch(ready, tokens, positions, table, lengths, ends, greedy, bound, layout)
+
+    def _chosen(self, batch: _Batch, steps: int) -> Tensor:
+        """Tokens [steps, B]: by generated code in one call, or step by step where the target has no such thing."""
+        if batch.greedy is not None:
+            return batch.greedy(steps, 0).cpu()
+        chosen = []
+        for _ in range(steps):
+            tokens = batch.bound()[0][:, -1].argmax(-1)
+            chosen.append(tokens.cpu())
+            batch.tokens[:, 0] = tokens
+            batch.positions += 1
+            batch.lengths += 1
+        return torch.stack(chosen)
+
+    def _take(self, request: Request, tokens: list[int]) -> None:
+        """Hands new tokens on; what came after the end is dropped, with the places it took."""
+        ends = set(self._ends.tolist())
+        for token in tokens:
+            request.tokens.append(token)
+            if token in ends or len(request.tokens) >= request.limit:
+                self._leave(request, "finished")
+                return
+
+
+def _places(rows: Sequence[Row], spare: int = 0) -> tuple[Tensor, Tensor]:
+    """The pages [B, most] and the lengths [B] of rows, as kernels read them."""
+    most = max(len(row.pages) for row in rows) + spare
+    table = torch.zeros(len(rows), most, dtype=torch.int32)
+    for index, row in enumerate(rows):
+        table[index, : len(row.pages)] = torch.tensor(row.pages, dtype=torch.int32)
+    return table, torch.tensor([row.length for row in rows])
+
+
+def _ends(model: CompiledModel, given: int | Sequence[int] | None) -> Tensor:
+    if given is None:
+        given = model.generation_config.eos_token_id
+    tokens = [] if given is None else ([given] if isinstance(given, int) else list(given))
+    return torch.tensor(tokens, dtype=torch.int64, device=model.device)

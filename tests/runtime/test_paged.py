@@ -1,0 +1,149 @@
+"""Caches in pages and rings: the same tokens as one tensor a layer gives, for rows of lengths of their own."""
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import slim
+from slim import KVCacheConfig, errors
+from slim.codegen import build
+from slim.compiler.lift import lift
+from slim.runtime.compiled import CompiledModel
+from slim.runtime.paged import PagedKVCache
+from tests.compiled import difference, pair, prompt
+
+TARGETS = ["eager", pytest.param("cpu", marks=pytest.mark.skipif(build.missing() is not None, reason="no C++ here"))]
+PAGED = KVCacheConfig(layout="paged")
+
+
+def compiled(name: str, target: str, config: KVCacheConfig) -> CompiledModel:
+    return CompiledModel(pair(name)[1].program.copy(), target, kv_cache=config)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2", "gpt_neox"])
+def test_generate_writes_the_same_in_pages(name: str, target: str) -> None:
+    tokens, mask = prompt()
+    options = dict(attention_mask=mask, max_new_tokens=70, do_sample=False, eos_token_id=None, pad_token_id=0)
+    wanted = pair(name)[1].generate(tokens, **options)
+    assert torch.equal(compiled(name, target, PAGED).generate(tokens, **options), wanted)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_calls_with_padding_and_a_growing_cache_return_the_same_logits(target: str) -> None:
+    tokens, mask = prompt()
+    whole = pair("llama")[1](tokens, attention_mask=mask).logits
+    model = compiled("llama", target, PAGED)
+    first = model(tokens[:, :5], attention_mask=mask[:, :5], use_cache=True)
+    assert isinstance(first.past_key_values, PagedKVCache)
+    rest = model(tokens[:, 5:], attention_mask=mask, past_key_values=first.past_key_values).logits
+    assert difference(torch.cat([first.logits, rest], 1), whole, mask) < 1e-5
+    assert [row.length for row in first.past_key_values.rows] == mask.sum(1).tolist()
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_quantised_pages_hold_what_one_tensor_a_layer_holds(bits: str) -> None:
+    tokens, mask = prompt()
+    options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    wanted = compiled("llama", "eager", KVCacheConfig(dtype=bits)).generate(tokens, **options)  # type: ignore[arg-type]
+    config = KVCacheConfig(layout="paged", dtype=bits)  # type: ignore[arg-type]
+    assert torch.equal(compiled("llama", "auto", config).generate(tokens, **options), wanted)
+
+
+def test_beams_fork_and_only_what_differs_is_held_twice() -> None:
+    model = compiled("llama", "eager", PAGED)
+    tokens, _ = prompt(padded=False)
+    cache = model.new_cache(3)
+    model(tokens, past_key_values=cache)
+    cache.fork([1, 1, 0])
+    assert cache.stats().shared == 1
+    step = torch.tensor([[5], [6], [7]])
+    got = model(step, past_key_values=cache).logits[:, 0]
+    rows = [torch.cat([tokens[i], step[n]]) for n, i in enumerate((1, 1, 0))]
+    assert difference(got, torch.stack([model(row[None]).logits[0, -1] for row in rows])) < 1e-5
+    assert cache.stats().copies == 1
+
+
+def test_what_was_tried_is_rolled_back() -> None:
+    model = compiled("llama", "eager", PAGED)
+    tokens, mask = prompt()
+    cache = model.new_cache(3)
+    model(tokens, attention_mask=mask, past_key_values=cache)
+    model(torch.full((3, 70), 5), past_key_values=cache)
+    cache.truncate(tokens.shape[1])
+    step = torch.tensor([[5], [6], [7]])
+    again = model(step, past_key_values=cache).logits
+    wide = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
+    whole = model(torch.cat([tokens, step], 1), attention_mask=wide).logits[:, -1:]
+    assert difference(again, whole) < 1e-5
+    assert [row.length for row in cache.rows] == wide.sum(1).tolist()
+
+
+# -- rings -------------------------------------------------------------------------------------------------------------
+
+
+def windowed(window: int, sinks: int) -> tuple[CompiledModel, CompiledModel]:
+    """A model over a ring, and the same whose attention keeps the same window of a cache that keeps everything."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    program = lift(LlamaForCausalLM(config).eval())
+    ring = CompiledModel(program.copy(), "auto", kv_cache=KVCacheConfig(window=window, sinks=sinks))
+    text = f"window({window})" + (f" | columns({sinks})" if sinks else "")
+    for node in program.attention_nodes():
+        node.update_kwarg("pattern", text)
+    return ring, CompiledModel(program, "auto")
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(32, 4), (100, 0), (64, 65)])
+def test_a_ring_writes_what_a_window_of_a_whole_cache_does(window: int, sinks: int) -> None:
+    ring, whole = windowed(window, sinks)
+    tokens = torch.randint(3, 96, (2, 900), generator=torch.Generator().manual_seed(1))  # more than goes in at once
+    options = dict(max_new_tokens=900, do_sample=False, eos_token_id=None, pad_token_id=0)
+    got = ring.generate(tokens, return_dict_in_generate=True, **options)
+    assert torch.equal(got.sequences, whole.generate(tokens, **options))
+    assert got.past_key_values.stats().evicted > 0
+
+
+def test_the_memory_of_a_ring_does_not_depend_on_how_much_is_written() -> None:
+    ring, _ = windowed(32, 4)
+    sizes = []
+    for tokens in (5, 2000):
+        options = dict(max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
+        out = ring.generate(torch.ones(1, 3, dtype=torch.long), return_dict_in_generate=True, **options)
+        sizes.append(out.past_key_values.nbytes)
+    assert sizes[0] == sizes[1]
+
+
+def test_a_ring_refuses_to_fork_and_to_go_back_beyond_what_it_holds() -> None:
+    ring, _ = windowed(32, 4)
+    cache = ring.new_cache(1)
+    ring(torch.full((1, 800), 5), past_key_values=cache)
+    with pytest.raises(errors.CacheUnsupported, match="cannot fork"):
+        cache.fork([0, 0])
+    with pytest.raises(errors.CacheUnsupported, match="cannot go back"):
+        cache.truncate(5)
+
+
+def test_a_window_of_the_cache_and_a_pattern_of_the_model_are_not_mixed_silently() -> None:
+    with pytest.raises(errors.CacheUnsupported, match="keeps window"):
+        slim.compile(pair("llama")[0], "sparse_attention(window=8)", kv_cache=KVCacheConfig(window=64), target="eager")
+
+
+@pytest.mark.parametrize(("options", "match"), [
+    (dict(sinks=4), "without a window"), (dict(window=0), "no number of tokens"),
+    (dict(sinks=-1, window=4), "no number"), (dict(layout="tiled"), "is not one of"),
+    (dict(window=True), "no number of tokens"),
+])  # fmt: skip
+def test_configurations_without_sense_are_refused(options: dict[str, object], match: str) -> None:
+    with pytest.raises(errors.SlimError, match=match):
+        KVCacheConfig(**options)  # type: ignore[arg-type]
+
+
+def test_more_tokens_than_the_cache_may_hold_are_refused() -> None:
+    model = compiled("llama", "eager", KVCacheConfig(layout="paged", max_tokens=8))
+    with pytest.raises(errors.PromptTooLong):
+        model.generate(torch.ones(1, 5, dtype=torch.long), max_new_tokens=5)
+    assert model.generate(torch.ones(1, 5, dtype=torch.long), max_new_tokens=4, eos_token_id=None).shape[1] == 9

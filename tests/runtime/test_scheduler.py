@@ -1,0 +1,143 @@
+"""Continuous batching: whatever comes, goes, forks or is cancelled, each request gets the tokens it gets alone."""
+
+import random
+
+import pytest
+import torch
+
+from slim import KVCacheConfig, Scheduler, errors
+from slim.runtime.compiled import CompiledModel
+from slim.runtime.pages import PAGE
+from slim.runtime.scheduler import Request
+from tests.compiled import pair
+
+EOS = 7
+
+
+@pytest.fixture(scope="module")
+def model() -> CompiledModel:
+    return CompiledModel(pair("llama")[1].program.copy(), "auto", kv_cache=KVCacheConfig(layout="paged"))
+
+
+def alone(model: CompiledModel, prompt: list[int], limit: int) -> list[int]:
+    tokens = torch.tensor([prompt])
+    options = dict(do_sample=False, eos_token_id=EOS, pad_token_id=0)
+    return model.generate(tokens, max_new_tokens=limit, **options)[0, len(prompt) :].tolist()
+
+
+def make_prompt(rng: random.Random, longest: int) -> list[int]:
+    shared = [rng.randrange(3, 60)] * (PAGE * rng.choice([0, 0, 1, 2]))  # so that some begin alike
+    return (shared + [rng.randrange(8, 60) for _ in range(rng.randint(1, longest))])[:longest]
+
+
+def test_requests_get_what_they_get_alone(model: CompiledModel) -> None:
+    rng = random.Random(0)
+    prompts = [make_prompt(rng, 100) for _ in range(12)]
+    scheduler = Scheduler(model, max_tokens=2048, max_batch=5, chunk=32, eos_token_id=EOS)
+    requests = [scheduler.submit(prompt, 1 + 3 * index) for index, prompt in enumerate(prompts)]
+    scheduler.run()
+    assert [r.tokens for r in requests] == [alone(model, r.prompt, r.limit) for r in requests]
+    assert all(request.state == "finished" for request in requests)
+
+
+def test_who_runs_out_of_pages_is_computed_again_and_says_the_same(model: CompiledModel) -> None:
+    rng = random.Random(1)
+    scheduler = Scheduler(model, max_tokens=4 * PAGE, max_batch=4, chunk=40, eos_token_id=EOS, share_prefixes=False)
+    requests = [scheduler.submit([rng.randrange(8, 60) for _ in range(50)], 60) for _ in range(4)]
+    scheduler.run()
+    assert sum(request.preempted for request in requests) > 0
+    assert [r.tokens for r in requests] == [alone(model, r.prompt, 60) for r in requests]
+
+
+def test_a_shared_prompt_is_run_once(model: CompiledModel) -> None:
+    scheduler = Scheduler(model, max_tokens=4096, eos_token_id=EOS)
+    common = [random.Random(2).randrange(8, 60) for _ in range(3 * PAGE)]
+    first = scheduler.submit([*common, 9], 3)
+    scheduler.run()
+    second = scheduler.submit([*common, 11, 12], 3)
+    scheduler.run()
+    assert scheduler.prefixes is not None
+    assert scheduler.prefixes.hits == 3 * PAGE
+    assert [r.tokens for r in (first, second)] == [alone(model, r.prompt, 3) for r in (first, second)]
+
+
+def test_tokens_come_one_by_one_while_others_go_on(model: CompiledModel) -> None:
+    scheduler = Scheduler(model, max_tokens=2048, eos_token_id=[])
+    slow, fast = scheduler.submit([9, 10], 40), scheduler.submit([11], 3)
+    stream = iter(slow)
+    assert next(stream) == slow.tokens[0]
+    assert not slow.done
+    assert fast.result() == fast.tokens
+    assert len([slow.tokens[0], *stream]) == 40
+
+
+def test_first_come_is_first_served_and_nobody_starves(model: CompiledModel) -> None:
+    scheduler = Scheduler(model, max_tokens=6 * PAGE, max_batch=2, eos_token_id=[])
+    large = scheduler.submit(list(range(8, 58)) * 5, 4)  # the pool's size, nearly
+    small = [scheduler.submit([9 + n], 4) for n in range(6)]
+    order: list[Request] = []
+    while scheduler.advance():
+        order += [r for r in (large, *small) if r.done and r not in order]
+    assert order[0] in (large, small[0])
+    assert order.index(large) <= 1
+    assert [r for r in order if r is not large] == small
+
+
+def test_a_thousand_random_schedules_leak_nothing_and_change_nobody_s_tokens(model: CompiledModel) -> None:
+    """A thousand events over the lives of 25 schedulers: submissions, forks, cancellations, work."""
+    known: dict[tuple[tuple[int, ...], int], list[int]] = {}
+    events = 0
+    for seed in range(25):
+        rng = random.Random(seed)
+        scheduler = Scheduler(
+            model, max_tokens=rng.choice([4, 6, 12]) * PAGE, max_batch=rng.randint(1, 6),
+            chunk=rng.choice([16, 64, 200]), eos_token_id=EOS, share_prefixes=rng.random() < 0.5,
+        )  # fmt: skip
+        requests: list[Request] = []
+        pool = [make_prompt(rng, 150) for _ in range(3)]
+        while events < 40 * (seed + 1):
+            events += 1
+            action = rng.random()
+            live = [request for request in requests if not request.done]
+            if action < 0.4:
+                requests.append(scheduler.submit(rng.choice(pool), rng.choice([1, 5, 20])))
+            elif action < 0.5 and live:
+                requests.append(scheduler.fork(rng.choice(live)))
+            elif action < 0.6 and live:
+                rng.choice(live).cancel()
+            else:
+                scheduler.advance()
+        scheduler.run()
+        assert all(request.done for request in requests)
+        for request in requests:
+            key = (tuple(request.prompt), request.limit)
+            if key not in known:
+                known[key] = alone(model, request.prompt, request.limit)
+            if request.state == "finished":
+                assert request.tokens == known[key]
+            else:
+                assert request.tokens == known[key][: len(request.tokens)]
+        if scheduler.prefixes is not None:
+            scheduler.prefixes.clear()
+        assert scheduler.pool.free == scheduler.pool.pages
+        assert not any(scheduler.pool.references)
+
+
+def test_bad_requests_are_refused_and_disturb_nobody(model: CompiledModel) -> None:
+    scheduler = Scheduler(model, max_tokens=2 * PAGE, eos_token_id=EOS)
+    good = scheduler.submit([9, 10], 4)
+    for prompt, limit, error in (
+        ([], 4, errors.EmptyPrompt), ([10**6], 4, errors.TokenOutOfRange), ([9], 0, errors.BadInput),
+        ([9] * 200, 4, errors.PromptTooLong), (torch.ones(2, 3, dtype=torch.long), 4, errors.BadInput),
+    ):  # fmt: skip
+        with pytest.raises(error):
+            scheduler.submit(prompt, limit)
+    scheduler.run()
+    assert good.tokens == alone(model, [9, 10], 4)
+    with pytest.raises(errors.BadInput, match="does not go on"):
+        scheduler.fork(good)
+
+
+def test_a_model_without_pages_cannot_be_scheduled() -> None:
+    with pytest.raises(errors.CacheUnsupported, match='layout="paged"'):
+        Scheduler(pair("llama")[1])
