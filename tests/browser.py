@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import json
 import os
 import select
@@ -34,11 +35,17 @@ class Browser:
             "--disable-background-networking", "--remote-debugging-pipe", f"--window-size={width},{height}",
             f"--user-data-dir={profile}", "about:blank",
         ]  # fmt: skip
-        # the browser reads its orders from descriptor 3 and answers on 4
-        shell = ["sh", "-c", f'exec "$@" 3<&{theirs} 4>&{their_end}', "sh", *command]
+        high = [fcntl.fcntl(end, fcntl.F_DUPFD, 10) for end in (theirs, their_end)]
+
+        def connect() -> None:  # the browser reads its orders from descriptor 3 and answers on 4
+            os.dup2(high[0], 3)
+            os.dup2(high[1], 4)
+
         self._process = subprocess.Popen(
-            shell, pass_fds=(theirs, their_end), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command, close_fds=False, preexec_fn=connect, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
+        for end in high:
+            os.close(end)
         os.close(theirs)
         os.close(their_end)
         self._buffer, self._number, self._session = b"", 0, None

@@ -51,7 +51,7 @@ def collect(story: Story) -> dict[str, Any]:
     lines = _Lines()
     passes = story.report.passes if story.report is not None else []
     complete = len(story.programs) == len(passes) + 1
-    names = ["lift", *(item.text for item in passes)] if complete else ["as it is"]
+    names = ["lift", *(item.text for item in passes)] if complete and passes else ["as it is"]
     final, compiled = story.programs[-1], story.compiled
     code, stages = ({}, {}) if compiled is None else (compiled.code, compiled.stages)
     return {
