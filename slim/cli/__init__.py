@@ -1,4 +1,4 @@
-"""The command line: ``slim compile | generate | bench | eval | export | inspect | passes``.
+"""The command line: ``slim compile | generate | bench | eval | export | inspect | bisect | passes``.
 
 Everything here is cheap to import, so that ``slim --help`` is quick; torch and transformers come inside the commands.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import click
 
 from slim.cli.bench import bench
+from slim.cli.bisect import bisect
 from slim.cli.compile import compile_
 from slim.cli.evaluate import evaluate
 from slim.cli.export import export
@@ -32,5 +33,5 @@ def main() -> None:
     """
 
 
-for command in (compile_, generate, bench, evaluate, export, inspect, passes):
+for command in (compile_, generate, bench, evaluate, export, inspect, bisect, passes):
     main.add_command(command)

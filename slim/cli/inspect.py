@@ -1,4 +1,4 @@
-"""``slim inspect``: the IR of a model, and what it costs."""
+"""``slim inspect``: the IR of a model, and what it costs; or all of a compilation in HTML."""
 
 from __future__ import annotations
 
@@ -9,13 +9,23 @@ import click
 
 from slim.cli.calibration import calibration_option, read_calibration
 from slim.cli.progress import Steps
-from slim.cli.shell import charts_option, debug_option, pipeline_option, read_pipeline_option, tell_report
+from slim.cli.shell import (
+    charts_option,
+    debug_option,
+    pipeline_option,
+    read_pipeline_option,
+    target_option,
+    tell_report,
+)
 from slim.cli.tables import print_table
 
 if TYPE_CHECKING:
     from slim.compiler.cost import Cost
     from slim.compiler.program import Program
     from slim.compiler.report import PipelineReport
+    from slim.inspection.page import Story
+
+_NEW_TOKENS, _ROUNDS = 33, 3  # of the measurement for the roofline
 
 
 @click.command()
@@ -24,16 +34,37 @@ if TYPE_CHECKING:
 @calibration_option
 @click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to cost it for.")
 @charts_option
+@click.option("--html", metavar="FILE", help="Write a report to look at in a browser, and print nothing of the IR.")
+@click.option("--measure", is_flag=True, help="With --html: time the model and the machine, for the roofline.")
+@click.option("--sensitivity", is_flag=True, help="With --html: measure what compressing each layer alone does.")
+@target_option
 @debug_option
-def inspect(model: str, pipeline: str, calibration: str | None, tokens: int, charts: bool) -> None:
+def inspect(
+    model: str,
+    pipeline: str,
+    calibration: str | None,
+    tokens: int,
+    charts: bool,
+    html: str | None,
+    measure: bool,
+    sensitivity: bool,
+    target: str,
+) -> None:
     """Print the IR as typed Python, with the lines of the model's own source, and what it costs to run.
 
     With -p the IR is that after the passes. Nothing is compiled, and without -p no weight is read. With --charts the
-    report of a compiled model is printed as well.
+    report of a compiled model is printed as well. --html writes one file that opens without a network: the pipeline,
+    the IR before and after each pass, pictures by layer, and the generated code, for which the model is compiled.
     """
+    _check_options(html, {"--measure": measure, "--sensitivity": sensitivity, "--target": target != "auto"})
     text = read_pipeline_option(pipeline)
     texts = None if calibration is None else read_calibration(calibration)
     with Steps() as steps:
+        if html is not None:
+            story = _story(model, text, texts, steps, target)
+            _measure(story, tokens, measure, sensitivity, steps)
+            _write(story, html, steps)
+            return
         program, report = _program(model, text, texts, steps, charts)
     click.echo(str(program))
     if charts and report is None:
@@ -42,7 +73,23 @@ def inspect(model: str, pipeline: str, calibration: str | None, tokens: int, cha
         click.echo()
         tell_report(report, charts)
         click.echo()
+    else:
+        _tell_near_misses(program)
     print_cost(program, tokens)
+
+
+def _check_options(html: str | None, given: dict[str, bool]) -> None:
+    """Refuses what is for the HTML report where none is asked for."""
+    for option, is_given in given.items():
+        if is_given and html is None:
+            raise click.UsageError(f"{option} is for the report that --html writes")
+
+
+def _tell_near_misses(program: Program) -> None:
+    from slim.compiler.rules import near_misses
+
+    for miss in near_misses(program.raised):
+        click.echo(miss)
 
 
 def _program(
@@ -64,6 +111,49 @@ def _program(
         program, report = lift_path(model), None
     context = Context(progress=steps, calibration=texts)
     return run_pipeline(program, passes, context) if passes else (program, report)
+
+
+# -- the report in HTML ------------------------------------------------------------------------------------------------
+
+
+def _story(model: str, text: str, texts: list[str] | None, steps: Steps, target: str) -> Story:
+    """The compilation of ``model``; of a compiled one, what its artifact knows."""
+    from slim.inspection.tell import compiled_story, tell
+    from slim.passes import parse_pipeline
+    from slim.runtime.artifact import is_artifact, load
+
+    passes = parse_pipeline(text)
+    steps.stage(f"reading {model}")
+    if is_artifact(model) and not passes:
+        return compiled_story(model, load(model, target=target))
+    start = load(model, target="eager").program if is_artifact(model) else model
+    return tell(model, start, passes, calibration=texts, target=target, progress=steps)
+
+
+def _measure(story: Story, tokens: int, measured: bool, sensitive: bool, steps: Steps) -> None:
+    story.tokens, story.sensitive = tokens, sensitive
+    if not measured:
+        return
+    from slim.cli.models import require_generative
+    from slim.inspection.machine import measure_machine
+    from slim.runtime.speed import measure, random_prompt
+
+    compiled = story.compiled
+    assert compiled is not None, "what is told here was compiled"
+    require_generative(compiled, story.model)
+    steps.stage("timing")
+    prompt = random_prompt(int(compiled.vocabulary or 2), tokens)
+    story.speed = measure({"model": compiled}, prompt, _NEW_TOKENS, _ROUNDS, steps)["model"]
+    story.machine = measure_machine()
+
+
+def _write(story: Story, html: str, steps: Steps) -> None:
+    from slim.compiler.report import short_bytes
+    from slim.inspection.page import write_page
+
+    steps.stage("drawing")
+    file = write_page(story, html)
+    click.echo(f"wrote {file} ({short_bytes(file.stat().st_size)})")
 
 
 def print_cost(program: Program, tokens: int) -> None:

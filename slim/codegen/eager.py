@@ -8,6 +8,7 @@ directly, past the dispatcher.
 from __future__ import annotations
 
 import linecache
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch import Tensor, fx
 
 from slim.codegen import eager_ops
 from slim.codegen.executables import Ends, Feedback
+from slim.codegen.regions.provenance import Stage
 from slim.compiler.program import Program
 from slim.compiler.report import Form
 from slim.compiler.rules import argument
@@ -30,10 +32,11 @@ class EagerExecutable:
 
     Attributes:
         code: ``forward.py``, the function as it runs.
-        form: nothing is generated: its operations are PyTorch's.
+        form, stages: nothing is generated: its operations are PyTorch's.
     """
 
     form = Form()
+    stages: Sequence[Stage] = ()
 
     def __init__(self, program: Program) -> None:
         program.weights.materialise()

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from slim.codegen.regions.provenance import Stage
 from slim.compiler.report import Form
 
 
@@ -75,12 +76,15 @@ class Executable(Protocol):
     Attributes:
         code: name -> source of everything that was generated for it, and binaries that were made ahead of time.
         form: what it is made of, for the report.
+        stages: the regions in the order they run, each with its nodes, its weights and its kernels; for people.
     """
 
     @property
     def code(self) -> Mapping[str, str | bytes]: ...
     @property
     def form(self) -> Form: ...
+    @property
+    def stages(self) -> Sequence[Stage]: ...
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
         """The flat outputs for one tensor an input, in the order of the Program's inputs."""
         ...

@@ -94,7 +94,7 @@ class Cost:
         sizes = {"T": sizes.get("S", 1), **sizes}
         rows = sizes.get("B", 1)
         kv_bytes = self.kv_bytes_per_token * rows * sizes["T"]
-        return BoundCost(_number(self.flops, sizes), _number(self.bytes_moved, sizes), kv_bytes)
+        return BoundCost(number(self.flops, sizes), number(self.bytes_moved, sizes), kv_bytes)
 
     def roofline(self, bandwidth: float, flops_rate: float) -> sympy.Expr:
         """Seconds no kernel can beat: each node takes the longer of moving its bytes and computing.
@@ -106,7 +106,8 @@ class Cost:
         return sympy.Add(*terms)
 
 
-def _number(value: sympy.Expr, sizes: dict[str, int]) -> int:
+def number(value: sympy.Expr, sizes: dict[str, int]) -> int:
+    """An expression in sizes at given ones."""
     bound = value.subs({sympy.Symbol(name, integer=True, positive=True): size for name, size in sizes.items()})
     missing = sorted(map(str, bound.free_symbols))
     if missing:
@@ -127,6 +128,13 @@ def cost(program: Program, kv_bits: int = 0) -> Cost:
     kv_bytes = sum(reader.kv_bytes(node) for node in program.attention_nodes())
     work = tuple(Work(*key, count) for key, count in found.items())
     return Cost(program.parameters, program.nbytes, kv_bytes, work)
+
+
+def node_work(program: Program, kv_bits: int = 0) -> Iterator[tuple[fx.Node, Work]]:
+    """The same, node by node, for those that compute or are the first to read a weight."""
+    reader = _Reader(program, kv_bits)
+    for node in program.nodes():
+        yield from ((node, Work(*found, 1)) for found in reader.work(node))
 
 
 class _Reader:

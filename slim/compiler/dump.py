@@ -1,18 +1,18 @@
-"""Folders that slim writes to for people: dumps of every stage, and reproducers of passes that failed."""
+"""What slim writes for people to look at: every stage into a folder, and into torch's structured trace.
+
+``SLIM_DUMP=dir`` writes files; ``TORCH_TRACE=dir`` makes artifacts that ``tlparse dir`` shows beside torch's own.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
-import time
-import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from torch._logging import trace_structured
+
 from slim import errors
-from slim.compiler.passes_base import Pass
-from slim.compiler.pipeline_text import write_pipeline
 from slim.compiler.program import Program
 
 
@@ -36,8 +36,10 @@ class Dump:
 
     def stage(self, name: str, program: Program) -> None:
         """The Program as ``00_lift.py``, ``01_<pass>.py``, ...: text that runs and that reads back."""
+        file = f"{self.written:02d}_{name}.py"
         if self.folder is not None:
-            self.file(f"{self.written:02d}_{name}.py", str(program))
+            self.file(file, str(program))
+        _trace(f"slim_{file}", lambda: str(program))
         self.written += 1
 
     def file(self, name: str, content: str | bytes) -> None:
@@ -55,32 +57,15 @@ class Dump:
         """What was generated, below ``generated/``."""
         for name, content in files.items():
             self.file(f"generated/{name}", content)
+            if isinstance(content, str):
+                _trace(f"slim_generated_{name.replace('/', '_')}", lambda text=content: text)  # type: ignore[misc]
 
 
-def write_reproducer(
-    program: Program, passes: Sequence[Pass], failed: Pass, error: BaseException, folder: Path | None
-) -> str:
-    """A folder with what is needed to see ``failed`` fail again, except the weights.
-
-    Args:
-        program: the Program as it was before the pass.
-        passes: the whole pipeline.
-        folder: where dumps go; the cache takes the reproducer where there is none.
-
-    Returns:
-        The folder, or why there is none: a reproducer that cannot be written must not hide the failure it is for.
-    """
-    trace = "".join(traceback.format_exception(error))
-    mark = hashlib.sha256(trace.encode()).hexdigest()[:8]
-    home = (folder or cache_dir()) / "reproducers" / f"{time.strftime('%Y%m%d-%H%M%S')}-{failed.name}-{mark}"
-    try:
-        home.mkdir(parents=True, exist_ok=True)
-        (home / "before.py").write_text(str(program), encoding="utf-8")
-        (home / "pipeline.txt").write_text(
-            f"# {failed!r} failed, as pass {list(passes).index(failed) + 1} of:\n{write_pipeline(passes)}\n",
-            encoding="utf-8",
-        )
-        (home / "traceback.txt").write_text(trace, encoding="utf-8")
-    except Exception as reason:  # a full disk, or a Program too broken to print
-        return f"(none: {reason})"
-    return str(home)
+def _trace(name: str, text: Callable[[], str]) -> None:
+    """An artifact in torch's structured trace, made only where there is one."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": name, "encoding": "string"},
+        payload_fn=text,
+        expect_trace_id=False,  # slim.compile is no frame of Dynamo's; within torch.compile there is one
+    )

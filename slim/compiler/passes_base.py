@@ -118,6 +118,10 @@ def _silent(what: str, done: int, total: int) -> None:
     pass
 
 
+def _unseen(program: Program) -> None:
+    pass
+
+
 @dataclass
 class Context:
     """What passes and the pipeline share while they run.
@@ -132,6 +136,7 @@ class Context:
         batches: the calibration data as read for the Program, once a pass has asked.
         collected: what passes collected, by name; the pipeline drops what a pass does not preserve.
         original: the Program before any pass, for passes that hold a later one against it.
+        watch: shown the lifted Program and that after each pass; they are not to be changed.
         probed: the probe and what the Program makes of it after the last pass, where the pipeline measured that.
     """
 
@@ -144,6 +149,7 @@ class Context:
     batches: Any = None
     collected: dict[str, Any] = field(default_factory=dict)
     original: Program | None = None
+    watch: Callable[[Program], None] = _unseen
     probed: tuple[Probe, Any] | None = None
 
     def track(self, what: str, items: Iterable[T]) -> Iterator[T]:

@@ -14,11 +14,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from slim import errors
-from slim.compiler.dump import Dump, write_reproducer
+from slim.compiler.difference import changes
+from slim.compiler.dump import Dump
 from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, Context, Pass
 from slim.compiler.probe import Outputs, Probe, make_probe, rounding_noise, tolerance
 from slim.compiler.program import Program
 from slim.compiler.report import PipelineReport, Report, Size
+from slim.compiler.reproducer import write_reproducer
 from slim.compiler.rounded_kv import pair_bits
 from slim.compiler.uses import DEQUANTIZE, stored_in
 from slim.compiler.verify import verify
@@ -80,6 +82,7 @@ class _Run:
     def begin(self, program: Program) -> None:
         self.ctx.original = program
         self.dump.stage("lift", program)
+        self.ctx.watch(program)
         if self.passes and self.ctx.verify:
             with _timed(self.report.seconds, "probe"):
                 self.probe = self.ctx.probe or make_probe(program)
@@ -109,6 +112,7 @@ class _Run:
             after.clean()
         report.text, report.lossless, report.seconds = repr(pass_), pass_.lossless, seconds
         report.before, report.after = Size.of(before), Size.of(after)
+        report.changes = changes(before, after)
         self._check_matched(pass_, report)
         if not self.ctx.verify:
             return after, report, ()
@@ -155,6 +159,7 @@ class _Run:
         self.report.passes.append(report)
         self.ctx.collected = {k: v for k, v in self.ctx.collected.items() if k in pass_.preserves}
         self.dump.stage(pass_.name, after)
+        self.ctx.watch(after)
         log.debug("%r: %d of %d sites, %s s", pass_, len(report.matched), report.tried, report.seconds)
 
     def _failed(self, before: Program, pass_: Pass, error: Exception) -> errors.PassFailed:
@@ -164,7 +169,7 @@ class _Run:
         return errors.PassFailed(pass_name=repr(pass_), reason=told, reproducer=reproducer)
 
     def _reproduce(self, before: Program, pass_: Pass, error: Exception) -> str:
-        return write_reproducer(before, self.passes, pass_, error, self.dump.folder)
+        return write_reproducer(before, self.passes, pass_, self.ctx, error, self.dump.folder)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
@@ -15,6 +15,11 @@ from torch import fx
 import slim.compiler.dialect  # noqa: F401  registers the ops that every Program is written in
 from slim.compiler.types import Input, Typer
 from slim.compiler.weights import Part, Weights
+
+if TYPE_CHECKING:
+    import networkx
+
+    from slim.compiler.difference import Difference
 
 
 @dataclass
@@ -82,6 +87,12 @@ class Program:
 
         return print_program(self)
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from slim.compiler.notebook import program_html
+
+        return program_html(self)
+
     @property
     def dims(self) -> dict[Any, str]:
         """Symbol -> name of the symbolic dimensions."""
@@ -121,6 +132,27 @@ class Program:
     @property
     def nbytes(self) -> int:
         return sum(self.weights.nbytes(name) for name in self.weights)
+
+    def diff(self, other: Program, context: int = 2) -> Difference:
+        """What is other in ``other``: nodes and weights, by name and as a unified text of the IR.
+
+        Weights that are not one tensor in both are read and compared, one at a time.
+
+        Args:
+            context: equal lines around those that differ.
+
+        Example:
+            >>> print(before.diff(after))
+        """
+        from slim.compiler.difference import Difference
+
+        return Difference.of(self, other, context)
+
+    def to_networkx(self) -> networkx.MultiDiGraph:
+        """The graph for networkx; see ``slim.compiler.networkx_graph`` for what nodes and edges say."""
+        from slim.compiler.networkx_graph import to_networkx
+
+        return to_networkx(self)
 
     # -- running ---------------------------------------------------------------------------------------------------
 

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 from slim import errors
 from slim.compiler.charts import Chart
+from slim.compiler.difference import Changes, Names
 from slim.compiler.program import Program
-from slim.compiler.rules import Count, Counts
+from slim.compiler.rules import Count, Counts, near_misses
 
 VERSION = 1
 
@@ -54,6 +55,7 @@ class Report:
         seconds: stage ("run", "verify", "probe") -> time.
         error: how far the probe's output moved, against the Program before it; see Probe.
         drift: the same against the lifted Program.
+        changes: the nodes and weights that it made, changed and removed, by name.
     """
 
     matched: list[str] = field(default_factory=list)
@@ -68,6 +70,7 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     error: float | None = None
     drift: float | None = None
+    changes: Changes = field(default_factory=Changes)
 
     @property
     def tried(self) -> int:
@@ -142,6 +145,12 @@ class PipelineReport:
     def __str__(self) -> str:
         return "\n".join([*_table(self), *_remarks(self)])
 
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from slim.compiler.notebook import report_html
+
+        return report_html(self)
+
 
 def _counts(data: dict[str, Any]) -> Counts:
     return {name: Count(**count) for name, count in data.items()}
@@ -151,6 +160,10 @@ def _form(data: dict[str, Any]) -> Form:
     return Form(**{**data, "foreign": [Skip(*pair) for pair in data["foreign"]]})
 
 
+def _changes(data: dict[str, Any]) -> Changes:
+    return Changes(**{kind: Names(**names) for kind, names in data.items()})
+
+
 def _report(data: dict[str, Any]) -> Report:
     return Report(
         **{
@@ -158,6 +171,7 @@ def _report(data: dict[str, Any]) -> Report:
             "skipped": [Skip(*pair) for pair in data["skipped"]],
             "charts": [Chart(**chart) for chart in data.get("charts", [])],  # reports from before there were any
             "rules": _counts(data["rules"]),
+            "changes": _changes(data.get("changes", {})),  # likewise
             "before": data["before"] and Size(**data["before"]),
             "after": data["after"] and Size(**data["after"]),
         }
@@ -166,7 +180,7 @@ def _report(data: dict[str, Any]) -> Report:
 
 # -- for people --------------------------------------------------------------------------------------------------------
 
-_COLUMNS = ("pass", "sites", "parameters", "bytes", "output\nmoved", "since\nlift", "seconds")
+COLUMNS = ("pass", "sites", "parameters", "bytes", "output\nmoved", "since\nlift", "seconds")
 _WIDTH = 80
 
 
@@ -180,16 +194,22 @@ def _table(report: PipelineReport) -> Iterator[str]:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    for index, column in enumerate(_COLUMNS):
+    for index, column in enumerate(COLUMNS):
         table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
-    table.add_row("(as lifted)", "", *_sizes(report.passes[0].before), "", "", "")
-    for item in report.passes:
-        table.add_row(*_row(item))
+    for row in table_rows(report):
+        table.add_row(*row)
     page = io.StringIO()
     Console(file=page, width=_WIDTH, color_system=None, highlight=False, markup=False).print(table)
     yield from (line.rstrip() for line in page.getvalue().strip("\n").splitlines())
     if report.seconds:
         yield f"seconds: {_spent(report.seconds)}"
+
+
+def table_rows(report: PipelineReport) -> Iterator[tuple[str, ...]]:
+    """The cells below COLUMNS: the model as it came, then each pass with the sizes after it."""
+    if report.passes:
+        yield "(as lifted)", "", *_sizes(report.passes[0].before), "", "", ""
+    yield from map(_row, report.passes)
 
 
 def _row(item: Report) -> tuple[str, ...]:
@@ -212,9 +232,11 @@ def _spent(seconds: dict[str, float]) -> str:
 
 def _remarks(report: PipelineReport) -> Iterator[str]:
     yield from (f"note: {note}" for note in report.notes)
+    yield from near_misses(report.rules)
     yield from _lowered(report)
     for item in report.passes:
         yield from (f"{item.text}: {note}" for note in item.notes)
+        yield from (f"{item.text}: {miss}" for miss in near_misses(item.rules))
         yield from (f"{item.text} left {sites}: {reason}" for sites, reason in _by_reason(item.skipped))
 
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -235,6 +237,28 @@ def rewrite(program: Program, rules: Sequence[Rule], counts: Counts | None = Non
     return counts
 
 
+Observer = Callable[[Program, Rule, fx.Node, fx.Node], None]
+_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Shows ``observer`` every rewrite in its block, the old node and the new, while both are in the graph."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def near_misses(counts: Counts) -> Iterator[str]:
+    """A line a rule whose pattern fitted where it did not apply: the rule, the first places, the reasons."""
+    for name, count in counts.items():
+        if count.misses:
+            more = f" (and {len(count.misses) - 1} more)" if len(count.misses) > 1 else ""
+            yield f"near miss of {name}, at {count.misses[0]}{more}"
+
+
 # Each sweep rewrites every node it can; a program that still changes after this many goes round in a circle.
 _MOST_SWEEPS = 100
 _ROOTS_WITHOUT_USERS = frozenset({torch.ops.aten._assert_tensor_metadata.default})
@@ -255,6 +279,9 @@ def _rewrite_node(program: Program, node: fx.Node, rules: Sequence[Rule], counts
             continue
         count.matched += 1
         _same_type(program, rule, node, new)
+        observer = _observer.get()
+        if observer is not None:
+            observer(program, rule, node, new)
         node.replace_all_uses_with(new, propagate_meta=False)
         return True
     return False

@@ -50,9 +50,19 @@ def _function(program: Program) -> Iterator[str]:
     yield f"def forward(weights, {', '.join(arguments)}):"
     for node in program.graph.nodes:
         if node.op == "call_function":
-            yield f"    {node.name}: {show_type(node.meta['val'], program.dims)} = {_call(node)}{_origin(node)}"
+            yield f"    {print_node(program, node)}{_origin(node)}"
         elif node.op == "output":
             yield f"    return {_literal(node.args[0])}"
+
+
+def print_node(program: Program, node: fx.Node) -> str:
+    """The line of one operation, without the comment."""
+    return f"{node.name}: {show_type(node.meta['val'], program.dims)} = {_call(node)}"
+
+
+def target_name(target: Any) -> str:
+    """An operation as the text spells it."""
+    return "operator.getitem" if target is operator.getitem else _target_name(target)
 
 
 def _input_type(value: Input) -> str:

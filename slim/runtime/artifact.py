@@ -19,11 +19,11 @@ import torch
 
 from slim import errors
 from slim.codegen import Target, select
-from slim.compiler.program import Facts, Program
+from slim.compiler.facts_json import decode_facts, encode_facts
+from slim.compiler.program import Program
 from slim.compiler.report import PipelineReport
 from slim.compiler.text import parse, print_program
 from slim.compiler.verify import verify
-from slim.compiler.weights import Part
 from slim.runtime import storage
 from slim.runtime.cache import KVCacheConfig
 
@@ -79,7 +79,7 @@ def _manifest(compiled: CompiledModel, folder: Path) -> dict[str, Any]:
         "target": compiled.target.name,
         "pipeline": compiled.pipeline,
         "kv_cache": dataclasses.asdict(compiled.kv_cache),
-        "facts": _encode(compiled.program.facts),
+        "facts": encode_facts(compiled.program.facts),
         "report": None if report is None else json.loads(report.to_json()),
         "files": {file.name: storage.checksum(file) for file in sorted(folder.iterdir())},
     }
@@ -100,21 +100,6 @@ def copy_tokenizer(source: Path | None, folder: Path) -> None:
     for pattern in TOKENIZER_FILES:
         for file in sorted(Path(source).glob(pattern)):
             shutil.copyfile(file, folder / file.name)
-
-
-def _encode(value: Any) -> Any:
-    """Dataclasses as dicts, dtypes and paths as text, everything else as JSON has it."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _encode(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, dict):
-        return {str(key): _encode(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encode(item) for item in value]
-    if isinstance(value, (set, frozenset)):
-        return sorted(value)
-    if isinstance(value, torch.dtype):
-        return str(value)
-    return str(value) if isinstance(value, Path) else value
 
 
 # -- loading -----------------------------------------------------------------------------------------------------------
@@ -179,29 +164,10 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _read_program(folder: Path, manifest: dict[str, Any]) -> Program:
-    facts = _decode_facts(manifest["facts"])
+    facts = decode_facts(manifest["facts"])
     facts.source = folder.absolute()  # its tokenizer lies here now
     files = [folder / name for name in manifest["files"] if name.endswith(".safetensors")]
     text = (folder / PROGRAM).read_text(encoding="utf-8")
     program = parse(text, storage.stored_weights(files), facts)
     verify(program, "load")
     return program
-
-
-def _decode_facts(data: dict[str, Any]) -> Facts:
-    parts = {name: _decode_part(part) for name, part in data["parts"].items()}
-    bases = {name: (tuple(shape), decode_dtype(dtype)) for name, (shape, dtype) in data["bases"].items()}
-    return Facts(**{**data, "parts": parts, "bases": bases, "constants": set(data["constants"])})
-
-
-def _decode_part(data: dict[str, Any]) -> Part:
-    tuples = {name: tuple(data[name]) for name in ("grid", "shape")}
-    return Part(**{**data, **tuples, "index": tuple((start, stop) for start, stop in data["index"])})
-
-
-def decode_dtype(text: str) -> torch.dtype:
-    """torch.float32 from "torch.float32"; ValueError for anything that is no dtype."""
-    dtype = getattr(torch, text.removeprefix("torch."), None)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"{text!r} is no dtype")
-    return dtype

@@ -220,6 +220,7 @@ class _Binder:
             target, places = slim.paged_attention.default, (_placeholder(bound, TABLE), _placeholder(bound, LENGTHS))
             options |= self._paged_options()
         new = bound.insert(node, target, argument(node, "q"), k, v, *caches, *places, *more, like=node, **options)
+        new.meta["stands_for"] = node.name
         node.replace_all_uses_with(new)
         bound.graph.erase_node(node)
 

@@ -11,18 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from slim import errors
 from slim.codegen import Executable, Target, select
+from slim.codegen.regions.provenance import Stage
 from slim.compiler.config import rebuild_config
 from slim.compiler.inputs import position_limit, vocabulary
+from slim.compiler.notebook import program_html, report_html, together
 from slim.compiler.program import Program
 from slim.compiler.rounded_kv import pair_bits
 from slim.runtime import calls, generation
 from slim.runtime.architecture import counts_real_tokens, rebuild_generation_config
 from slim.runtime.binding import bind_cache, cache_slots, check_cacheable
 from slim.runtime.cache import KVCache, KVCacheConfig, Slot
+from slim.runtime.explain import Explanation, explain
 from slim.runtime.loop import Plan
 from slim.runtime.paged import PagedKVCache, paging
 from slim.runtime.paged_steps import PagedDecoder, PagedStep
@@ -70,7 +73,7 @@ class CompiledModel:
         self.kv_cache = kv_cache or KVCacheConfig()
         self._paging = paging(self.kv_cache)
         self._steps: dict[tuple[bool, bool], Step | PagedStep] = {}
-        self._sources: dict[str, str | bytes] = {}
+        self._executables: dict[str, Executable] = {}
         if report is not None:  # it may have been saved by another target
             report.error = report.error if report.target == self.target.name else None
             report.target, report.forms = self.target.name, {}
@@ -98,7 +101,7 @@ class CompiledModel:
         start = time.perf_counter()
         executable: Executable = self.target.lower(program)
         self.program.weights.share(program.weights)  # all forms read one copy, in the layout that their kernels want
-        self._sources |= {f"{name}/{file}": source for file, source in executable.code.items()}
+        self._executables[name] = executable
         if self.report is not None:
             self.report.forms[name] = replace(executable.form, seconds=time.perf_counter() - start)
         return executable
@@ -107,6 +110,11 @@ class CompiledModel:
         name = self.program.facts.architecture or "model"
         passes = self.pipeline or "no passes"
         return f"CompiledModel({name}, {passes}, {self.program.nbytes:,} bytes, target={self.target.name!r})"
+
+    def _repr_html_(self) -> str:
+        """For notebooks: what it is, its report and its IR."""
+        report = [] if self.report is None else [report_html(self.report)]
+        return together(repr(self), [*report, program_html(self.program)])
 
     # -- what evaluation harnesses and transformers' helpers ask ----------------------------------------------------
 
@@ -340,7 +348,27 @@ class CompiledModel:
     @property
     def code(self) -> dict[str, str | bytes]:
         """Name -> source (or binary) of everything generated so far; forms over a cache come when first used."""
-        return dict(self._sources)
+        made = self._executables.items()
+        return {f"{name}/{file}": source for name, executable in made for file, source in executable.code.items()}
+
+    @property
+    def stages(self) -> dict[str, Sequence[Stage]]:
+        """Executable -> its regions in the order they run, each with its nodes, its weights and its kernels."""
+        return {name: executable.stages for name, executable in self._executables.items()}
+
+    def explain(self, node: str | fx.Node) -> Explanation:
+        """From which line of the model, through which passes, into which kernel; ``print`` it.
+
+        Args:
+            node: name of a node or a weight, also of one that a pass removed.
+
+        Raises:
+            BadInput: for a name that never was, with those like it.
+
+        Example:
+            >>> print(compiled.explain("model.layers.0.mlp.down_proj.weight"))
+        """
+        return explain(self.program, self.report, self.stages, node)
 
     def cost(self) -> Any:
         """Parameters, bytes and operations as expressions in batch B, new tokens S and context T."""

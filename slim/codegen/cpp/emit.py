@@ -43,6 +43,7 @@ class Unit:
         dims: names of the symbolic dimensions in the order of ``dims``.
         segments: what to do in order: (first, last) stages to run, or a foreign region.
         index: number of each buffer.
+        names: the kernel of each region that is not foreign, in order.
     """
 
     source: str
@@ -51,6 +52,7 @@ class Unit:
     dims: list[str]
     segments: list[tuple[int, int] | Foreign]
     index: dict[Buffer, int] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
 
 
 def emit(schedule: Schedule) -> Unit:
@@ -83,7 +85,10 @@ class _Emitter:
             *self._tables(stages),
             '#include "entry.h"\n',
         ]
-        return Unit("\n\n".join(parts), len(self.kernels), self.brought, self.dims, segments, self.index)
+        return Unit(
+            "\n\n".join(parts), len(self.kernels), self.brought, self.dims, segments, self.index,
+            [stage.kernel for stage in stages],
+        )  # fmt: skip
 
     # -- memory --------------------------------------------------------------------------------------------------------
 

@@ -19,12 +19,14 @@ from slim.codegen.cpp.packing import hold
 from slim.codegen.executables import Ends, Feedback
 from slim.codegen.inputs import check_kind, check_shape, check_writable
 from slim.codegen.regions.lower import lower
+from slim.codegen.regions.provenance import Kernel, Stage, stages
 from slim.codegen.regions.schedule import Foreign, Schedule
 from slim.codegen.regions.views import Buffer, Size, View
 from slim.compiler.program import Program, where
 from slim.compiler.report import Form, Skip
 
 _CPU = torch.device("cpu")
+_FILE = "program.cpp"
 
 
 class CppExecutable:
@@ -42,7 +44,7 @@ class CppExecutable:
         isa = host_isa()
         self.schedule: Schedule = lower(program, WANTS)
         unit = emit(self.schedule)
-        self.code = {"program.cpp": unit.source}
+        self.code = {_FILE: unit.source}
         self.form = _form(self.schedule, unit)
         self._library = _open(shared_object(unit.source, isa))
         self._weights = hold(program.weights, self.schedule.weights, isa)
@@ -59,6 +61,12 @@ class CppExecutable:
 
     def __call__(self, *inputs: Tensor) -> tuple[Any, ...]:
         return self.bind(*inputs)()
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The regions in the order they run, each with its nodes and its kernel."""
+        names = iter(self._unit.names)
+        return stages(self.schedule, lambda *_: [Kernel(next(names), _FILE)])
 
     def bind(self, *inputs: Tensor) -> BoundCall:
         """The same call, to be repeated. An input that is not contiguous is copied here, and no longer looked at.

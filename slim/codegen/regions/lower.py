@@ -31,6 +31,7 @@ from slim.codegen.regions.scalars import (
     computed,
     expand,
     lanes,
+    mark,
     rebuild,
     remap,
     walk,
@@ -201,6 +202,8 @@ class Lowering:
             value = handler(self, node)
         except Unsupported as reason:
             return self.foreign(node, str(reason))
+        if isinstance(value, Value):
+            mark(value.body, node.name)
         return self._settled(node, value)
 
     def _settled(self, node: fx.Node, value: Any) -> Any:
@@ -286,6 +289,8 @@ class Lowering:
 
     def emit(self, region: Region) -> None:
         """Adds a region at the end."""
+        for body in region.bodies():
+            mark(body, self.node.name)
         for buffer in region.writes():
             self.writer[buffer] = len(self.schedule.regions)
         self.schedule.regions.append(region)

@@ -82,11 +82,15 @@ class Gather(Scalar):
 
 @dataclass(eq=False)
 class Op(Scalar):
-    """An operation by name; what each means is said in ``pointwise.py`` and by the emitters."""
+    """An operation by name; what each means is said in ``pointwise.py`` and by the emitters.
+
+    ``node`` names the node of the Program that it computes, for people; the lowering fills it in.
+    """
 
     name: str
     args: tuple[Scalar, ...]
     dtype: torch.dtype
+    node: str = ""
 
     @property
     def children(self) -> tuple[Scalar, ...]:
@@ -125,6 +129,13 @@ def walk(body: Scalar) -> Iterator[Scalar]:
     return visit(body)
 
 
+def mark(body: Scalar, node: str) -> None:
+    """Says of every operation that no node has claimed yet that ``node`` does it."""
+    for scalar in walk(body):
+        if isinstance(scalar, Op) and not scalar.node:
+            scalar.node = node
+
+
 def views(body: Scalar) -> list[View]:
     return [scalar.view for scalar in walk(body) if isinstance(scalar, (Load, Gather))]
 
@@ -154,7 +165,7 @@ def rebuild(body: Scalar, change: Callable[[Scalar], Scalar | None]) -> Scalar:
 
 def _with_children(scalar: Scalar, children: tuple[Scalar, ...]) -> Scalar:
     if isinstance(scalar, Op):
-        return Op(scalar.name, children, scalar.dtype)
+        return Op(scalar.name, children, scalar.dtype, scalar.node)
     assert isinstance(scalar, Gather)
     terms = tuple((index, *rest) for index, (_, *rest) in zip(children, scalar.terms, strict=True))
     return Gather(scalar.view, terms)

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from slim.codegen.regions.scalars import Scalar, views
+from slim.codegen.regions.scalars import Op, Scalar, views, walk
 from slim.codegen.regions.views import Buffer, Size, View
 from slim.compiler.patterns import Pattern
 
@@ -33,6 +33,18 @@ class Region(ABC):
 
     @abstractmethod
     def writes(self) -> Iterator[Buffer]: ...
+
+    def bodies(self) -> Iterator[Scalar]:
+        """What is computed element by element."""
+        yield from ()
+
+    def anchors(self) -> Iterator[fx.Node]:
+        """The nodes that it is about, beside those that ``bodies`` compute."""
+        yield self.node
+
+
+def _given(*bodies: Scalar | None) -> Iterator[Scalar]:
+    return (body for body in bodies if body is not None)
 
 
 def _buffers(*bodies: Scalar | None) -> Iterator[Buffer]:
@@ -54,6 +66,14 @@ class Pointwise(Region):
 
     def writes(self) -> Iterator[Buffer]:
         yield self.out.buffer
+
+    def bodies(self) -> Iterator[Scalar]:
+        yield self.body
+
+    def anchors(self) -> Iterator[fx.Node]:
+        """None where the body says what it computes: ``node`` may be the first that reads it."""
+        if not any(isinstance(scalar, Op) for scalar in walk(self.body)):
+            yield self.node
 
 
 @dataclass(eq=False)
@@ -85,6 +105,9 @@ class Norm(Region):
         if self.out is not None:
             yield self.out.buffer
 
+    def bodies(self) -> Iterator[Scalar]:
+        return _given(self.x, self.body)
+
 
 @dataclass(eq=False)
 class Reduce(Region):
@@ -105,6 +128,9 @@ class Reduce(Region):
         if self.out is not None:
             yield self.out.buffer
 
+    def bodies(self) -> Iterator[Scalar]:
+        return _given(self.x, self.body)
+
 
 @dataclass(eq=False)
 class Scan(Region):
@@ -119,6 +145,9 @@ class Scan(Region):
 
     def writes(self) -> Iterator[Buffer]:
         yield self.out.buffer
+
+    def bodies(self) -> Iterator[Scalar]:
+        yield self.x
 
 
 @dataclass(eq=False)
@@ -286,6 +315,15 @@ class Linear(Region):
 
     def writes(self) -> Iterator[Buffer]:
         yield from (view.buffer for part in self.parts for view in part.outs())
+
+    def bodies(self) -> Iterator[Scalar]:
+        for part in self.parts:
+            yield from _given(part.body, part.placed.body if part.placed is not None else None)
+
+    def anchors(self) -> Iterator[fx.Node]:
+        if self.source.norm is not None:
+            yield self.source.norm.node
+        yield from (product.node for part in self.parts for product in part.products)
 
 
 @dataclass(eq=False)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from slim import errors
 from slim.codegen.regions.lower import lower
+from slim.codegen.regions.provenance import Stage, stages
 from slim.codegen.triton import modules
 from slim.codegen.triton.ahead import Binary, compile_for
 from slim.codegen.triton.device import ahead
@@ -27,8 +28,8 @@ class AheadExecutable:
 
     def __init__(self, program: Program, architecture: str) -> None:
         self._architecture = architecture
-        schedule = lower(program, WANTS)
-        unit = emit(schedule, ahead(architecture).processors)
+        self._schedule = schedule = lower(program, WANTS)
+        self._unit = unit = emit(schedule, ahead(architecture).processors)
         self.binaries: dict[str, Binary] = {name: compile_for(k, architecture) for name, k in unit.kernels.items()}
         code: dict[str, str | bytes] = {}
         for name, kernel in unit.kernels.items():
@@ -38,6 +39,11 @@ class AheadExecutable:
             code[f"{stem}.{binary.kind}"] = binary.data
         self.code: Mapping[str, str | bytes] = code
         self.form = form(schedule, len(unit.kernels))
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The regions in the order they would run, each with its nodes and its kernels."""
+        return stages(self._schedule, self._unit.placed)
 
     def __call__(self, *inputs: Tensor) -> NoReturn:
         self._refuse()

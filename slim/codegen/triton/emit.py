@@ -9,6 +9,7 @@ from typing import Any
 import sympy
 
 from slim.codegen.regions.lower import Wants
+from slim.codegen.regions.provenance import Kernel as Placed
 from slim.codegen.regions.schedule import Attention, Foreign, Linear, Norm, Reduce, Region, Schedule
 from slim.codegen.regions.views import Size
 from slim.codegen.triton import attention, linear, loops  # noqa: F401  they register what writes each region
@@ -38,6 +39,12 @@ class Unit:
     kernels: dict[str, Kernel]
     names: dict[int, str]
     live: tuple[str, ...]
+
+    def placed(self, number: int, _: Region) -> list[Placed]:
+        """The kernels of a region in all its forms, by its number."""
+        step = self.steps[number]
+        kernels = [] if isinstance(step, Foreign) else [kernel for form in step.forms for kernel in form.kernels]
+        return [Placed(kernel.name, self.names[id(kernel)]) for kernel in kernels]
 
 
 def emit(schedule: Schedule, processors: int) -> Unit:

@@ -13,6 +13,7 @@ from slim import errors
 from slim.codegen.executables import Ends, Feedback
 from slim.codegen.inputs import check_kind, check_shape, check_writable
 from slim.codegen.regions.lower import lower
+from slim.codegen.regions.provenance import Stage, stages
 from slim.codegen.regions.schedule import Foreign, Schedule
 from slim.codegen.regions.views import Buffer, View
 from slim.codegen.triton import modules
@@ -61,6 +62,11 @@ class TritonExecutable:
         call.run()
         call.check()
         return tuple(call.outputs)
+
+    @property
+    def stages(self) -> list[Stage]:
+        """The regions in the order they run, each with its nodes and its kernels."""
+        return stages(self.schedule, self.unit.placed)
 
     def bind(self, *inputs: Tensor) -> BoundCall:
         """The same call, to be repeated; from the second time on it is a replay, where the device can.

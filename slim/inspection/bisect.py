@@ -1,0 +1,227 @@
+"""Which pass, and which of its sites, moves the output of a model over a threshold; or which rule of the lift."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from slim.compiler.lift import lift, lift_path
+from slim.compiler.passes_base import Context, Pass, Progress
+from slim.compiler.pipeline import run_pipeline
+from slim.compiler.probe import Probe, make_probe
+from slim.compiler.program import Program, where
+from slim.compiler.report import PipelineReport
+from slim.compiler.rules import Rule, observed
+from slim.compiler.verify import verify
+from slim.inspection.hybrid import Hybrid
+from slim.inspection.sites import Culprit, find_site
+from slim.passes import as_passes
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class BadRewrite:
+    """A rule whose right side is another number than its left.
+
+    Attributes:
+        stage: "lift", or the pass that applied it.
+        rule: its name, which reads as an equation.
+        site: the node, and the line of the model's source.
+        error: how far the two are apart on the probe, relative to the largest number of the left one.
+    """
+
+    stage: str
+    rule: str
+    site: str
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.stage}: the rule {self.rule} is off by {self.error:.1e} at {self.site}"
+
+
+@dataclass
+class Finding:
+    """What ``bisect`` found; ``print`` it.
+
+    Attributes:
+        threshold: the error that is still allowed.
+        errors: (stage, error since the lift) for "lift" and every pass.
+        stage: the pass that crosses the threshold, as text; None where none does.
+        index: its place in the pipeline, from 0.
+        culprit: its site or sites, with errors; None where no pass crosses.
+        places: the nodes that the culprit changes, with the lines of the model's source.
+        rewrites: rules that changed a value, in the order they were applied: a later one may hand on what an earlier
+            one did. Of the lift only where a module was given.
+    """
+
+    threshold: float
+    errors: list[tuple[str, float]] = field(default_factory=list)
+    stage: str | None = None
+    index: int | None = None
+    culprit: Culprit | None = None
+    places: list[str] = field(default_factory=list)
+    rewrites: list[BadRewrite] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        """Whether anything is wrong."""
+        return self.culprit is not None or bool(self.rewrites)
+
+    def __str__(self) -> str:
+        width = max(len(stage) for stage, _ in self.errors)
+        lines = [f"{'stage':<{width}}  error since the lift"]
+        for index, (stage, error) in enumerate(self.errors):
+            crossing = f"  over {self.threshold:g}" if index - 1 == self.index and self.stage is not None else ""
+            lines.append(f"{stage:<{width}}  {error:.1e}{crossing}")
+        lines += map(str, self.rewrites[:_SHOWN])
+        if self.culprit is None:
+            lines.append(f"no pass moves the output by more than {self.threshold:g}")
+        else:
+            lines += self._site(self.culprit)
+        return "\n".join(lines)
+
+    def _site(self, culprit: Culprit) -> list[str]:
+        named = culprit.sites[:_SHOWN] + (["..."] if len(culprit.sites) > _SHOWN else [])
+        found = [f"{'site' if len(culprit.sites) == 1 else 'sites'}: {', '.join(named)}"]
+        found.append(f"  before {culprit.before:.1e}, with it {culprit.with_it:.1e}, it alone {culprit.alone:.1e}")
+        found += [f"  changes {place}" for place in self.places[:_SHOWN]]
+        if culprit.largest:
+            found.append("largest alone: " + ", ".join(f"{site} {error:.1e}" for site, error in culprit.largest))
+        return [*found, f"  {culprit.note}"] if culprit.note else found
+
+
+_SHOWN = 8
+
+
+def bisect(
+    model: nn.Module | str | Path | Program,
+    passes: str | Pass | Sequence[str | Pass],
+    threshold: float = 1e-2,
+    *,
+    calibration: Any = None,
+    example_inputs: Any = None,
+    progress: Progress | None = None,
+) -> Finding:
+    """Finds the first pass after which a probe's output is off by more than ``threshold``, and the site that does it.
+
+    Errors are max |lifted - now| / max |lifted| on a small random batch, as in the report. Every rewrite by a rule,
+    in a pass or, where a module is given, in the lift, is checked besides: both sides are computed, and must be one
+    number. Sites are separated by running hybrids of the Program before the pass and the one after it, for any pass;
+    where sites only make sense together (scales moved from one into the other) they are named together.
+
+    Args:
+        model, passes, calibration, example_inputs, progress: as ``slim.compile`` takes them; also a Program.
+        threshold: the error that is still allowed.
+
+    Raises:
+        What ``slim.compile`` raises of a model or pass; but a lossless pass that loses something is bisected.
+
+    Example:
+        >>> print(slim.inspection.bisect(model, 'fold_norms, quantize("int4")', 0.05))
+    """
+    pipeline = as_passes(passes)
+    watcher = _Watcher()
+    if isinstance(model, nn.Module):
+        with observed(watcher.see):
+            lifted = lift(model, example_inputs)
+    else:  # from disk, where the numbers come after the rules
+        lifted = model if isinstance(model, Program) else lift_path(model, example_inputs)
+    probe = watcher.probe = make_probe(lifted)
+    stages: list[Program] = []
+
+    def watch(program: Program) -> None:
+        stages.append(program)
+        watcher.stages = watcher.stages[1:]
+
+    watcher.stages += map(repr, pipeline)
+    ctx = Context(verify=False, calibration=calibration, watch=watch)
+    ctx.progress = progress or ctx.progress
+    with observed(watcher.see):
+        _, report = run_pipeline(lifted, pipeline, ctx)
+    for after, item in zip(stages[1:], report.passes, strict=True):
+        verify(after, item.text)
+    outputs = probe.run(lifted)
+    found = Finding(threshold, [("lift", 0.0)])
+    found.errors += [
+        (item.text, probe.error(outputs, probe.run(after)))
+        for after, item in zip(stages[1:], report.passes, strict=True)
+    ]
+    found.rewrites = watcher.bad
+    _find(found, probe, outputs, stages, report)
+    return found
+
+
+def _find(
+    found: Finding, probe: Probe, outputs: tuple[Any, ...], stages: list[Program], report: PipelineReport
+) -> None:
+    """Fills in the pass that crosses the threshold, and its site."""
+    crossing = next((i for i, (_, error) in enumerate(found.errors) if not error <= found.threshold), None)
+    if crossing is None:
+        return
+    before, after, made = stages[crossing - 1], stages[crossing], report.passes[crossing - 1]
+
+    def measure(hybrid: Hybrid, chosen: frozenset[str]) -> float:
+        return probe.error(outputs, hybrid.run(probe.inputs, chosen))
+
+    found.stage, found.index = made.text, crossing - 1
+    found.culprit = find_site(before, after, made.matched, measure, found.threshold, lossless=made.lossless)
+    nodes = {node.name: node for node in (*before.graph.nodes, *after.graph.nodes)}
+    found.places = [where(nodes[name]) for name in found.culprit.nodes]
+
+
+class _Watcher:
+    """Computes both sides of every rewrite on a probe, each value once."""
+
+    def __init__(self) -> None:
+        self.probe: Probe | None = None
+        self.bad: list[BadRewrite] = []
+        self.stages = ["lift"]
+        self._values: dict[fx.Node, Any] = {}
+
+    def see(self, program: Program, rule: Rule, old: fx.Node, new: fx.Node) -> None:
+        probe = self.probe or make_probe(program)
+        a, b = (self._value(program, node, probe) for node in (old, new))
+        error = Probe((), None, (False,)).error((a,), (b,))
+        if not error <= _exact(a):
+            self.bad.append(BadRewrite(self.stages[0], rule.name, where(old), error))
+            self._values[new] = a  # what reads it is judged by itself
+
+    @torch.no_grad()
+    def _value(self, program: Program, node: fx.Node, probe: Probe) -> Any:
+        """Computes what is not known yet, sources first."""
+        waiting = [node]
+        while waiting:
+            here = waiting[-1]
+            missing = [source for source in here.all_input_nodes if source not in self._values]
+            if here in self._values or not missing:
+                waiting.pop()
+                if here not in self._values:
+                    self._values[here] = self._computed(program, here, probe)
+            else:
+                waiting += missing
+        return self._values[node]
+
+    def _computed(self, program: Program, node: fx.Node, probe: Probe) -> Any:
+        if node.op == "placeholder":
+            names = [item.name for item in program.inputs]
+            return probe.inputs[names.index(str(node.target))]
+        if node.op == "get_attr":
+            return program.weights[str(node.target)]
+        args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        target = _LENIENT.get(node.target, node.target)
+        return target(*args, **kwargs)
+
+
+# While rules run, a copy may be gone that made memory contiguous for a view.
+_LENIENT: dict[Any, Any] = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+
+
+def _exact(value: Any) -> float:
+    """How far two ways to compute one number may be apart."""
+    narrow = isinstance(value, Tensor) and value.is_floating_point()
+    return max(1e-4, 32 * torch.finfo(value.dtype).eps) if narrow else 0.0

@@ -1,0 +1,131 @@
+"""What each layer of a Program holds and costs, in numbers that can be drawn."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from slim.compiler.cost import node_work, number
+from slim.compiler.probe import make_probe
+from slim.compiler.program import Program
+from slim.compiler.rules import argument
+from slim.compiler.uses import ATTENTION, EMBEDDING, EXPERTS, LINEAR, stored_in, weight_nodes
+from slim.inspection.hybrid import Hybrid
+
+_NUMBERED = re.compile(r"(?:^|.*?\.)(\d+)(?:\.|$)")
+REST = "rest"  # what belongs to no numbered layer: embeddings, the last norm, the head
+
+
+@dataclass
+class Layers:
+    """Numbers by layer.
+
+    Attributes:
+        names: of the layers in order, "0", "1", ..., and "rest".
+        metrics: what is measured, with its unit -> a number a layer; None where a layer has none.
+        masks: layer -> what its attention sees: causal, window, and further options as text.
+    """
+
+    names: list[str]
+    metrics: dict[str, list[float | None]] = field(default_factory=dict)
+    masks: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def layer_of(path: str) -> str:
+    """The number of the layer in a path of modules or the name of a weight: the first in it, or "rest"."""
+    found = _NUMBERED.match(path)
+    return found[1] if found else REST
+
+
+def names_of(programs: Sequence[Program]) -> list[str]:
+    """The layers of any of them, in order."""
+    found = {layer_of(name) for program in programs for name in program.weights}
+    return [*sorted(found - {REST}, key=int), REST]
+
+
+def measure_layers(program: Program, names: Sequence[str], tokens: int) -> Layers:
+    """Sizes, and costs of one row: of reading ``tokens`` tokens, and of writing the last of as many."""
+    layers = Layers(list(names))
+    add = _Adder(layers)
+    for weight in weight_nodes(program):
+        name = str(weight.target)
+        add("weights, bytes", layer_of(name), program.weights.nbytes(name))
+    prefill = {"B": 1, "S": tokens, "T": tokens}
+    for node, work in node_work(program):
+        layer = _layer(node)
+        add(f"FLOPs to read {tokens} tokens", layer, number(work.flops, prefill))
+        add("bytes moved to write one", layer, number(work.nbytes, {"B": 1, "S": 1, "T": tokens}))
+    _formats(program, add)
+    for node in program.nodes(*ATTENTION):
+        layer = _layer(node)
+        query, key = (argument(node, name).meta["val"] for name in ("q", "k"))
+        add("query heads", layer, int(query.shape[1]))
+        add("key and value heads", layer, int(key.shape[1]))
+        layers.masks.setdefault(layer, _mask(node))
+    return layers
+
+
+class _Adder:
+    """Sums numbers into metrics."""
+
+    def __init__(self, layers: Layers) -> None:
+        self.layers = layers
+        self.place = {name: index for index, name in enumerate(layers.names)}
+
+    def __call__(self, metric: str, layer: str, value: float) -> None:
+        values = self.layers.metrics.setdefault(metric, [None] * len(self.place))
+        index = self.place.get(layer, len(values) - 1)
+        values[index] = (values[index] or 0) + value
+
+
+def _formats(program: Program, add: _Adder) -> None:
+    """Bits a number of what linears and tables read, and the narrowest side of a linear, which is its rank."""
+    bits: Counter[str] = Counter()
+    numbers: Counter[str] = Counter()
+    narrowest: dict[str, list[int]] = defaultdict(list)
+    seen: set[fx.Node] = set()
+    for node in program.nodes(LINEAR, EXPERTS, EMBEDDING):
+        weight: Any = node.args[0 if node.target is EMBEDDING else 1]
+        held = stored_in(weight)
+        if weight in seen or not held:
+            continue
+        seen.add(weight)
+        layer = layer_of(str(held[0].target))
+        bits[layer] += 8 * sum(program.weights.nbytes(str(part.target)) for part in held)
+        numbers[layer] += int(weight.meta["val"].numel())
+        if node.target is LINEAR:
+            narrowest[layer].append(min(map(int, weight.meta["val"].shape[-2:])))
+    for layer, count in numbers.items():
+        add("bits a number", layer, bits[layer] / count)
+    for layer, ranks in narrowest.items():
+        add("narrowest linear (rank)", layer, min(ranks))
+
+
+def _layer(node: fx.Node) -> str:
+    return layer_of(str(node.meta.get("module", "")))
+
+
+def _mask(node: fx.Node) -> dict[str, Any]:
+    """What an attention sees, from its attributes."""
+    known = {"layer", "scale", "causal", "window", "softcap"}
+    more = {key: str(value) for key, value in node.kwargs.items() if key not in known and not _has_nodes(value)}
+    return {"causal": bool(argument(node, "causal")), "window": argument(node, "window"), "more": more}
+
+
+def _has_nodes(value: Any) -> bool:
+    return isinstance(value, fx.Node) or (isinstance(value, (list, tuple)) and any(map(_has_nodes, value)))
+
+
+def sensitivity(before: Program, after: Program, names: Sequence[str]) -> list[float | None]:
+    """How far the output of ``before`` moves where one layer alone is as in ``after``; a run of a probe each."""
+    hybrid, probe = Hybrid(before, after), make_probe(before)
+    outputs = probe.run(before)
+    held: Mapping[str, set[str]] = defaultdict(set)
+    for name in hybrid.touched:
+        held[_layer(hybrid.node(0, name))].add(name)
+    return [probe.error(outputs, hybrid.run(probe.inputs, held[name])) if name in held else None for name in names]

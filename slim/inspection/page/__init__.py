@@ -1,0 +1,47 @@
+"""The report in HTML: one file that opens from disk, with no network and no library.
+
+``page.html`` is the frame, ``page.css`` and ``page.js`` go into it, and so does what ``collect`` found, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from slim import errors
+from slim.errors.base import StrPath
+from slim.inspection.page.collect import Story, collect
+
+__all__ = ["Story", "collect", "render", "write_page"]
+
+
+def render(data: dict[str, Any]) -> str:
+    """The whole page over ``data``, which is what ``collect`` gives."""
+    # "<" does not occur in the JSON, so that no text in it can end the script it stands in
+    parts = {"DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"), "TITLE": _escaped(data["title"])}
+    parts |= {"CSS": _file("page.css"), "JS": _file("page.js")}
+    page = _file("page.html")
+    for name, text in parts.items():
+        before, _, after = page.partition(f"@{name}@")
+        page = f"{before}{text}{after}"
+    return page
+
+
+def write_page(story: Story, path: StrPath) -> Path:
+    """Writes the report of ``story``; raises SaveFailed where the file cannot be written."""
+    file = Path(path)
+    try:
+        file.write_text(render(collect(story)), encoding="utf-8")
+    except OSError as error:
+        raise errors.SaveFailed(path=file, reason=error.strerror or str(error)) from error
+    return file
+
+
+def _file(name: str) -> str:
+    return resources.files(__name__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _escaped(text: str) -> str:
+    return text.replace("&", "&amp;").replace("<", "&lt;")

@@ -1,0 +1,200 @@
+"""What the HTML report shows, as one value of JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from slim.codegen.regions.provenance import Stage
+from slim.compiler.cost import cost
+from slim.compiler.program import Program
+from slim.compiler.report import PipelineReport, Report, Size
+from slim.compiler.sources import source_line
+from slim.compiler.text import print_node
+from slim.compiler.types import SHORT
+from slim.inspection.layers import Layers, measure_layers, names_of, sensitivity
+from slim.inspection.machine import Machine
+from slim.runtime.compiled import CompiledModel
+from slim.runtime.speed import Speed
+
+
+@dataclass
+class Story:
+    """A compilation, as far as it is known.
+
+    Attributes:
+        model: what the user called it.
+        programs: the Program as lifted and after each pass; the last alone where the others were not kept.
+        report: of the pipeline; None where there was none.
+        compiled: the last of them, lowered; None where it was not.
+        tokens: how many the costs are for.
+        machine, speed: what was measured, for the roofline; None where nothing was.
+        sensitive: whether to measure what each layer alone does to the output.
+    """
+
+    model: str
+    programs: Sequence[Program]
+    report: PipelineReport | None = None
+    compiled: CompiledModel | None = None
+    tokens: int = 128
+    machine: Machine | None = None
+    speed: Speed | None = None
+    sensitive: bool = False
+
+
+def collect(story: Story) -> dict[str, Any]:
+    """The value that ``page.js`` reads."""
+    lines = _Lines()
+    passes = story.report.passes if story.report is not None else []
+    complete = len(story.programs) == len(passes) + 1
+    names = ["lift", *(item.text for item in passes)] if complete and passes else ["as it is"]
+    final, compiled = story.programs[-1], story.compiled
+    code, stages = ({}, {}) if compiled is None else (compiled.code, compiled.stages)
+    return {
+        "title": f"{story.model}: slim",
+        "model": story.model,
+        "architecture": final.facts.architecture,
+        "target": "" if compiled is None else compiled.target.name,
+        "irs": [
+            {"name": name, "lines": lines.of(program)}
+            for name, program in zip(names, story.programs, strict=True)
+        ],
+        "lines": lines.table,
+        "origins": lines.origins,
+        "steps": [_start(story.programs[0], passes), *map(_step, passes)],
+        "report": _remarks(story.report),
+        "weights": {name: _held(final, name) for name in final.weights},
+        "code": {name: text for name, text in code.items() if isinstance(text, str)},
+        "regions": {name: [_region(stage) for stage in made] for name, made in stages.items()},
+        "layers": _layers(story),
+        "tokens": story.tokens,
+        "roofline": _roofline(story),
+    }  # fmt: skip
+
+
+class _Lines:
+    """Lines of IR, each different one once; stages are lists of numbers of lines."""
+
+    def __init__(self) -> None:
+        self.table: list[list[Any]] = []  # [text, number of its origin]
+        self.origins: list[list[str]] = []  # [module, file:line, text of that line]
+        self._numbers: dict[tuple[str, int], int] = {}
+        self._origins: dict[tuple[str, str], int] = {}
+
+    def of(self, program: Program) -> list[int]:
+        return [self._number(text, node) for text, node in _printed(program)]
+
+    def _number(self, text: str, node: fx.Node) -> int:
+        key = (text, self._origin(node))
+        if key not in self._numbers:
+            self._numbers[key] = len(self.table)
+            self.table.append(list(key))
+        return self._numbers[key]
+
+    def _origin(self, node: fx.Node) -> int:
+        key = (str(node.meta.get("module", "")), str(node.meta.get("where", "")))
+        if key not in self._origins:
+            self._origins[key] = len(self.origins)
+            self.origins.append([*key, source_line(key[1]) or ""])
+        return self._origins[key]
+
+
+def _printed(program: Program) -> Iterator[tuple[str, fx.Node]]:
+    for node in program.nodes():
+        yield print_node(program, node), node
+    output = program.graph.output_node()
+    results = output.args[0]
+    flat = results if isinstance(results, (tuple, list)) else (results,)
+    yield f"return: {', '.join(map(str, flat))}", output
+
+
+# -- the pipeline ------------------------------------------------------------------------------------------------------
+
+
+def _start(program: Program, passes: Sequence[Report]) -> dict[str, Any]:
+    size = (passes[0].before if passes else None) or Size.of(program)
+    return {"name": "lift", "size": dataclasses.asdict(size), "seconds": {}, "notes": program.facts.notes}
+
+
+def _step(item: Report) -> dict[str, Any]:
+    return {
+        "name": item.text,
+        "size": None if item.after is None else dataclasses.asdict(item.after),
+        "seconds": item.seconds,
+        "error": item.error,
+        "drift": item.drift,
+        "lossless": item.lossless,
+        "matched": item.matched,
+        "skipped": [list(skip) for skip in item.skipped],
+        "notes": item.notes,
+        "charts": [dataclasses.asdict(chart) for chart in item.charts],
+        "rules": _rules(item.rules),
+        "weights": dataclasses.asdict(item.changes.weights),
+    }
+
+
+def _remarks(report: PipelineReport | None) -> dict[str, Any]:
+    if report is None:
+        return {"seconds": {}, "rules": [], "forms": {}, "error": None}
+    forms = {name: dataclasses.asdict(form) for name, form in report.forms.items()}
+    return {"seconds": report.seconds, "rules": _rules(report.rules), "forms": forms, "error": report.error}
+
+
+def _rules(counts: Mapping[str, Any]) -> list[list[Any]]:
+    return [[name, count.tried, count.matched, count.misses] for name, count in counts.items()]
+
+
+def _held(program: Program, name: str) -> list[Any]:
+    shape = ", ".join(map(str, program.weights.shape(name))) or "()"
+    return [f"{SHORT[program.weights.dtype(name)]}[{shape}]", program.weights.nbytes(name)]
+
+
+def _region(stage: Stage) -> dict[str, Any]:
+    kernels = [[kernel.name, kernel.file] for kernel in stage.kernels]
+    return {"text": stage.text, "nodes": stage.nodes, "weights": stage.weights, "kernels": kernels}
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def _layers(story: Story) -> dict[str, Any]:
+    """Each metric before and after the pipeline."""
+    first, last = story.programs[0], story.programs[-1]
+    names = names_of([first, last])
+    after = measure_layers(last, names, story.tokens)
+    before = after if last is first else measure_layers(first, names, story.tokens)
+    metrics = [
+        {"title": title, "before": before.metrics.get(title), "after": after.metrics.get(title)}
+        for title in dict.fromkeys([*before.metrics, *after.metrics])
+    ]
+    if story.sensitive and last is not first:
+        title = "output moved where this layer alone is compressed"
+        metrics.append({"title": title, "before": None, "after": sensitivity(first, last, names)})
+    return {"names": names, "metrics": metrics, "masks": _masks(before, after)}
+
+
+def _masks(before: Layers, after: Layers) -> list[list[Any]]:
+    """[layer, before, after] for every layer that has attention."""
+    return [[name, before.masks.get(name), after.masks[name]] for name in after.names if name in after.masks]
+
+
+def _roofline(story: Story) -> dict[str, Any] | None:
+    """FLOPs and bytes of reading a prompt and of writing a token, and what was measured of both."""
+    points = []
+    for label, program in (("as lifted", story.programs[0]), ("compiled", story.programs[-1])):
+        found = cost(program)
+        if found.flops == 0 or (label == "as lifted" and len(story.programs) == 1):
+            continue
+        for kind, tokens in (("prefill", story.tokens), ("decode", 1)):
+            bound = found.bind(B=1, S=tokens, T=story.tokens)
+            measured = None
+            if story.speed is not None and label == "compiled":
+                rate = (story.speed.prefill if kind == "prefill" else story.speed.decode).best
+                measured = rate / tokens * bound.flops
+            points.append([f"{kind}, {label}", bound.flops, bound.bytes_moved, measured])
+    machine = None if story.machine is None else dataclasses.asdict(story.machine)
+    return {"machine": machine, "points": points} if points else None

@@ -1,0 +1,179 @@
+"""A planted wrong rewrite is found by pass and by site; right ones are left in peace."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from slim.cli import main
+from slim.compiler import raising
+from slim.compiler.lift import lift
+from slim.compiler.passes_base import Context, Pass
+from slim.compiler.pipeline import run_pipeline
+from slim.compiler.program import Program
+from slim.compiler.report import Report
+from slim.compiler.rules import Rule, call, rewrite
+from slim.compiler.scaling.sites import ScaleSite
+from slim.inspection import bisect
+from slim.inspection.hybrid import Hybrid
+from slim.passes import GQA, FoldNorms, LowRank, Prune, Quantize, QuantizeKV, SmoothQuant, fold_norms
+from tests.programs import model
+
+aten = torch.ops.aten
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return lift(model("llama"))
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, 96, (2, 24), generator=generator) for _ in range(2)]
+
+
+@dataclass(frozen=True)
+class Scale(Pass):
+    """Multiplies every matrix by what is next to nothing, and one by ``factor``."""
+
+    weight: str
+    factor: float
+
+    def run(self, program: Program, ctx: Context) -> Report:
+        names = [name for name in program.weights if program.weights[name].dim() == 2]
+        for name in names:
+            program.weights[name] = program.weights[name] * (self.factor if name == self.weight else 1 + 1e-5)
+        return Report(matched=names)
+
+
+@pytest.mark.parametrize("name", [UP, "model.layers.0.self_attn.k_proj.weight", "lm_head.weight"])
+def test_it_finds_the_one_site_of_a_pass_that_it_does_not_know(llama, name):
+    found = bisect(llama, [FoldNorms(), Scale(name, 1.5)], 1e-2)
+    assert (found.stage, found.index) == (f'scale("{name}", factor=1.5)', 1)
+    assert found.culprit.sites == [name]
+    assert found.culprit.before < 1e-2 < found.culprit.with_it
+    assert name.removesuffix(".weight") in found.places[0]
+
+
+def test_it_names_the_first_pass_that_crosses_and_the_errors_of_all(llama):
+    found = bisect(llama, [Scale(UP, 1.0), Scale(UP, 1.4), Scale(UP, 1.4)], 1e-2)
+    assert found.index == 1
+    assert [stage for stage, _ in found.errors] == ["lift", *(f'scale("{UP}", factor={f})' for f in (1.0, 1.4, 1.4))]
+    assert found.errors[1][1] < 1e-2 < found.errors[2][1]
+
+
+def test_a_wrong_fold_of_one_norm_is_found_though_the_pass_promises_to_lose_nothing(llama, monkeypatch):
+    right = fold_norms._fold
+
+    def wrong(program, site):
+        right(program, site)
+        if UP in [str(matrix.target) for matrix in site.matrices]:
+            program.weights[UP] = program.weights[UP] * 1.1
+
+    monkeypatch.setattr(fold_norms, "_fold", wrong)
+    found = bisect(llama, FoldNorms(), 1e-4)
+    assert found.culprit.sites == ["model.layers.1.post_attention_layernorm.weight"]
+    assert found.culprit.note == ""
+
+
+def test_sites_that_move_scales_into_each_other_are_named_together(llama, calibration, monkeypatch):
+    right = ScaleSite.apply
+
+    def wrong(self, program, scale):
+        right(self, program, scale)
+        if self.name == "model.layers.1.self_attn.v_proj.weight":
+            program.weights[self.name] = program.weights[self.name] * 1.2
+
+    monkeypatch.setattr(ScaleSite, "apply", wrong)
+    found = bisect(llama, SmoothQuant(), 1e-4, calibration=calibration)
+    assert "model.layers.1.self_attn.v_proj.weight" in found.culprit.sites
+    assert not any("layers.0" in site for site in found.culprit.sites)
+    assert len(found.culprit.sites) == 1 or "cannot be told apart" in found.culprit.note
+
+
+def test_a_rule_of_the_lift_with_a_wrong_right_side_is_found_where_it_was_applied(monkeypatch):
+    name = "silu(x) = x sigmoid(x)"
+    wrong = Rule(
+        name,
+        call(aten.silu.default, args=("x",)),
+        lambda match: match.new(aten.sigmoid.default, match["x"]) if "layers.1" in match.node.meta["module"] else None,
+    )
+    monkeypatch.setattr(raising, "ACTIVATIONS", (wrong, *raising.ACTIVATIONS))
+    found = bisect(model("llama"), FoldNorms(), 1e-2)
+    assert [(bad.stage, bad.rule) for bad in found.rewrites] == [("lift", name)]
+    assert "model.layers.1.mlp" in found.rewrites[0].site
+    assert found.culprit is None
+    assert name in str(found)
+
+
+@dataclass(frozen=True)
+class ByRule(Pass):
+    """Rewrites silu by a rule that is wrong in one layer."""
+
+    layer: str
+
+    def run(self, program: Program, ctx: Context) -> Report:
+        def build(match):
+            gate = match.new(aten.sigmoid.default, match["x"])
+            wrong = self.layer in match.node.meta["module"]
+            return gate if wrong else match.new(aten.mul.Tensor, match["x"], gate)
+
+        sites = [node.name for node in program.nodes(aten.silu.default)]
+        rewrite(program, (Rule("silu(x) = x sigmoid(x)", call(aten.silu.default, args=("x",)), build),))
+        return Report(matched=sites)
+
+
+def test_a_rule_within_a_pass_is_found_by_rule_and_by_site(llama):
+    found = bisect(llama, ByRule("layers.0"), 1e-3)
+    (bad,) = found.rewrites
+    assert bad.stage == 'by_rule("layers.0")'
+    assert "model.layers.0.mlp" in bad.site
+    assert found.stage == bad.stage
+    assert any("model.layers.0.mlp" in place for place in found.places)
+
+
+# -- the hybrids it is made of -----------------------------------------------------------------------------------------
+
+PASSES = [
+    FoldNorms(), SmoothQuant(), Quantize("int8"), Quantize("int4", activations="int8"), QuantizeKV("int4"), GQA(1),
+    LowRank(0.5), Prune(0.3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("pass_", PASSES, ids=repr)
+def test_a_hybrid_of_nothing_is_the_program_before_and_one_of_everything_is_that_after(llama, calibration, pass_):
+    after, report = run_pipeline(llama, [pass_], Context(verify=False, calibration=calibration))
+    hybrid = Hybrid(llama, after)
+    tokens = torch.randint(3, 96, (2, 7))
+    known = {
+        "input_ids": tokens,
+        "attention_mask": torch.ones_like(tokens),
+        "position_ids": torch.arange(7).repeat(2, 1),
+    }
+    inputs = [known[item.name] for item in llama.inputs]
+    assert torch.equal(hybrid.run(inputs, ())[0], llama.run(*inputs)[0])
+    assert torch.equal(hybrid.run(inputs, hybrid.touched)[0], after.run(*inputs)[0])
+    assert all(hybrid.readers(site) for site in report.passes[0].matched), "every site is found in the graph"
+
+
+def test_nothing_wrong_is_said_of_passes_that_are_right(llama):
+    found = bisect(llama, 'fold_norms, quantize("int8")', 0.5)
+    assert not found
+    assert str(found).endswith("no pass moves the output by more than 0.5")
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_ends_with_one_where_it_finds_a_site(tmp_path):
+    model("llama").save_pretrained(tmp_path)
+    run = CliRunner().invoke(main, ["bisect", str(tmp_path), "-p", 'quantize("int3")', "--threshold", "1e-3"])
+    assert run.exit_code == 1, run.output
+    assert "over 0.001" in run.stdout
+    assert "site: model." in run.stdout
+    assert "largest alone: " in run.stdout
+    fine = CliRunner().invoke(main, ["bisect", str(tmp_path), "-p", "fold_norms", "--lift"])
+    assert (fine.exit_code, "no pass moves the output" in fine.stdout) == (0, True), fine.output

@@ -1,0 +1,248 @@
+"""The report in HTML holds what was compiled, needs nothing from outside, and does what is clicked."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from slim import errors
+from slim.cli import main
+from slim.codegen.cpp.emit import WANTS, emit
+from slim.codegen.regions.lower import lower
+from slim.codegen.regions.provenance import Kernel, stages
+from slim.compiler.lift import lift
+from slim.inspection.layers import layer_of, measure_layers, names_of
+from slim.inspection.machine import Machine
+from slim.inspection.page import collect, render, write_page
+from slim.inspection.tell import tell
+from slim.runtime.compiled import CompiledModel
+from slim.runtime.speed import Speed
+from tests import browser
+from tests.programs import model, program
+
+PASSES = 'fold_norms, quantize("int8")'
+NEEDS_BROWSER = pytest.mark.skipif(browser.find() is None, reason="needs a Chromium: apt-get install chromium")
+
+
+def with_code(story):
+    """The same story with the code of the whole Program, as the CPU target writes it, without building it."""
+    schedule = lower(story.programs[-1], WANTS)
+    unit = emit(schedule)
+    names = iter(unit.names)
+    made = stages(schedule, lambda *_: [Kernel(next(names), "program.cpp")])
+    story.compiled = SimpleNamespace(
+        target=SimpleNamespace(name="cpu"), code={"whole/program.cpp": unit.source}, stages={"whole": made}
+    )
+    return story
+
+
+@pytest.fixture(scope="module")
+def story():
+    made = with_code(tell("tiny", model("llama"), PASSES, target="eager"))
+    made.machine, made.speed = Machine(2e10, 5e10, 1), Speed([1000.0], [100.0])
+    made.sensitive = True
+    return made
+
+
+@pytest.fixture(scope="module")
+def page(story, tmp_path_factory):
+    return write_page(story, tmp_path_factory.mktemp("page") / "report.html")
+
+
+def embedded(file):
+    (text,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', file.read_text(), re.DOTALL)
+    return json.loads(text)
+
+
+# -- what it holds -----------------------------------------------------------------------------------------------------
+
+
+def test_every_stage_reads_as_its_program_does(story, page):
+    data = embedded(page)
+    assert [ir["name"] for ir in data["irs"]] == ["lift", "fold_norms()", 'quantize("int8")']
+    for ir, made in zip(data["irs"], story.programs, strict=True):
+        texts = [data["lines"][number][0] for number in ir["lines"]]
+        body = str(made)
+        assert len(texts) == len(list(made.nodes())) + 1
+        assert all(text in body for text in texts[:-1])
+
+
+def test_a_line_that_a_pass_left_alone_is_held_once(page):
+    data = embedded(page)
+    assert len({tuple(line) for line in data["lines"]}) == len(data["lines"])
+    before, after = (set(ir["lines"]) for ir in data["irs"][:2])
+    assert len(before & after) > len(before) / 2
+
+
+def test_lines_know_the_model_s_source(page):
+    data = embedded(page)
+    assert any("self.down_proj(" in text for _, _, text in data["origins"])
+
+
+def test_nothing_in_it_comes_from_elsewhere(page):
+    text = page.read_text()
+    assert not re.search(r"(src|href)\s*=\s*[\"'](?!#)", text)
+    assert "default-src 'none'" in text
+    assert "http://" not in text.replace("http://www.w3.org", "")
+
+
+def test_text_of_a_model_cannot_end_the_script_it_stands_in(tmp_path):
+    name = "</script><script>alert(1)</script>"
+    start = program(f"y = aten.add.Tensor(x, weights[{name!r}])\nreturn (y,)", {name: torch.ones(8)})
+    story = tell("<b>x</b>", start, target="eager")
+    text = render(collect(story))
+    assert text.count("</script>") == 2
+    assert "<title>&lt;b>x" in text
+    assert name in embedded(write_page(story, tmp_path / "x.html"))["weights"]
+
+
+def test_a_file_that_cannot_be_written_is_said(story, tmp_path):
+    with pytest.raises(errors.SaveFailed):
+        write_page(story, tmp_path / "missing" / "report.html")
+
+
+LAYER = """
+    n{i} = slim.rms_norm.default({x}, weights["model.layers.{i}.input_layernorm.weight"], eps=1e-06)
+    q{i} = aten.linear.default(n{i}, weights["model.layers.{i}.self_attn.q_proj.weight"])
+    k{i} = aten.linear.default(n{i}, weights["model.layers.{i}.self_attn.k_proj.weight"])
+    v{i} = aten.linear.default(n{i}, weights["model.layers.{i}.self_attn.v_proj.weight"])
+    m{i} = aten.mul.Tensor(q{i}, k{i})
+    a{i} = aten.mul.Tensor(m{i}, v{i})
+    o{i} = aten.linear.default(a{i}, weights["model.layers.{i}.self_attn.o_proj.weight"])
+    r{i} = aten.add.Tensor({x}, o{i})
+    p{i} = slim.rms_norm.default(r{i}, weights["model.layers.{i}.post_attention_layernorm.weight"], eps=1e-06)
+    g{i} = aten.linear.default(p{i}, weights["model.layers.{i}.mlp.gate_proj.weight"])
+    s{i} = aten.silu.default(g{i})
+    u{i} = aten.linear.default(p{i}, weights["model.layers.{i}.mlp.up_proj.weight"])
+    h{i} = aten.mul.Tensor(s{i}, u{i})
+    d{i} = aten.linear.default(h{i}, weights["model.layers.{i}.mlp.down_proj.weight"])
+    y{i} = aten.add.Tensor(r{i}, d{i})
+"""
+
+
+def test_thirty_layers_stay_below_five_megabytes(tmp_path):
+    layers = (LAYER.format(i=i, x="x" if i == 0 else f"y{i - 1}") for i in range(30))
+    lines = "".join(layers) + "return (y29,)"
+    names = set(re.findall(r'weights\["(.*?)"\]', lines))
+    weights = {name: torch.randn(8) if "norm" in name else torch.randn(8, 8) / 3 for name in sorted(names)}
+    story = with_code(tell("thirty", program(lines, weights), PASSES, target="eager"))
+    file = write_page(story, tmp_path / "report.html")
+    assert len(embedded(file)["layers"]["names"]) == 31
+    assert file.stat().st_size < 5e6 / 4  # lines of the largest models are four times as many
+
+
+# -- numbers by layer --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "layer"),
+    [("model.layers.12.mlp.down_proj.weight", "12"), ("transformer.h.0.attn", "0"), ("lm_head.weight", "rest"),
+     ("0.weight", "0"), ("model.layers.3", "3"), ("", "rest"), ("blocks.1.experts.7.w", "1")],
+)  # fmt: skip
+def test_the_layer_is_the_first_number_of_a_path(path, layer):
+    assert layer_of(path) == layer
+
+
+def test_layers_add_up_to_the_program(story):
+    for made in story.programs:
+        layers = measure_layers(made, names_of([made]), 16)
+        found = made.nbytes, sum(layers.metrics["weights, bytes"])
+        assert found[0] == found[1]
+
+
+def test_layers_know_bits_heads_and_masks(story):
+    metrics = {metric["title"]: metric for metric in embedded_layers(story)["metrics"]}
+    assert metrics["bits a number"]["before"][:2] == [32.0, 32.0]
+    assert all(8 < bits < 10 for bits in metrics["bits a number"]["after"][:2])
+    assert metrics["key and value heads"]["after"] == [2, 2, None]
+    assert all(moved > 0 for moved in metrics["output moved where this layer alone is compressed"]["after"][:2])
+    assert [mask[2]["causal"] for mask in embedded_layers(story)["masks"]] == [True, True]
+
+
+def embedded_layers(story):
+    return collect(story)["layers"]
+
+
+# -- the commands that write it ----------------------------------------------------------------------------------------
+
+
+def test_the_command_writes_a_file_of_a_model_and_of_what_was_compiled(tmp_path):
+    model("llama").save_pretrained(tmp_path / "model")
+    file = tmp_path / "report.html"
+    run = CliRunner().invoke(
+        main, ["inspect", str(tmp_path / "model"), "-p", PASSES, "--html", str(file), "--target", "eager"]
+    )
+    assert run.exit_code == 0, run.output
+    assert run.stdout.startswith(f"wrote {file}")
+    assert [step["name"] for step in embedded(file)["steps"]] == ["lift", "fold_norms()", 'quantize("int8")']
+    CompiledModel(lift(model("llama")), "eager").save(tmp_path / "small")
+    run = CliRunner().invoke(main, ["inspect", str(tmp_path / "small"), "--html", str(file), "--target", "eager"])
+    assert run.exit_code == 0, run.output
+    assert [ir["name"] for ir in embedded(file)["irs"]] == ["as it is"]
+
+
+def test_options_of_the_report_are_refused_without_it(tmp_path):
+    run = CliRunner().invoke(main, ["inspect", str(tmp_path), "--measure"])
+    assert run.exit_code == 2
+    assert "--measure is for the report that --html writes" in run.output
+
+
+# -- in a browser ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chromium(page, tmp_path_factory):
+    with browser.Browser(tmp_path_factory.mktemp("profile")) as one:
+        one.open(page)
+        yield one
+        assert one.faults == []
+
+
+@NEEDS_BROWSER
+def test_search_and_stages_and_kernels_can_be_clicked_through(chromium, tmp_path_factory):
+    assert chromium.text("h1") == "tiny"
+    chromium.click('#pipeline table [data-step="2"]')  # from the pipeline to what that pass did
+    assert chromium.count("#ir .row.made") > 0
+    assert "before and after quantize" in chromium.text("#said")
+    chromium.click('#stages [data-stage="1"]')
+    assert "before and after fold_norms()" in chromium.text("#said")
+    assert chromium.count("#ir .row.changed mark") > 0
+    chromium.type("#search", "layers.1.mlp.down_proj")
+    found = int(chromium.text("#found").split()[0])
+    assert 0 < found == chromium.count("#ir .row")
+    chromium.click('#stages [data-stage="2"]')
+    name = "model.layers.1.mlp.down_proj.weight"
+    chromium.run(f"showWeight({json.dumps(name)})")
+    assert 'quantize("int8") changed it' in chromium.text("#details")
+    chromium.click("#details [data-kernel]")  # and on to the kernel that reads it
+    assert chromium.text("#hit").startswith("static void k")
+    assert chromium.count("#details") == 0
+    chromium.click("#code details [data-node]")
+    assert "lift made it" in chromium.text("#details")
+    file = tmp_path_factory.mktemp("shots") / "kernel.png"
+    chromium.screenshot(file)
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@NEEDS_BROWSER
+def test_layers_and_the_roofline_are_drawn(chromium):
+    chromium.click("#tab-layers")
+    assert chromium.count("#layers figure svg rect") > 20
+    assert chromium.count("#layers .masks svg") == 2
+    chromium.click("#tab-roofline")
+    assert chromium.count("#roofline circle.measured") == 2
+    assert "%" in chromium.text("#roofline table")
+
+
+@NEEDS_BROWSER
+def test_it_fits_a_phone_in_the_dark(page, tmp_path):
+    with browser.Browser(tmp_path / "profile", width=390, height=800, dark=True) as phone:
+        phone.open(page)
+        for tab in ("pipeline", "ir", "layers", "code", "roofline"):
+            phone.click(f"#tab-{tab}")
+            assert phone.run("document.documentElement.scrollWidth") <= 390, tab
+        assert phone.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
+        assert phone.faults == []

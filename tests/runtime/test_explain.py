@@ -1,0 +1,125 @@
+"""A name leads from the model's source line through the passes into the kernel that runs it."""
+
+import pytest
+import torch
+
+from slim import errors
+from slim.compiler.lift import lift
+from slim.compiler.passes_base import Context
+from slim.compiler.pipeline import run_pipeline
+from slim.passes import FoldNorms, Quantize
+from slim.runtime.artifact import load
+from slim.runtime.compiled import CompiledModel
+from tests.programs import model
+
+DOWN = "model.layers.0.mlp.down_proj.weight"
+NORM = "model.layers.0.input_layernorm.weight"
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    program, report = run_pipeline(lift(model("llama")), [FoldNorms(), Quantize("int8")], Context())
+    return CompiledModel(program, "cpu", report=report)
+
+
+def down(compiled):
+    """The linear that reads the weight ``DOWN``."""
+    nodes = compiled.program.nodes(torch.ops.aten.linear.default)
+    return next(node for node in nodes if node.meta["module"] == "model.layers.0.mlp.down_proj")
+
+
+def test_a_node_names_the_line_that_made_it(compiled):
+    (origin,) = compiled.explain(down(compiled)).origins
+    assert origin.where.startswith("transformers/models/llama/modeling_llama.py:")
+    assert "self.down_proj(" in origin.text
+
+
+def test_a_node_names_the_passes_that_changed_it_and_its_type(compiled):
+    found = compiled.explain(down(compiled).name)
+    assert found.passes == [("lift", "made"), ('quantize("int8")', "changed")]
+    assert found.type == "f32[B, S, 32]"
+    assert (
+        found.line == f"{found.name}: f32[B, S, 32] = aten.linear.default({', '.join(map(str, down(compiled).args))})"
+    )
+
+
+def test_a_node_that_a_pass_made_was_not_made_by_the_lift(compiled):
+    assert compiled.explain("dequantize").passes == [('quantize("int8")', "made")]
+
+
+def test_a_weight_names_its_readers_its_bytes_and_its_passes(compiled):
+    found = compiled.explain(DOWN)
+    assert (found.type, found.nbytes) == ("i8[32, 48]", 32 * 48)
+    assert [line.partition(":")[0] for line in found.readers] == ["dequantize_6"]
+    assert found.passes == [("lift", "made"), ('quantize("int8")', "changed")]
+
+
+def test_a_weight_that_a_pass_removed_is_still_known(compiled):
+    found = compiled.explain(NORM)
+    assert found.passes == [("lift", "made"), ("fold_norms()", "removed")]
+    assert not found.places
+
+
+@pytest.mark.parametrize("name", ["node", "weight"])
+def test_both_lead_to_the_region_and_the_kernel_that_runs_them(compiled, name):
+    found = compiled.explain(down(compiled) if name == "node" else DOWN)
+    (place,) = found.places
+    assert (place.form, place.stage.form) == ("step_last", "linear")
+    assert DOWN in place.stage.text
+    (kernel,) = place.stage.kernels
+    assert f"static void {kernel.name}(" in compiled.code[f"{place.form}/{kernel.file}"]
+
+
+def test_what_is_fused_is_found_where_it_was_fused_into(compiled):
+    silu = next(compiled.program.nodes(torch.ops.aten.silu.default))
+    gate = compiled.explain("model.layers.0.mlp.gate_proj.weight")
+    assert [str(p) for p in compiled.explain(silu).places] == [str(p) for p in gate.places]
+
+
+def test_attention_over_a_cache_is_found_by_the_name_it_has_without(compiled):
+    attention, *_ = compiled.program.attention_nodes()
+    assert [place.stage.form for place in compiled.explain(attention).places] == ["attention"]
+
+
+def test_every_operation_is_in_some_region(compiled):
+    lost = [node.name for node in compiled.program.nodes() if not compiled.explain(node).places]
+    assert lost == ["_to_copy"]  # of the mask, which a step over a cache is given as it is
+
+
+def test_its_text_reads_in_lines(compiled):
+    text = str(compiled.explain(DOWN))
+    assert text.splitlines()[0] == f"weight   {DOWN}: i8[32, 48]"
+    assert "passes   lift made it\n         quantize" in text
+    assert "\nruns     step_last, region " in text
+
+
+def test_an_unknown_name_lists_those_near_it(compiled):
+    with pytest.raises(errors.BadInput, match=r"no node and no weight 'model.layers.0.mlp.down.weight'.*down_proj"):
+        compiled.explain("model.layers.0.mlp.down.weight")
+    with pytest.raises(errors.BadInput, match=r"near it are .*model\.layers\.0\.mlp\.up_proj"):
+        compiled.explain("up_proj")
+
+
+def test_eager_models_and_those_without_a_pipeline_explain_too():
+    made = CompiledModel(lift(model("gpt2")), "eager")
+    found = made.explain("transformer.wte.weight")
+    assert found.passes == [("lift", "made")]
+    assert found.places == []
+    assert made.explain("lm_head.weight").notes == ["lm_head.weight is the same weight"]
+    assert (
+        "it is a part of transformer.h.0.attn.c_attn.weight"
+        in made.explain("transformer.h.0.attn.c_attn.weight_0").notes
+    )
+
+
+def test_a_loaded_model_knows_its_passes(compiled, tmp_path):
+    compiled.save(tmp_path / "small")
+    again = load(tmp_path / "small", target="eager")
+    assert again.explain(NORM).passes == compiled.explain(NORM).passes
+
+
+def test_notebooks_show_the_report_and_the_ir(compiled):
+    html = compiled._repr_html_()
+    assert "<td>fold_norms()</td>" in html
+    assert "weights[&quot;model.embed_tokens.weight&quot;]" in html
+    assert "<script" not in html
