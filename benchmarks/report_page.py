@@ -22,7 +22,12 @@ CONFIG = LlamaConfig(
     vocab_size=49152, tie_word_embeddings=True,
 )  # fmt: skip
 LOADED = "performance.timing.loadEventEnd - performance.timing.navigationStart"
-DRAW = "(() => { const start = performance.now(); open('%s', true); document.body.offsetHeight; return performance.now() - start; })()"
+DRAW = """(() => {
+    const start = performance.now();
+    open("%s", true);
+    document.body.offsetHeight;
+    return performance.now() - start;
+})()"""
 
 
 def main() -> None:
@@ -32,9 +37,8 @@ def main() -> None:
         compiled = time.perf_counter()
         file = write_page(story, Path(folder) / "report.html")
         print(f"compiled in {compiled - start:.1f} s, written in {time.perf_counter() - compiled:.1f} s")
-        print(
-            f"{file.stat().st_size:,} bytes, {sum(len(ir.graph.nodes) for ir in story.programs):,} nodes in three stages"
-        )
+        nodes = sum(len(program.graph.nodes) for program in story.programs)
+        print(f"{file.stat().st_size:,} bytes, {nodes:,} nodes in three stages")
         with Browser(Path(folder) / "profile") as browser:
             browser.open(file)
             print(f"opened in {browser.run(LOADED)} ms")
