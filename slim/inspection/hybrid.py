@@ -42,6 +42,7 @@ class Hybrid:
         self.touched = [name for name in self.joints if self._is_touched(name)]
         if self._names(_OUTPUT, BEFORE) != self._names(_OUTPUT, AFTER):
             self.touched.append(_OUTPUT)
+        self._modules = {node.name: node.meta.get("module") for node in before.graph.nodes}
 
     def _fits(self, name: str) -> bool:
         """Whether both sides compute ``name``, neither from weights alone, with one type."""
@@ -72,10 +73,10 @@ class Hybrid:
     # -- who belongs together ------------------------------------------------------------------------------------------
 
     def readers(self, name: str) -> set[str]:
-        """The touched joints nearest behind a node or weight of either side; itself where it is one."""
+        """The touched joints of a node, weight or module: itself, or the nearest behind it on either side."""
         if name in self.touched:
             return {name}
-        found: set[str] = set()
+        found = {joint for joint in self.touched if self._modules.get(joint) == name}  # a site named by its module
         for side in (BEFORE, AFTER):
             starts = [
                 n for n in self._nodes[side].values() if name == (str(n.target) if n.op == "get_attr" else n.name)

@@ -156,7 +156,8 @@ def test_a_hybrid_of_nothing_is_the_program_before_and_one_of_everything_is_that
     inputs = [known[item.name] for item in llama.inputs]
     assert torch.equal(hybrid.run(inputs, ())[0], llama.run(*inputs)[0])
     assert torch.equal(hybrid.run(inputs, hybrid.touched)[0], after.run(*inputs)[0])
-    assert all(hybrid.readers(site) for site in report.passes[0].matched), "every site is found in the graph"
+    in_words = isinstance(pass_, (QuantizeKV, Prune))  # their sites are no names: every node they touch is one then
+    assert in_words or all(hybrid.readers(site) for site in report.passes[0].matched)
 
 
 def test_nothing_wrong_is_said_of_passes_that_are_right(llama):
