@@ -11,7 +11,7 @@ import torch
 import slim
 from slim.runtime.perplexity import pieces, score
 
-PUBLISHED = {"stories260K": 3.559, "stories260K-mha": 3.559, "babyllama361": 1.638}
+PUBLISHED = {"stories260K": 3.559, "babyllama361": 1.638}
 IN_A_FRESH_PROCESS = """
 import json, sys, slim, torch
 from transformers import AutoTokenizer
@@ -31,7 +31,7 @@ def perplexity(model: slim.CompiledModel, text: Path, count: int = 200, source: 
     return score(model, pieces(text.read_text(), tokenizer, context, "Once upon a time", count)).perplexity
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", ["stories260K", "babyllama361"])
 def test_lift_fold_save_and_load_keep_the_perplexity_to_the_third_decimal(
     name: str, shared: Path, tmp_path: Path
 ) -> None:
@@ -93,7 +93,7 @@ def test_a_quantised_cache_costs_a_thousandth_of_perplexity_in_int8_and_a_hundre
     model, text = shared / "models" / name, shared / "text" / "tinystories_val.txt"
     other = text.read_text().split("Once upon a time")[301:401]  # none of the 200 that are measured
     quantised = slim.compile(model, passes=f'quantize_kv("{dtype}")', calibration=other)
-    assert perplexity(quantised, text) < perplexity(slim.compile(model), text) * most
+    assert perplexity(quantised, text) < PUBLISHED[name] * most
 
 
 def test_the_demo_model_keeps_keys_of_two_layers_in_int4_and_loses_less_than_a_hundredth() -> None:
