@@ -146,8 +146,8 @@ def draws(block, head, low, high, count: tl.constexpr, seed: tl.constexpr):
     x = ((block + head) * 0).to(tl.uint32)  # of the shape of both
     found = (x > 0) & (low > high)
     for number in tl.static_range(count):
-        start: tl.constexpr = (seed * 0x9E3779B1 + number * 0x27D4EB2F) & 0xFFFFFFFF
-        x = block.to(tl.uint32) * 0xC2B2AE3D + head.to(tl.uint32) * 0x85EBCA77 + start
+        x = block.to(tl.uint32) * 0xC2B2AE3D + head.to(tl.uint32) * 0x85EBCA77
+        x += (seed * 0x9E3779B1 + number * 0x27D4EB2F) & 0xFFFFFFFF
         x = (x ^ (x >> 15)) * 0x2C1B3C6D
         x = (x ^ (x >> 12)) * 0x297A2D39
         x = x ^ (x >> 15)
