@@ -15,7 +15,10 @@ from transformers import AutoTokenizer
 import slim
 
 MODEL = Path(__file__).parent / "demo_model"
-
+BEGINNINGS = (
+    "def read_", "class Test", "import os\n\ndef ", "for name in ", 'def add(a, b):\n    """', "if not ",
+    "try:\n    ", "return ",
+)  # fmt: skip
 REQUESTS, NEW = 64, 48
 
 
@@ -38,9 +41,8 @@ def main() -> None:
     for request in requests[: len(BEGINNINGS)]:
         print(repr(tokenizer.decode(request.prompt + request.tokens))[:100])
     tokens = sum(len(request.tokens) for request in requests)
-    print(
-        f"{REQUESTS} requests, {tokens} new tokens: {tokens / together:,.0f} a second together, {tokens / alone:,.0f} alone"
-    )
+    speeds = f"{tokens / together:,.0f} a second together, {tokens / alone:,.0f} one after another"
+    print(f"{REQUESTS} requests, {tokens} new tokens: {speeds}")
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ class _Prefill:
     def _configs(self) -> list[Config]:
         width = max(padded(self.g.width), padded(self.g.value_width)) * self.g.bytes // 2
         choices = next(choices for limit, choices in _TILES if width <= limit)
-        if width <= 64 and self.region.key_mask is not None:  # the mask takes registers too
+        if width <= 64 and (self.region.key_mask is not None or self.kept):  # masks and patterns take registers too
             choices = (*choices[3:], *choices[:3])
         found: list[Config] = []
         for m, n, warps, stages in choices:
