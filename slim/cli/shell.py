@@ -30,8 +30,10 @@ class Shell(click.Group):
             else:
                 _tell(error)
             ctx.exit(MISTAKE)
-        except KeyboardInterrupt:
-            click.echo("interrupted", err=True)
+        except (KeyboardInterrupt, ImportError) as error:
+            if isinstance(error, ImportError) and not isinstance(error.__cause__, KeyboardInterrupt):
+                raise
+            click.echo("interrupted", err=True)  # also where a library that was being loaded made another error of it
             ctx.exit(INTERRUPTED)
 
 
