@@ -170,7 +170,7 @@ class _Reader:
         window = argument(node, "window")
         if window is not None:
             pairs = sympy.Min(pairs, S * (window if argument(node, "causal") else 2 * window - 1))
-        pairs = sympy.Min(pairs, S * _keys_kept(node, T)) if argument(node, "pattern") is not None else pairs
+        pairs = sympy.Min(pairs, S * _keys_kept(node, T, S)) if argument(node, "pattern") is not None else pairs
         pairs = pairs.subs(S, self._size(q, 2))
         return 2 * self._size(q, 0) * self._size(q, 1) * pairs * (self._size(q, 3) + self._size(v, 3))
 
@@ -180,7 +180,7 @@ class _Reader:
         window = argument(node, "window")
         seen = T if window is None else sympy.Min(T, self._size(q, 2) + window - 1)
         if argument(node, "pattern") is not None:
-            seen = sympy.Min(seen, self._size(q, 2) - 1 + _keys_kept(node, T))
+            seen = sympy.Min(seen, self._size(q, 2) - 1 + _keys_kept(node, T, self._size(q, 2)))
         cached = self._size(q, 0) * self.kv_bytes(node) * (seen + self._size(k, 2))
         return self._bytes(q) + self._bytes(node) + cached
 
@@ -238,11 +238,13 @@ class _Reader:
         return node.op == "get_attr" or node.target in RESTORING or not isinstance(node.meta["val"], torch.Tensor)
 
 
-def _keys_kept(node: fx.Node, keys: sympy.Expr) -> sympy.Expr:
-    """How many of ``keys`` a query keeps by its pattern, on average over heads."""
+def _keys_kept(node: fx.Node, keys: sympy.Expr, queries: sympy.Expr) -> sympy.Expr:
+    """How many of ``keys`` each of ``queries`` keeps by its pattern, on average over heads."""
     pattern, heads = read_pattern(argument(node, "pattern")), int(argument(node, "q").meta["val"].shape[1])
     each = [pattern.of(head) for head in range(heads)]
-    total = sum((sympy.Min(keys, sum(term.keys_kept(keys) for term in terms)) if terms else keys) for terms in each)
+    total = sum(
+        (sympy.Min(keys, sum(term.keys_kept(keys, queries) for term in terms)) if terms else keys) for terms in each
+    )
     return total / heads
 
 

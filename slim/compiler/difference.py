@@ -150,8 +150,7 @@ class Difference:
 
 
 def _held(program: Program, name: str) -> str:
-    from slim.compiler.types import SHORT
+    from slim.compiler.types import show_shape
 
     weights = program.weights
-    shape = ", ".join(map(str, weights.shape(name))) or "()"
-    return f"{SHORT[weights.dtype(name)]}[{shape}], {weights.nbytes(name):,} bytes"
+    return f"{show_shape(weights.dtype(name), weights.shape(name))}, {weights.nbytes(name):,} bytes"

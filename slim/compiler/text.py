@@ -19,7 +19,7 @@ from torch import fx
 
 from slim import errors
 from slim.compiler.program import Facts, Program
-from slim.compiler.types import LONG, SHORT, SIZE_OPS, Input, not_in_dialect, show_type
+from slim.compiler.types import LONG, SIZE_OPS, Input, not_in_dialect, show_shape, show_type
 from slim.compiler.weights import Weights
 
 HEADER = "# slim IR 1"
@@ -45,8 +45,8 @@ def print_program(program: Program) -> str:
 
 
 def _function(program: Program) -> Iterator[str]:
-    shapes = {value.name: value for value in program.inputs}
-    arguments = [f"{n.name}: {_input_type(shapes[str(n.target)])}" for n in program.graph.find_nodes(op="placeholder")]
+    types = {value.name: show_shape(value.dtype, value.shape) for value in program.inputs}
+    arguments = [f"{n.name}: {types[str(n.target)]}" for n in program.graph.find_nodes(op="placeholder")]
     yield f"def forward(weights, {', '.join(arguments)}):"
     for node in program.graph.nodes:
         if node.op == "call_function":
@@ -63,10 +63,6 @@ def print_node(program: Program, node: fx.Node) -> str:
 def target_name(target: Any) -> str:
     """An operation as the text spells it."""
     return "operator.getitem" if target is operator.getitem else _target_name(target)
-
-
-def _input_type(value: Input) -> str:
-    return f"{SHORT[value.dtype]}[{', '.join(str(d) for d in value.shape) or '()'}]"
 
 
 def _origin(node: fx.Node) -> str:

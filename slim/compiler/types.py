@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,10 +143,15 @@ def show_dim(size: Any, dims: Mapping[sympy.Symbol, str]) -> str:
     return str(named)
 
 
+def show_shape(dtype: torch.dtype, shape: Iterable[Any]) -> str:
+    """``f32[64, 32]``, of sizes that have their text already."""
+    return f"{SHORT[dtype]}[{', '.join(map(str, shape)) or '()'}]"
+
+
 def show_type(value: Any, dims: Mapping[sympy.Symbol, str]) -> str:
     """``f32[B, S, 64]``, ``int`` for a size, ``tuple[...]`` for several."""
     if isinstance(value, torch.Tensor):
-        return f"{SHORT[value.dtype]}[{', '.join(show_dim(d, dims) for d in value.shape) or '()'}]"
+        return show_shape(value.dtype, (show_dim(d, dims) for d in value.shape))
     if isinstance(value, (tuple, list)):
         return f"tuple[{', '.join(show_type(v, dims) for v in value)}]"
     if isinstance(value, (torch.SymInt, int)) and not isinstance(value, bool):

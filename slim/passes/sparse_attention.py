@@ -211,9 +211,18 @@ class SparseAttention(Pass):
             else:
                 yield node
 
+    def _heads_named(self) -> int | None:
+        """How many heads the pattern tells apart; None where it is the same for all."""
+        if self.pattern == "auto":
+            return None
+        return read_pattern(self.text()).heads
+
     def _objection(self, node: fx.Node) -> str | None:
         if argument(node, "pattern") is not None:
             return f"it keeps {argument(node, 'pattern')} already"
+        heads, named = int(argument(node, "q").meta["val"].shape[1]), self._heads_named()
+        if named not in (None, heads):
+            return f"it has {heads} heads, and the pattern names {named}"
         looks_back = self.pattern != "auto" and any(
             isinstance(term, _LOOK_BACK) for term in read_pattern(self.text()).terms
         )

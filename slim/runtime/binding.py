@@ -51,9 +51,7 @@ def check_cacheable(program: Program, paging: Paging | None = None) -> None:
     if not program.attention_nodes():
         raise errors.CacheUnsupported(reason="the model has no attention that slim recognises")
     for node in program.attention_nodes():
-        reason = _objection(program, node)
-        if reason is None and paging is not None and paging.pattern and argument(node, "pattern") is not None:
-            reason = f"keeps {argument(node, 'pattern')} already, which a window of the cache would cut"
+        reason = _objection(program, node) or (_no_pages(node, paging) if paging is not None else None)
         if reason:
             reason = f"attention of layer {node.kwargs['layer']} {reason}"
             raise errors.CacheUnsupported(reason=reason, where=where(node))
@@ -73,6 +71,19 @@ def _objection(program: Program, node: fx.Node) -> str | None:
     query, key = argument(node, "q").meta["val"], argument(node, "k").meta["val"]
     if query.shape[2] != key.shape[2]:
         return "has keys that are not its own tokens"
+    return None
+
+
+def _no_pages(node: fx.Node, paging: Paging) -> str | None:
+    """Why attention cannot read pages; None where it can."""
+    text = argument(node, "pattern")
+    if text is None:
+        return None
+    if paging.pattern is not None:
+        return f"keeps {text} already, which a window of the cache would cut"
+    top = read_pattern(text).top
+    if top is not None and paging.size % top.size:
+        return f"keeps {text}, and pages of {paging.size} tokens are no whole blocks of {top.size}"
     return None
 
 

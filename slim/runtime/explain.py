@@ -15,7 +15,7 @@ from slim.compiler.program import Program
 from slim.compiler.report import PipelineReport
 from slim.compiler.sources import source_line
 from slim.compiler.text import print_node
-from slim.compiler.types import SHORT, show_type
+from slim.compiler.types import show_shape, show_type
 from slim.compiler.uses import weight_nodes
 
 _NEAR = 5  # names that are offered for one that is unknown
@@ -184,8 +184,7 @@ def _weight(program: Program, node: fx.Node) -> Explanation:
 
 
 def _held(program: Program, name: str) -> str:
-    shape = ", ".join(map(str, program.weights.shape(name))) or "()"
-    return f"{SHORT[program.weights.dtype(name)]}[{shape}]"
+    return show_shape(program.weights.dtype(name), program.weights.shape(name))
 
 
 def _origins(nodes: Sequence[fx.Node]) -> list[Origin]:

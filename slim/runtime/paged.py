@@ -112,9 +112,13 @@ class PagedKVCache:
 
     def stats(self) -> Stats:
         """Pages, free and shared ones, tokens, bytes, copies made on writing, tokens that a ring has overwritten."""
+        return stats(self.pool, self.rows, self._overwritten)
+
+    @property
+    def _overwritten(self) -> int:
+        """Tokens whose places a ring has given to later ones."""
         kept = None if self.ring is None else self.ring.pages * PAGE
-        evicted = 0 if kept is None else sum(max(0, row.length - kept) for row in self.rows)
-        return stats(self.pool, self.rows, evicted)
+        return 0 if kept is None else sum(max(0, row.length - kept) for row in self.rows)
 
     def reserve(self, tokens: int | Sequence[int]) -> None:
         """Makes room for so many more tokens, in every row or in each.
@@ -172,7 +176,7 @@ class PagedKVCache:
         if length >= self.length:
             return
         gone = self.mask[:, length:].sum(1).tolist()
-        if self.ring is not None and any(row.length > (self.ring.pages - 1) * PAGE for row in self.rows):
+        if self._overwritten:
             self._refuse_ring("go back")
         for row, count in zip(self.rows, gone, strict=True):
             if self.ring is None:

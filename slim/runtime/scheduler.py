@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,59 +23,12 @@ from slim.compiler.inputs import checked_tokens
 from slim.runtime.paged_steps import PagedStep
 from slim.runtime.pages import PAGE, PagePool, Row, Stats, stats
 from slim.runtime.prefixes import Prefixes
+from slim.runtime.request import Request
 
 if TYPE_CHECKING:
     from slim.runtime.compiled import CompiledModel
 
 _BURST = 16  # steps of decoding between two looks at who waits
-
-
-class Request:
-    """One prompt on its way; iterate over it for its new tokens as they come.
-
-    Attributes:
-        prompt: token ids. tokens: new ones so far. limit: how many there may be.
-        state: "waiting", "running", "finished" or "cancelled".
-        preempted: how often it gave its pages back and was computed again.
-    """
-
-    def __init__(self, scheduler: Scheduler, number: int, prompt: list[int], limit: int) -> None:
-        self._scheduler = scheduler
-        self.number, self.prompt, self.limit = number, prompt, limit
-        self.tokens: list[int] = []
-        self.state = "waiting"
-        self.preempted = 0
-        self._row: Row | None = None
-
-    def __repr__(self) -> str:
-        return f"Request({self.number}, {len(self.prompt)} + {len(self.tokens)} tokens, {self.state})"
-
-    @property
-    def done(self) -> bool:
-        return self.state in ("finished", "cancelled")
-
-    def __iter__(self) -> Iterator[int]:
-        """New tokens, one by one; the scheduler works while there is none."""
-        given = 0
-        while True:
-            while given < len(self.tokens):
-                yield self.tokens[given]
-                given += 1
-            if self.done:
-                return
-            self._scheduler.advance()
-
-    def result(self) -> list[int]:
-        """All new tokens, once the last is there."""
-        return list(self)
-
-    def cancel(self) -> None:
-        """Stops it where it is; its pages are free at once."""
-        self._scheduler.cancel(self)
-
-    @property
-    def _known(self) -> list[int]:
-        return self.prompt + self.tokens
 
 
 @dataclass
@@ -138,6 +91,7 @@ class Scheduler:
         self.pool = PagePool(model.slots, min(limit, 4 * max_batch), limit, model.device)
         self.prefixes = Prefixes(self.pool) if share_prefixes else None
         self._ends = _ends(model, eos_token_id)
+        self._last = frozenset(self._ends.tolist())
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # in the order they came
         self._batch: _Batch | None = None
@@ -184,8 +138,8 @@ class Scheduler:
                 raise errors.BadInput(argument="request", reason=f"{request} does not go on")
             twin = Request(self, next(self._numbers), list(request.prompt), request.limit)
             twin.tokens = list(request.tokens)
-            if request._row is not None and request in self._running and len(self._running) < self.max_batch:
-                twin._row, twin.state = request._row.fork(), "running"
+            if request.row is not None and request in self._running and len(self._running) < self.max_batch:
+                twin.row, twin.state = request.row.fork(), "running"
                 self._running.append(twin)
                 self._batch = None
             else:
@@ -216,7 +170,7 @@ class Scheduler:
     def stats(self) -> Stats:
         """Of the pool; pages that only shared prompts name count as taken."""
         with self._lock:
-            return stats(self.pool, [request._row for request in self._running if request._row is not None])
+            return stats(self.pool, [request.row for request in self._running if request.row is not None])
 
     # -- who runs ----------------------------------------------------------------------------------------------------
 
@@ -224,13 +178,13 @@ class Scheduler:
         """Lets in who waits, first come first served, while there are pages for their prompts."""
         while self._waiting and len(self._running) < self.max_batch:
             request = self._waiting[0]
-            known = request._known
+            known = request.known
             shared = self.prefixes.known(known) if self.prefixes else 0
             growing = len(self._running)  # each of them may soon want a page more
             if not self._have(-(-len(known) // PAGE) - shared + 1 + growing) and self._running:
                 return
             self._waiting.popleft()
-            request._row = self.prefixes.begin(known) if self.prefixes else Row(self.pool)
+            request.row = self.prefixes.begin(known) if self.prefixes else Row(self.pool)
             request.state = "running"
             self._running.append(request)
             self._running.sort(key=lambda other: other.number)
@@ -244,7 +198,7 @@ class Scheduler:
 
     def _reserve(self, request: Request, tokens: int) -> bool:
         """Makes room for tokens of a request; the youngest others give theirs, then the request its own."""
-        row = request._row
+        row = request.row
         assert row is not None
         while not self._have(row.missing(tokens)):
             youngest = self._running[-1]
@@ -261,9 +215,9 @@ class Scheduler:
 
     def _leave(self, request: Request, state: str) -> None:
         request.state = state
-        if request._row is not None:
-            request._row.free()
-            request._row = None
+        if request.row is not None:
+            request.row.free()
+            request.row = None
         if request in self._running:
             self._running.remove(request)
             self._batch = None
@@ -284,12 +238,12 @@ class Scheduler:
     @staticmethod
     def _behind(request: Request) -> int:
         """Tokens that are still to be run before the next can be chosen by decoding; all but the newest."""
-        assert request._row is not None
-        missing = len(request._known) - request._row.length
+        assert request.row is not None
+        missing = len(request.known) - request.row.length
         return missing if not request.tokens or missing > 1 else 0
 
     def _run_prompt(self, request: Request, most: int) -> int:
-        known, row = request._known, request._row
+        known, row = request.known, request.row
         assert row is not None
         count = min(self._behind(request), most)
         if not self._reserve(request, count):
@@ -331,19 +285,19 @@ class Scheduler:
         batch = self._bound(ready)
         for index, request in enumerate(ready):
             batch.tokens[index, 0] = request.tokens[-1]
-            assert request._row is not None
-            batch.lengths[index] = request._row.length
-            batch.positions[index, 0] = request._row.length - (batch.greedy is not None)
+            assert request.row is not None
+            batch.lengths[index] = request.row.length
+            batch.positions[index, 0] = request.row.length - (batch.greedy is not None)
         batch.ends.finished.zero_()
         chosen = self._chosen(batch, steps)
         for index, request in enumerate(ready):
-            assert request._row is not None
-            request._row.length += len(chosen)
+            assert request.row is not None
+            request.row.length += len(chosen)
             self._take(request, chosen[:, index].tolist())
         return True
 
     def _bound(self, ready: list[Request]) -> _Batch:
-        rows = [request._row for request in ready if request._row is not None]
+        rows = [request.row for request in ready if request.row is not None]
         layout = (self.pool.generation, [len(row.pages) for row in rows])
         old = self._batch
         if old is not None and old.requests == ready and old.layout == layout:
@@ -382,10 +336,9 @@ class Scheduler:
 
     def _take(self, request: Request, tokens: list[int]) -> None:
         """Hands new tokens on; what came after the end is dropped, with the places it took."""
-        ends = set(self._ends.tolist())
         for token in tokens:
             request.tokens.append(token)
-            if token in ends or len(request.tokens) >= request.limit:
+            if token in self._last or len(request.tokens) >= request.limit:
                 self._leave(request, "finished")
                 return
 

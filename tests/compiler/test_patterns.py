@@ -32,6 +32,7 @@ def test_text_is_read_back_as_it_was(text: str) -> None:
         ("window()", "wrong number"),
         ("window(0)", "numbers of tokens"),
         ("window(4.5)", "numbers of tokens"),
+        ("window(2147483648)", "numbers of tokens"),
         ("window(True)", "numbers of tokens"),
         ("windows(4)", "none of dense"),
         ("columns(4)", "would see no key"),

@@ -92,6 +92,11 @@ def test_auto_gives_each_head_the_narrowest_window_that_keeps_enough() -> None:
         slim.compile(model("llama"), 'sparse_attention("auto", mass=0.999999)', **options)
 
 
+def test_a_pattern_that_names_other_heads_than_there_are_is_refused() -> None:
+    with pytest.raises(errors.PassMatchedNothing, match="it has 4 heads, and the pattern names 2"):
+        slim.compile(model("llama"), 'sparse_attention("0: dense; 1: window(5)")', target="eager")
+
+
 def test_it_is_done_once() -> None:
     with pytest.raises(errors.PassMatchedNothing, match=r"keeps window\(5\) already"):
         slim.compile(model("llama"), 'sparse_attention("window(5)"), sparse_attention(window=9)', target="eager")

@@ -132,6 +132,11 @@ def test_a_window_of_the_cache_and_a_pattern_of_the_model_are_not_mixed_silently
         slim.compile(pair("llama")[0], "sparse_attention(window=8)", kv_cache=KVCacheConfig(window=64), target="eager")
 
 
+def test_blocks_that_no_page_is_made_of_are_refused() -> None:
+    with pytest.raises(errors.CacheUnsupported, match="no whole blocks of 24"):
+        slim.compile(pair("llama")[0], 'sparse_attention("block_topk", block=24)', kv_cache=PAGED, target="eager")
+
+
 @pytest.mark.parametrize(("options", "match"), [
     (dict(sinks=4), "without a window"), (dict(window=0), "no number of tokens"),
     (dict(sinks=-1, window=4), "no number"), (dict(layout="tiled"), "is not one of"),

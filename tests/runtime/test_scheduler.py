@@ -8,7 +8,7 @@ import torch
 from slim import KVCacheConfig, Scheduler, errors
 from slim.runtime.compiled import CompiledModel
 from slim.runtime.pages import PAGE
-from slim.runtime.scheduler import Request
+from slim.runtime.request import Request
 from tests.compiled import pair
 
 EOS = 7

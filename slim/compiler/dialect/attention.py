@@ -8,6 +8,8 @@ that hold no more than that share of a row's attention; the reference leaves out
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -227,10 +229,6 @@ def _cached_attention(
     ).contiguous()
 
 
-def _cached_attention_fake(q: Tensor, k: Tensor, v: Tensor, *args: object, **kwargs: object) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[1], q.shape[2], v.shape[3])
-
-
 def _paged_attention(
     q: Tensor,
     k: Tensor,
@@ -245,14 +243,8 @@ def _paged_attention(
     v_scale: Tensor | None = None,
     k_bounds: Tensor | None = None,
     *,
-    layer: int,
-    scale: float,
-    causal: bool = True,
-    window: int | None = None,
-    softcap: float | None = None,
-    pattern: str | None = None,
-    skip: float | None = None,
     fixed: int = 0,
+    **options: Any,
 ) -> Tensor:
     """``cached_attention`` row by row, each over pages of its own: row b held ``lengths[b]`` tokens before.
 
@@ -265,9 +257,8 @@ def _paged_attention(
         one, pages = slice(row, row + 1), pages_of(table[row], start + q.shape[2], size, fixed)
         k_held, v_held = gathered(k_cache, pages), gathered(v_cache, pages)
         more = [None if cache is None else gathered(cache, pages) for cache in (k_scale, v_scale, k_bounds)]
-        options = {"window": window, "softcap": softcap, "pattern": pattern}
-        new = (q[one], k[one], v[one], k_held, v_held, start, None, sinks, slopes, *more)
-        rows.append(_cached_attention(*new, layer=layer, scale=scale, causal=causal, **options))  # type: ignore[arg-type]
+        new = (q[one], k[one], v[one], k_held, v_held, start, None, sinks, slopes)
+        rows.append(_cached_attention(*new, *more, **options))
         caches = (k_cache, v_cache, k_scale, v_scale, k_bounds)
         for cache, part in zip(caches, (k_held, v_held, *more), strict=True):
             if cache is not None and part is not None:
@@ -320,7 +311,7 @@ define(
     "Tensor? key_mask=None, Tensor? sinks=None, Tensor? slopes=None, Tensor(c!)? k_scale=None, "
     f"Tensor(d!)? v_scale=None, Tensor(e!)? k_bounds=None, *, int layer, float scale, {_LOOK}) -> Tensor",
     _cached_attention,
-    _cached_attention_fake,
+    _attention_fake,
     differentiable=False,
 )
 define(
@@ -328,7 +319,7 @@ define(
     "Tensor lengths, Tensor? sinks=None, Tensor? slopes=None, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, "
     f"Tensor(e!)? k_bounds=None, *, int layer, float scale, {_LOOK}, int fixed=0) -> Tensor",
     _paged_attention,
-    _cached_attention_fake,
+    _attention_fake,
     differentiable=False,
 )
 define(

@@ -47,6 +47,12 @@ class Pattern:
         return frozenset(term for _, _, terms in self.groups for term in terms)
 
     @property
+    def heads(self) -> int | None:
+        """How many heads there are by their numbers; None where all are alike."""
+        last = self.groups[-1][1]
+        return None if last == -1 else last + 1
+
+    @property
     def top(self) -> Top | None:
         """The one that chooses blocks, if any head has it."""
         return next((term for term in self.terms if isinstance(term, Top)), None)

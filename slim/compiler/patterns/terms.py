@@ -7,17 +7,43 @@ window of the model's own or a mask forbid stays forbidden.
 from __future__ import annotations
 
 import dataclasses
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import sympy
 import torch
 from torch import Tensor
 
 from slim import errors
+from slim.compiler.patterns.choose import VOTERS, top_blocks, voted
+
+_MOST = 2**31  # kernels hold the numbers of a term in 32 bits
 
 
 @dataclass(frozen=True)
-class Term:
+class Call:
+    """One call of attention, as terms see it.
+
+    Attributes:
+        q, k: scaled queries [B, H, S, D] and keys [B, G, T, D].
+        t, j: tokens of queries [B or 1, 1, S, 1] and of keys [B or 1, 1, 1, T].
+        seen: bool [B or 1, 1, S, T], what may be seen at all; None for everything.
+    """
+
+    q: Tensor
+    k: Tensor
+    t: Tensor
+    j: Tensor
+    seen: Tensor | None
+
+    def full(self, value: bool) -> Tensor:
+        """[1, 1, S, T] of one value."""
+        return torch.full((1, 1, self.q.shape[2], self.k.shape[2]), value, device=self.q.device)
+
+
+@dataclass(frozen=True)
+class Term(ABC):
     """A rule that keeps some keys. Its fields are whole numbers; its repr is its text in the IR.
 
     Attributes:
@@ -36,18 +62,20 @@ class Term:
     def __post_init__(self) -> None:
         for option in dataclasses.fields(self):
             value = getattr(self, option.name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < (option.name != "seed"):
-                raise errors.BadInput(
-                    argument=option.name, reason=f"{self.name()} takes numbers of tokens, not {value!r}"
-                )
+            least = 0 if option.name == "seed" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < _MOST:
+                reason = f"{self.name()} takes numbers of tokens, not {value!r}"
+                raise errors.BadInput(argument=option.name, reason=reason)
 
-    def kept(self, t: Tensor, j: Tensor, heads: int) -> Tensor:
-        """bool, over t [..., S, 1] and j [..., 1, T]; where heads differ, [..., heads, S, T]."""
-        raise NotImplementedError
+    @abstractmethod
+    def kept(self, call: Call) -> Tensor:
+        """bool, broadcast over [B, H, S, T]."""
+        ...
 
-    def keys_kept(self, keys: Any) -> Any:
-        """About how many of ``keys``, a number or an expression, a query keeps; more than there are stands for all."""
-        raise NotImplementedError
+    @abstractmethod
+    def keys_kept(self, keys: Any, queries: Any) -> Any:
+        """About how many of ``keys`` each of ``queries`` of a call keeps, numbers or expressions; at most all count."""
+        ...
 
 
 @dataclass(frozen=True, repr=False)
@@ -57,10 +85,10 @@ class Window(Term):
     sees_itself = True
     tokens: int
 
-    def kept(self, t: Tensor, j: Tensor, heads: int) -> Tensor:
-        return (t - j).abs() < self.tokens
+    def kept(self, call: Call) -> Tensor:
+        return (call.t - call.j).abs() < self.tokens
 
-    def keys_kept(self, keys: Any) -> Any:
+    def keys_kept(self, keys: Any, queries: Any) -> Any:
         return self.tokens
 
 
@@ -70,10 +98,10 @@ class Columns(Term):
 
     tokens: int
 
-    def kept(self, t: Tensor, j: Tensor, heads: int) -> Tensor:
-        return (j < self.tokens).expand(torch.broadcast_shapes(t.shape, j.shape))
+    def kept(self, call: Call) -> Tensor:
+        return call.j < self.tokens
 
-    def keys_kept(self, keys: Any) -> Any:
+    def keys_kept(self, keys: Any, queries: Any) -> Any:
         return self.tokens
 
 
@@ -83,10 +111,10 @@ class Rows(Term):
 
     tokens: int
 
-    def kept(self, t: Tensor, j: Tensor, heads: int) -> Tensor:
-        return (t < self.tokens).expand(torch.broadcast_shapes(t.shape, j.shape))
+    def kept(self, call: Call) -> Tensor:
+        return call.t < self.tokens
 
-    def keys_kept(self, keys: Any) -> Any:
+    def keys_kept(self, keys: Any, queries: Any) -> Any:
         return 0
 
 
@@ -97,10 +125,10 @@ class Stride(Term):
     sees_itself = True
     step: int
 
-    def kept(self, t: Tensor, j: Tensor, heads: int) -> Tensor:
-        return (t - j) % self.step == 0
+    def kept(self, call: Call) -> Tensor:
+        return (call.t - call.j) % self.step == 0
 
-    def keys_kept(self, keys: Any) -> Any:
+    def keys_kept(self, keys: Any, queries: Any) -> Any:
         return keys / self.step
 
 
@@ -112,10 +140,10 @@ class Blocks(Term):
     size: int
     count: int
 
-    def kept(self, t: Tensor, j: Tensor, heads: int) -> Tensor:
-        return (_block(t, self.size) - _block(j, self.size)).abs() < self.count
+    def kept(self, call: Call) -> Tensor:
+        return (_block(call.t, self.size) - _block(call.j, self.size)).abs() < self.count
 
-    def keys_kept(self, keys: Any) -> Any:
+    def keys_kept(self, keys: Any, queries: Any) -> Any:
         return self.size * self.count
 
 
@@ -126,10 +154,10 @@ class Summary(Term):
     size: int
     count: int
 
-    def kept(self, t: Tensor, j: Tensor, heads: int) -> Tensor:
-        return (j % self.size >= self.size - self.count).expand(torch.broadcast_shapes(t.shape, j.shape))
+    def kept(self, call: Call) -> Tensor:
+        return call.j % self.size >= self.size - self.count
 
-    def keys_kept(self, keys: Any) -> Any:
+    def keys_kept(self, keys: Any, queries: Any) -> Any:
         return keys * self.count / self.size
 
 
@@ -144,18 +172,16 @@ class Random(Term):
     count: int
     seed: int
 
-    def kept(self, t: Tensor, j: Tensor, heads: int) -> Tensor:
-        query, key = _block(t, self.size), _block(j, self.size)
-        shape = torch.broadcast_shapes(t.shape, j.shape)
-        found = torch.zeros(*shape[:-2], heads, *shape[-2:], dtype=torch.bool, device=t.device)
-        before = query.clamp_min(1)
-        for head in range(heads):
-            for number in range(self.count):
-                chosen = draw(query, head, number, self.seed) % before
-                found[..., head, :, :] |= (chosen == key) & (query > 0)
+    def kept(self, call: Call) -> Tensor:
+        query, key = _block(call.t, self.size), _block(call.j, self.size)
+        heads = torch.arange(call.q.shape[1], device=call.q.device)[None, :, None, None]
+        found = call.full(False)
+        for number in range(self.count):
+            drawn = draw(query, heads, number, self.seed) % query.clamp_min(1)
+            found = found | (drawn == key) & (query > 0)
         return found
 
-    def keys_kept(self, keys: Any) -> Any:
+    def keys_kept(self, keys: Any, queries: Any) -> Any:
         return self.size * self.count
 
 
@@ -172,7 +198,14 @@ class Top(Term):
     size: int
     share: int
 
-    def keys_kept(self, keys: Any) -> Any:
+    def kept(self, call: Call) -> Tensor:
+        batch, heads, queries, _ = call.q.shape
+        real, tokens = (call.j >= 0)[:, 0, 0].expand(batch, -1), call.t[:, 0, :, 0].expand(batch, queries)
+        best = top_blocks(call.q, call.k, real, tokens, self.size, self.share)
+        own = _block(call.t, self.size) == _block(call.j, self.size)
+        return best.repeat_interleave(heads // call.k.shape[1], 1) | own
+
+    def keys_kept(self, keys: Any, queries: Any) -> Any:
         return keys / self.share + self.size
 
 
@@ -192,8 +225,14 @@ class VerticalSlash(Term):
     def name(cls) -> str:
         return "vertical_slash"
 
-    def keys_kept(self, keys: Any) -> Any:
-        return self.columns + self.slashes
+    def kept(self, call: Call) -> Tensor:
+        if call.q.shape[2] < VOTERS:
+            return call.full(True)
+        k = call.k.repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
+        return voted(call.q, k, call.full(True) if call.seen is None else call.seen, self.columns, self.slashes)
+
+    def keys_kept(self, keys: Any, queries: Any) -> Any:
+        return sympy.Piecewise((keys, queries < VOTERS), (self.columns + self.slashes, True))
 
 
 TERMS: dict[str, type[Term]] = {
@@ -208,10 +247,10 @@ def _block(tokens: Tensor, size: int) -> Tensor:
 _WORD = 0xFFFFFFFF
 
 
-def draw(block: Tensor, head: int, number: int, seed: int) -> Tensor:
+def draw(block: Tensor, head: Tensor, number: int, seed: int) -> Tensor:
     """A number below 2^32 for every block: the ``number``-th draw of a head. kernels/attention_pattern.h has it too."""
-    start = (seed * 0x9E3779B1 + head * 0x85EBCA77 + number * 0x27D4EB2F) & _WORD
-    x = (block * 0xC2B2AE3D + start) & _WORD
+    start = (seed * 0x9E3779B1 + number * 0x27D4EB2F) & _WORD
+    x = (block * 0xC2B2AE3D + head * 0x85EBCA77 + start) & _WORD
     x = ((x ^ (x >> 15)) * 0x2C1B3C6D) & _WORD
     x = ((x ^ (x >> 12)) * 0x297A2D39) & _WORD
     return x ^ (x >> 15)

@@ -15,7 +15,7 @@ from slim.compiler.program import Program
 from slim.compiler.report import PipelineReport, Report, Size
 from slim.compiler.sources import source_line
 from slim.compiler.text import print_node
-from slim.compiler.types import SHORT
+from slim.compiler.types import show_shape
 from slim.inspection.layers import Layers, measure_layers, names_of, sensitivity
 from slim.inspection.machine import Machine
 from slim.runtime.compiled import CompiledModel
@@ -149,8 +149,8 @@ def _rules(counts: Mapping[str, Any]) -> list[list[Any]]:
 
 
 def _held(program: Program, name: str) -> list[Any]:
-    shape = ", ".join(map(str, program.weights.shape(name))) or "()"
-    return [f"{SHORT[program.weights.dtype(name)]}[{shape}]", program.weights.nbytes(name)]
+    weights = program.weights
+    return [show_shape(weights.dtype(name), weights.shape(name)), weights.nbytes(name)]
 
 
 def _region(stage: Stage) -> dict[str, Any]:

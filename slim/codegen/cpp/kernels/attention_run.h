@@ -14,7 +14,7 @@ struct Layout {
     Layout(i64 group, i64 key_width, i64 value_width, i64 most_keys, i64 top, i64 slash_columns) {
         i64 choosing = top ? (group + 1) * (ceil_div(most_keys, top) + 4) : 0;
         q = 0;
-        out = q + MANY_ROWS * padded(key_width);
+        out = q + most(MANY_ROWS, top ? group : 0) * padded(key_width);
         rows = out + MANY_ROWS * padded(value_width);
         keys = rows + padded(MANY_ROWS * (i64)(sizeof(Row) / sizeof(float)));
         values = keys + padded(key_width) * KEY_BLOCK;
