@@ -109,7 +109,7 @@ class Scheduler:
         Raises:
             EmptyPrompt, TokenOutOfRange, BadInput. PromptTooLong: where it could never fit.
         """
-        given = input_ids if isinstance(input_ids, Tensor) else torch.tensor(list(input_ids), dtype=torch.int64)
+        given = _as_tensor(input_ids)
         tokens = checked_tokens(given[None] if given.dim() == 1 else given, self.model.vocabulary)
         if tokens.shape[0] != 1:
             raise errors.BadInput(
@@ -341,6 +341,16 @@ class Scheduler:
             if token in self._last or len(request.tokens) >= request.limit:
                 self._leave(request, "finished")
                 return
+
+
+def _as_tensor(tokens: Tensor | Sequence[int]) -> Tensor:
+    if isinstance(tokens, Tensor):
+        return tokens
+    listed = isinstance(tokens, Sequence) and not isinstance(tokens, str)
+    if not listed or not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
+        reason = f"it must be a tensor or a list of token ids, not {tokens!r:.40}"
+        raise errors.BadInput(argument="input_ids", reason=reason)
+    return torch.tensor(tokens, dtype=torch.int64)
 
 
 def _places(rows: Sequence[Row], spare: int = 0) -> tuple[Tensor, Tensor]:

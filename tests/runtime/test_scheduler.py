@@ -128,6 +128,7 @@ def test_bad_requests_are_refused_and_disturb_nobody(model: CompiledModel) -> No
     good = scheduler.submit([9, 10], 4)
     for prompt, limit, error in (
         ([], 4, errors.EmptyPrompt), ([10**6], 4, errors.TokenOutOfRange), ([9], 0, errors.BadInput),
+        ([9, 2.5], 4, errors.BadInput), ("text", 4, errors.BadInput), (9, 4, errors.BadInput),
         ([9] * 200, 4, errors.PromptTooLong), (torch.ones(2, 3, dtype=torch.long), 4, errors.BadInput),
     ):  # fmt: skip
         with pytest.raises(error):
