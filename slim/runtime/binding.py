@@ -17,6 +17,7 @@ from slim.compiler.program import Program, where
 from slim.compiler.rounded_kv import pair_bits, rounded
 from slim.compiler.rules import argument
 from slim.compiler.types import Input
+from slim.runtime import sinks
 from slim.runtime.cache import Slot, Tensors
 from slim.runtime.tokenwise import check_tokenwise
 
@@ -34,12 +35,21 @@ class Paging:
     Attributes:
         size: tokens of a page.
         fixed: pages of a row that stay, where the others take turns.
-        pattern: what every layer keeps, beside what its own pattern does; None for everything.
+        window: newest tokens that every layer keeps; None for all.
+        sinks: first tokens that it keeps beside them, and sees as near as in a text of ``window + sinks`` tokens.
     """
 
     size: int
     fixed: int = 0
-    pattern: str | None = None
+    window: int | None = None
+    sinks: int = 0
+
+    @property
+    def pattern(self) -> str | None:
+        """What every layer keeps; None for everything."""
+        if self.window is None:
+            return None
+        return f"window({self.window})" + (f" | columns({self.sinks})" if self.sinks else "")
 
 
 def check_cacheable(program: Program, paging: Paging | None = None) -> None:
@@ -78,7 +88,7 @@ def _no_pages(node: fx.Node, paging: Paging) -> str | None:
     """Why attention cannot read pages; None where it can."""
     text = argument(node, "pattern")
     if text is None:
-        return None
+        return sinks.objection(node) if paging.sinks else None
     if paging.pattern is not None:
         return f"keeps {text} already, which a window of the cache would cut"
     top = read_pattern(text).top
@@ -141,6 +151,7 @@ class _Binder:
         self.program = program
         self.masked = masked
         self.paging = paging
+        self.nearer: sinks.Nearer | None = None
         self.slots = cache_slots(program, bits)
         self.pairs: dict[tuple[fx.Node, fx.Node], int] = {}
 
@@ -229,7 +240,7 @@ class _Binder:
         target, places = slim.cached_attention.default, (start, self._mask(bound, node))
         if self.paging is not None:
             target, places = slim.paged_attention.default, (_placeholder(bound, TABLE), _placeholder(bound, LENGTHS))
-            options |= self._paged_options()
+            options |= self._paged_options(bound, node)
         new = bound.insert(node, target, argument(node, "q"), k, v, *caches, *places, *more, like=node, **options)
         new.meta["stands_for"] = node.name
         node.replace_all_uses_with(new)
@@ -238,10 +249,18 @@ class _Binder:
     def _mask(self, bound: Program, node: fx.Node) -> fx.Node | None:
         return _placeholder(bound, KEY_MASK) if self.masked and argument(node, "key_mask") is not None else None
 
-    def _paged_options(self) -> dict[str, Any]:
-        assert self.paging is not None
-        fixed = {"fixed": self.paging.fixed} if self.paging.fixed else {}
-        return fixed if self.paging.pattern is None else fixed | {"pattern": self.paging.pattern}
+    def _paged_options(self, bound: Program, node: fx.Node) -> dict[str, Any]:
+        paging = self.paging
+        assert paging is not None
+        if paging.window is None:
+            return {}
+        options: dict[str, Any] = {"fixed": paging.fixed, "pattern": paging.pattern}
+        if paging.sinks:
+            if self.nearer is None:
+                self.nearer = sinks.Nearer(bound, paging.window + paging.sinks - 1)
+            first = self.nearer.queries(node, argument(node, "q"))
+            options |= {} if first is None else {"q_first": first, "first": paging.sinks}
+        return options
 
 
 def _placeholder(program: Program, name: str) -> fx.Node:

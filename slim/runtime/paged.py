@@ -46,8 +46,7 @@ def paging(config: KVCacheConfig) -> Paging | None:
     """How a configuration lays out pages; None where it wants none."""
     ring = Ring.of(config)
     if ring is not None:
-        sinks = f" | columns({config.sinks})" if config.sinks else ""
-        return Paging(PAGE, ring.fixed, f"window({config.window}){sinks}")
+        return Paging(PAGE, ring.fixed, config.window, config.sinks)
     return Paging(PAGE) if config.layout == "paged" else None
 
 
@@ -81,6 +80,7 @@ class PagedKVCache:
         self.device = self.pool.device
         self.rows = [Row(self.pool) for _ in range(batch)]
         self.length = 0
+        self._padded = False
         self.mask = torch.ones(batch, 0, dtype=torch.bool, device=self.device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.table = torch.zeros(batch, each, dtype=torch.int32, device=self.device)
@@ -144,9 +144,10 @@ class PagedKVCache:
             row.length += count
         self.lengths.copy_(torch.tensor([row.length for row in self.rows]))
         new = torch.ones(self.batch, columns, dtype=torch.bool, device=self.device) if mask is None else mask
-        if self.ring is None or not bool(new.all()) or not bool(self.mask.all()):
+        self._padded |= not bool(new.all())
+        if self._padded:
             self.mask = torch.cat([self.mask, new], 1)
-        else:
+        else:  # nothing is kept of what has no padding
             self.mask = new.new_ones(1, 1).expand(self.batch, self.length + columns)
         self.length += columns
 

@@ -82,33 +82,50 @@ def test_what_was_tried_is_rolled_back() -> None:
 # -- rings -------------------------------------------------------------------------------------------------------------
 
 
-def windowed(window: int, sinks: int) -> tuple[CompiledModel, CompiledModel]:
-    """A model over a ring, and the same whose attention keeps the same window of a cache that keeps everything."""
+def ringed(window: int, sinks: int, layers: int = 2, target: str = "auto") -> tuple[LlamaForCausalLM, CompiledModel]:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=96, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=4096,
     )  # fmt: skip
-    program = lift(LlamaForCausalLM(config).eval())
-    ring = CompiledModel(program.copy(), "auto", kv_cache=KVCacheConfig(window=window, sinks=sinks))
-    text = f"window({window})" + (f" | columns({sinks})" if sinks else "")
-    for node in program.attention_nodes():
-        node.update_kwarg("pattern", text)
-    return ring, CompiledModel(program, "auto")
+    model = LlamaForCausalLM(config).eval()
+    return model, CompiledModel(lift(model), target, kv_cache=KVCacheConfig(window=window, sinks=sinks))
 
 
+TEXT = torch.randint(3, 96, (2, 900), generator=torch.Generator().manual_seed(1))  # more than goes in at once
+
+
+@pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize(("window", "sinks"), [(32, 4), (100, 0), (64, 65)])
-def test_a_ring_writes_what_a_window_of_a_whole_cache_does(window: int, sinks: int) -> None:
-    ring, whole = windowed(window, sinks)
-    tokens = torch.randint(3, 96, (2, 900), generator=torch.Generator().manual_seed(1))  # more than goes in at once
-    options = dict(max_new_tokens=900, do_sample=False, eos_token_id=None, pad_token_id=0)
-    got = ring.generate(tokens, return_dict_in_generate=True, **options)
-    assert torch.equal(got.sequences, whole.generate(tokens, **options))
-    assert got.past_key_values.stats().evicted > 0
+def test_a_ring_reads_sinks_and_window_as_if_they_were_the_whole_text(window: int, sinks: int, target: str) -> None:
+    model, ring = ringed(window, sinks, layers=1, target=target)  # with one layer nothing else reaches the last token
+    cache = ring.new_cache(2)
+    ring(TEXT, past_key_values=cache)
+    for step in range(3):
+        token = torch.full((2, 1), 5 + step)
+        got = ring(token, past_key_values=cache).logits[:, -1]
+        seen = torch.cat([TEXT, *(torch.full((2, 1), 5 + past) for past in range(step + 1))], 1)
+        left = torch.cat([seen[:, :sinks], seen[:, -window:]], 1)
+        assert difference(got, model(left).logits[:, -1]) < 1e-4
+    assert cache.stats().evicted > 0
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(32, 4), (64, 65)])
+def test_a_ring_writes_the_same_on_every_target(window: int, sinks: int) -> None:
+    options = dict(max_new_tokens=100, do_sample=False, eos_token_id=None, pad_token_id=0)
+    eager, generated = (ringed(window, sinks, target=target)[1] for target in ("eager", "auto"))
+    assert torch.equal(generated.generate(TEXT, **options), eager.generate(TEXT, **options))
+
+
+def test_sinks_that_cannot_be_kept_near_are_refused() -> None:
+    data = [torch.randint(3, 96, (4, 32))]
+    with pytest.raises(errors.CacheUnsupported, match="takes a mean off its keys"):
+        slim.compile(pair("llama")[0], 'quantize_kv("int8")', calibration=data, target="eager",
+                     kv_cache=KVCacheConfig(window=64, sinks=4))  # fmt: skip
 
 
 def test_the_memory_of_a_ring_does_not_depend_on_how_much_is_written() -> None:
-    ring, _ = windowed(32, 4)
+    _, ring = ringed(32, 4)
     sizes = []
     for tokens in (5, 2000):
         options = dict(max_new_tokens=tokens, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -118,7 +135,7 @@ def test_the_memory_of_a_ring_does_not_depend_on_how_much_is_written() -> None:
 
 
 def test_a_ring_refuses_to_fork_and_to_go_back_beyond_what_it_holds() -> None:
-    ring, _ = windowed(32, 4)
+    _, ring = ringed(32, 4)
     cache = ring.new_cache(1)
     ring(torch.full((1, 800), 5), past_key_values=cache)
     with pytest.raises(errors.CacheUnsupported, match="cannot fork"):

@@ -50,7 +50,8 @@ def _attention(writer: Writer, region: Attention) -> list[str]:
     if region.pages is not None:
         assert region.k_cache is not None
         fields |= {"columns": text(region.pages.shape[1]), "page_size": text(region.k_cache.shape[2])}
-        fields["fixed"] = str(region.fixed)
+        fields |= {"fixed": str(region.fixed), "first": str(region.first)}
+        fields |= _place(writer, "q_first", region.q_first, "qf", ("batch", "head", "token"))
     lines, choices = _pattern(writer, region)
     fields |= choices | _place(writer, "k_bounds", region.k_bounds, "kb", ("batch", "head"))
     fields["scratch"] = writer.arguments.text(None)

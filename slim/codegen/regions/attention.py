@@ -37,7 +37,8 @@ class Rotation:
 def attention(lowering: Lowering, node: fx.Node) -> Value:
     """slim.attention, slim.cached_attention and slim.paged_attention."""
     if not lowering.wants.attends(node):
-        raise Unsupported(f"this target has no kernel for attention that keeps {argument(node, 'pattern')}")
+        nearer = " and sees its first keys nearer than they are" if argument(node, "q_first") is not None else ""
+        raise Unsupported(f"this target has no kernel for attention that keeps {argument(node, 'pattern')}{nearer}")
     shape, dtype = lowering.type(node)
     batch, heads, queries, width = shape
     keys, offset, values, bits = _sources(node)
@@ -62,7 +63,9 @@ def attention(lowering: Lowering, node: fx.Node) -> Value:
         region.k_bounds = _given(lowering, node, "k_bounds")
         if node.target is slim.paged_attention.default:
             region.pages, region.lengths = (lowering.view(argument(node, name)) for name in ("table", "lengths"))
-            region.fixed = argument(node, "fixed")
+            region.fixed, region.first = argument(node, "fixed"), argument(node, "first")
+            first = argument(node, "q_first")
+            region.q_first = None if first is None else lowering.rows(first, lowering.floats)
         else:
             region.start = lowering.size(argument(node, "start"))
     if region.k_bounds is None and region.pattern is not None and region.pattern.top is not None:

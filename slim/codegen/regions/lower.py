@@ -74,6 +74,7 @@ class Wants:
         requantises: whether what linears store is rounded to int8 at once, where linears alone read it so, in one step.
         own_steps: whether it finds the step of such a row, where that is slim.token_scale of the row, as it loads it.
         terms: of patterns, those by which attention visits no more keys than are kept.
+        first: whether attention looks at the first keys with queries of their own.
         pitched: masks among the inputs, bool [B, T], are read where they lie, rows as far apart as they are.
     """
 
@@ -84,11 +85,14 @@ class Wants:
     requantises: bool = False
     own_steps: bool = False
     terms: frozenset[type[Term]] = frozenset()
+    first: bool = False
     pitched: bool = False
 
     def attends(self, node: fx.Node) -> bool:
-        """Whether there is a kernel for what the heads of attention keep."""
+        """Whether there is a kernel for what the heads of attention keep, and how they look at it."""
         text = argument(node, "pattern")
+        if argument(node, "q_first") is not None and not self.first:
+            return False
         return text is None or {type(term) for term in read_pattern(text).terms} <= self.terms
 
 

@@ -341,6 +341,7 @@ class Attention(Region):
             [pages, G, page_size, D]. None where they are contiguous.
         lengths: int64 [B], beside ``pages``: how many tokens each row holds, in place of ``start``.
         fixed: columns of ``pages`` that stay; the others take turns where there are more blocks than columns.
+        q_first, first: rotated queries with which the so many first keys of each row are looked at.
         pattern: what each head keeps; None for everything.
         skip: the share of a row's attention that may be left out; 0 for none.
         k_bounds: float32 [B or pages, G, blocks, 2, D], for a pattern with ``top``: the lowest and the highest number
@@ -370,6 +371,8 @@ class Attention(Region):
     pages: View | None = None
     lengths: View | None = None
     fixed: int = 0
+    q_first: View | None = None
+    first: int = 0
     pattern: Pattern | None = None
     skip: float = 0.0
     k_bounds: View | None = None
@@ -377,7 +380,7 @@ class Attention(Region):
     def reads(self) -> Iterator[Buffer]:
         rope = self.rope[:2] if self.rope else ()
         cache = (self.k_cache, self.v_cache, self.k_scale, self.v_scale, self.k_bounds, self.pages, self.lengths)
-        optional = (*cache, self.k_offset, self.key_mask, self.bias, self.sinks, self.slopes)
+        optional = (*cache, self.k_offset, self.q_first, self.key_mask, self.bias, self.sinks, self.slopes)
         for view in (self.q, self.k, self.v, *rope, *optional):
             if view is not None:
                 yield view.buffer

@@ -202,20 +202,26 @@ def _cached_attention(
     softcap: float | None = None,
     pattern: str | None = None,
     skip: float | None = None,
+    q_first: Tensor | None = None,
+    first: int = 0,
 ) -> Tensor:
     end = start + q.shape[2]
     hold(k, k_cache, k_scale, start)
     hold(v, v_cache, v_scale, start)
     if k_bounds is not None:
         note_bounds(pattern, held(k_cache, k_scale, 0, end, torch.float32), key_mask, k_bounds)
-    first = 0
+    begin = 0
     if window is not None and pattern is None and start - window + 1 > 0:  # what no query can see is not read
-        first = start - window + 1
-        key_mask = None if key_mask is None else key_mask[:, first:]
+        begin = start - window + 1
+        key_mask = None if key_mask is None else key_mask[:, begin:]
+    keys = held(k_cache, k_scale, begin, end, k.dtype)
+    if q_first is not None:  # keys as pairs of which each query meets one: k, 0 and 0, k for the first of them
+        there = (torch.arange(end, device=k.device) < first)[:, None]
+        q, keys = torch.cat([q, q_first], -1), torch.cat([keys.masked_fill(there, 0.0), keys * there], -1)
     return attend(
         q,
-        held(k_cache, k_scale, first, end, k.dtype),
-        held(v_cache, v_scale, first, end, v.dtype),
+        keys,
+        held(v_cache, v_scale, begin, end, v.dtype),
         key_mask,
         None,
         sinks,
@@ -225,7 +231,7 @@ def _cached_attention(
         window=window,
         softcap=softcap,
         pattern=pattern,
-        offset=start - first,
+        offset=start - begin,
     ).contiguous()
 
 
@@ -242,15 +248,17 @@ def _paged_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     k_bounds: Tensor | None = None,
+    q_first: Tensor | None = None,
     *,
     fixed: int = 0,
+    first: int = 0,
     **options: Any,
 ) -> Tensor:
     """``cached_attention`` row by row, each over pages of its own: row b held ``lengths[b]`` tokens before.
 
     Token i of row b lies in page ``table[b, i // size]`` at ``i % size``, for caches [pages, G, size, D]. Where the
     table has fewer columns, it is a ring: those from ``fixed`` on take turns, and are written anew when their tokens
-    are seen no longer.
+    are seen no longer. The ``first`` tokens of each row are looked at with ``q_first`` in place of q.
     """
     size, rows = k_cache.shape[2], []
     for row, start in enumerate(lengths.tolist()):
@@ -258,7 +266,8 @@ def _paged_attention(
         k_held, v_held = gathered(k_cache, pages), gathered(v_cache, pages)
         more = [None if cache is None else gathered(cache, pages) for cache in (k_scale, v_scale, k_bounds)]
         new = (q[one], k[one], v[one], k_held, v_held, start, None, sinks, slopes)
-        rows.append(_cached_attention(*new, *more, **options))
+        other = None if q_first is None else q_first[one]
+        rows.append(_cached_attention(*new, *more, q_first=other, first=first, **options))
         caches = (k_cache, v_cache, k_scale, v_scale, k_bounds)
         for cache, part in zip(caches, (k_held, v_held, *more), strict=True):
             if cache is not None and part is not None:
@@ -317,7 +326,8 @@ define(
 define(
     "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor table, "
     "Tensor lengths, Tensor? sinks=None, Tensor? slopes=None, Tensor(c!)? k_scale=None, Tensor(d!)? v_scale=None, "
-    f"Tensor(e!)? k_bounds=None, *, int layer, float scale, {_LOOK}, int fixed=0) -> Tensor",
+    f"Tensor(e!)? k_bounds=None, Tensor? q_first=None, *, int layer, float scale, {_LOOK}, int fixed=0, int first=0) "
+    "-> Tensor",
     _paged_attention,
     _attention_fake,
     differentiable=False,

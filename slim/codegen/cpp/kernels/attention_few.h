@@ -126,18 +126,19 @@ struct Few {
     float* out;
     Row* rows;
     float* weights;  // [FEW_ROWS][KEY_BLOCK]
+    float* turned;   // [key_width]
     i64 q_row, out_row;
 };
 
-// Loads and rotates the queries. `turned` holds key_width floats.
-[[gnu::noinline]] void begin_few(const Attention& a, const Rows& rows, const Few& few, float* turned) {
+// Loads and rotates the queries.
+[[gnu::noinline]] void begin_few(const Attention& a, const Rows& rows, const Few& few) {
     list_rows(a, rows, few.rows);
     for (i64 r = 0; r < rows.count(); r++) {
-        rotate_query(a, rows.batch, few.rows[r], turned);
+        rotate_query(a, rows.batch, few.rows[r], few.turned);
         float* q = few.q + r * few.q_row;
         for (i64 n = 0; n < vectors_of(a.key_width); n++) {
             i64 at = vector_start(n, a.key_width);
-            for (i64 p = 0; p < LANES; p++) q[n * LANES + p] = at + p < n * LANES ? 0.0f : turned[at + p];
+            for (i64 p = 0; p < LANES; p++) q[n * LANES + p] = at + p < n * LANES ? 0.0f : few.turned[at + p];
         }
         std::memset(few.out + r * few.out_row, 0, sizeof(float) * (size_t)few.out_row);
     }
@@ -233,6 +234,7 @@ void attend_block(const Attention& a, const Source<K, V>& source, const Rows& ro
         Row& row = few.rows[r];
         float* s = weights + r * KEY_BLOCK;
         scale_keys(s, source.key_scale(rows.batch, rows.kv_head, first), count);
+        score_first(a, source, rows, row, first, s, few.turned);
         adjust(a, rows.batch, row, first, {row.seen.first, least(row.seen.last, last)}, s);
         counts |= a.skip != 0.0f && highest_of(s) - row.total.max >= least_share(a, rows.batch);
     }

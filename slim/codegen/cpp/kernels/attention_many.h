@@ -102,9 +102,9 @@ void pack_values(const Attention& a, const Source<K, V>& source, const Rows& row
 }
 
 // TILE_ROWS rows from `row` on against the packed block of keys first..last - 1. `values()` packs their values.
-template <class Values>
-[[gnu::noinline]] void attend_tile(const Attention& a, const Rows& rows, i64 row, i64 first, i64 last, const Packed& own,
-                                   Values&& values) {
+template <class K, class V, class Values>
+[[gnu::noinline]] void attend_tile(const Attention& a, const Source<K, V>& source, const Rows& rows, i64 row, i64 first,
+                                   i64 last, const Packed& own, Values&& values) {
     i64 end_row = least(row + TILE_ROWS, rows.count());
     u64 any = 0;
     for (i64 r = row; r < end_row; r++) any |= own.rows[r].kept;
@@ -119,6 +119,7 @@ template <class Values>
     for (i64 r = row; r < end_row; r++) {
         float* s = own.weights + (r - row) * KEY_BLOCK;
         Range seen = own.rows[r].seen;
+        score_first(a, source, rows, own.rows[r], first, s, own.turned);
         adjust(a, rows.batch, own.rows[r], first, {seen.first, least(seen.last, last)}, s);
         counts |= a.skip != 0.0f && highest_of(s) - own.rows[r].total.max >= least_share(a, rows.batch);
     }
@@ -155,7 +156,7 @@ void attend_many(const Attention& a, const Source<K, V>& source, const Rows& row
         bool packed = false;
         pack_keys(a, source, rows, first, last - first, own);
         for (i64 row = 0; row < count; row += TILE_ROWS)
-            attend_tile(a, rows, row, first, last, own, [&] {
+            attend_tile(a, source, rows, row, first, last, own, [&] {
                 if (!packed) pack_values(a, source, rows, first, last - first, own);
                 packed = true;
             });

@@ -212,6 +212,20 @@ const float* key_as_floats(const Attention& a, const Source<K, V>& source, i64 b
     return row;
 }
 
+// Scores of those keys of the block from `first` on that are looked at with queries of their own.
+template <class K, class V>
+void score_first(const Attention& a, const Source<K, V>& source, const Rows& rows, const Row& row, i64 first, float* s,
+                 float* key_row) {
+    if (!a.q_first) return;
+    const float* q = a.q_first + rows.batch * a.qf_batch + row.head * a.qf_head + row.query * a.qf_token;
+    for (i64 j = first; j < least(a.first, a.keys_of(rows.batch)) && j < first + KEY_BLOCK; j++) {
+        const float* key = key_as_floats(a, source, rows.batch, rows.kv_head, j, key_row);
+        float score = 0.0f;
+        for (i64 p = 0; p < a.key_width; p++) score += q[p] * key[p];
+        s[j - first] = score * a.scale;
+    }
+}
+
 // Lowest, then highest number of each channel in a block of keys.
 inline float* bounds_of(const Attention& a, i64 batch, i64 head, i64 block) {
     i64 token = block * a.top;

@@ -164,7 +164,7 @@ void run_few(Thread& thread, const Attention& a, const Source<K, V>& source, con
     Split split = split_few(a, threads);
     float* slots = (float*)a.scratch + threads * layout.thread;
     Few few{own + layout.q,       own + layout.out,    (Row*)(own + layout.rows),
-            own + layout.weights, padded(a.key_width), padded(a.value_width)};
+            own + layout.weights, own + layout.turned, padded(a.key_width), padded(a.value_width)};
     // New keys and values are appended by who reads them, where nobody else does.
     bool alone = split.head_groups == 1 && (split.chunks == 1 || a.queries == 1) && !a.top;
     if (a.k_cache && !alone) append_all<K, V>(thread, a, own + layout.turned);
@@ -178,7 +178,7 @@ void run_few(Thread& thread, const Attention& a, const Source<K, V>& source, con
             Chunk chunk(a, seen_by(a, rows), split.chunks, number, kept);
             float* slot = slots + piece * layout.slot;
             if (split.chunks > 1) few.out = slot + padded(2 * FEW_ROWS);
-            begin_few(a, rows, few, own + layout.turned);
+            begin_few(a, rows, few);
             for (i64 r = 0; number == 0 && r < rows.count(); r++) add_sink(a, few.rows[r]);
             if (a.k_cache && alone && chunk.is_last)
                 for (i64 i = 0; i < a.queries; i++) append<K, V>(a, rows.batch, rows.kv_head, i, own + layout.turned);

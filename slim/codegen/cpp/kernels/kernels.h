@@ -99,6 +99,8 @@ struct Attention {
     // page to page. Token i of a row lies in page table[i / page_size]; columns from `fixed` on take turns.
     const i32* table;                  // [batch, columns] or null
     i64 table_batch, columns, page_size, fixed;
+    const float* q_first;              // like q, rotated, or null: what the `first` keys of each row are looked at with
+    i64 qf_batch, qf_head, qf_token, first;
     const i64* lengths;                // [batch]: instead of start and keys, what each row holds before its new tokens
     const float *cos, *sin;            // [batch, queries, rope_width / 2], null: q and k are rotated already
     i64 rope_batch, rope_token, rope_width;
