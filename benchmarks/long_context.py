@@ -42,7 +42,6 @@ from benchmarks.peers.random_llama import SHAPES, ensure  # noqa: E402
 
 SHARED = ROOT.parent / "shared"
 PATTERN = 'sparse_attention("block_topk", block=16, share=8)'
-GOALS = {"prefill": 3.0, "int8": 1.6, "top": 2.5, "batching": 3.0}
 
 
 def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, float]]:

@@ -208,6 +208,14 @@ inline float highest(vf v) {
     return low > high ? low : high;
 }
 
+// -inf for scores whose bit is not set.
+inline void leave_out(u64 kept, float* s) {
+    vi lane_bit;
+    for (int lane = 0; lane < LANES; lane++) lane_bit[lane] = 1 << lane;
+    for (i64 j = 0; j < KEY_BLOCK; j += LANES)
+        store(s + j, ((vi{} + (i32)(kept >> j)) & lane_bit) != 0 ? load(s + j) : splat(-INFINITY));
+}
+
 // Softcap, slopes, bias and masks on the scores s of keys first..first + KEY_BLOCK - 1, of which only `seen` count.
 [[gnu::noinline]] void adjust(const Attention& a, i64 batch, const Row& row, i64 first, Range seen, float* s) {
     i64 begin = least(most(seen.first - first, 0), KEY_BLOCK), end = most(least(seen.last - first, KEY_BLOCK), 0);
@@ -227,8 +235,7 @@ inline float highest(vf v) {
         const u8* mask = a.key_mask + batch * a.mask_batch + first;
         for (i64 j = begin; j < end; j++) s[j] = mask[j] ? s[j] : -INFINITY;
     }
-    if (row.kept != EVERY)
-        for (i64 j = begin; j < end; j++) s[j] = row.kept >> j & 1 ? s[j] : -INFINITY;
+    if (row.kept != EVERY) leave_out(row.kept, s);
     for (i64 j = 0; j < begin; j++) s[j] = -INFINITY;
     for (i64 j = end; j < KEY_BLOCK; j++) s[j] = -INFINITY;
 }
