@@ -30,23 +30,25 @@ def sites(program: Program) -> list[fx.Node]:
 class Recorded(Streaming):
     """Runs a Program node by node and keeps the rows of its sites."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, also: str = "") -> None:
         super().__init__(program)
-        self.wanted = set(sites(program))
+        self.wanted = {node.name for node in sites(program)} | {also}
         self.rows: dict[str, Tensor] = {}
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        if n in self.wanted:
+        if n.name in self.wanted:
             self.rows[n.name] = value
         return value
 
 
-def recorded(program: Program, batches: list[Any], masks: list[Tensor] | None = None) -> dict[str, Tensor]:
+def recorded(
+    program: Program, batches: list[Any], masks: list[Tensor] | None = None, also: str = ""
+) -> dict[str, Tensor]:
     """Site -> all of its rows that are no padding."""
     found: dict[str, list[Tensor]] = {}
     for index, batch in enumerate(batches):
-        run = Recorded(program)
+        run = Recorded(program, also)
         with torch.no_grad():
             run.run(*batch.inputs)
         for name, value in run.rows.items():
@@ -148,6 +150,31 @@ def test_later_statistics_are_those_of_the_program_as_rewritten(grain: Any) -> N
     torch.testing.assert_close(seen[last].gram, after.T @ after / len(after), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(seen[last].cross, before.T @ after / len(after), atol=1e-4, rtol=1e-4)
     assert float((before - after).abs().max()) > 0.01
+
+
+def test_what_a_stream_beside_a_site_has_lost_is_held_against_the_site_s_rows() -> None:
+    program, untouched = (programs.lifted("llama", num_hidden_layers=2) for _ in range(2))
+    values = sites(program)
+    first, last = values[1], values[-2]  # what enters the first output projection, and the last down projection
+    ((stream, *_),) = [n.all_input_nodes for n in program.graph.nodes if readers(last)[0] in n.all_input_nodes]
+    ctx = Context(calibration=TOKENS)
+    for block in walk(
+        program, [first, last], ctx, asked_by="test", gram=True, cross=True, dense=True, grain="site",
+        beside={last: [stream]},
+    ):  # fmt: skip
+        (value,) = block.values
+        found = block.statistics[value]
+        name = str(readers(value)[0].args[1].target)  # type: ignore[union-attr]
+        program.weights[name] = program.weights[name] * 0.5
+    program.weights[name] = program.weights[name] * 2.0
+    batches = list(ctx.batches.batches)
+    before, after = recorded(untouched, batches, also=stream.name), recorded(program, batches, also=stream.name)
+    lost = before[stream.name] - after[stream.name]
+    assert float(lost.abs().max()) > 0.01
+    dense = torch.cat([before[last.name], lost], -1)
+    torch.testing.assert_close(found.cross, dense.T @ after[last.name] / len(dense), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.dense_gram, dense.T @ dense / len(dense), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.dense_mean, dense.mean(0), atol=1e-4, rtol=1e-4)
 
 
 def test_what_was_meant_may_be_a_copy_from_before_the_graph_changed() -> None:

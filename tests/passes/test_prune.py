@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import slim
 from slim import errors
+from slim.compiler.dependencies import Dependencies
 from slim.compiler.passes_base import Context
 from slim.compiler.pipeline import run_pipeline
 from slim.compiler.probe import make_probe
@@ -19,7 +20,8 @@ from slim.passes import GQA, Prune
 from slim.passes.pruning.budget import multiple_of, stays_even
 from slim.passes.pruning.obs import DAMPING, removal_order
 from slim.passes.pruning.refit import refit
-from slim.passes.pruning.sites import block_parameters
+from slim.passes.pruning.sites import block_parameters, find_sites
+from slim.passes.pruning.stream import beside
 from tests.programs import lifted, model
 
 
@@ -161,6 +163,17 @@ def test_nothing_is_lost_where_units_are_there_twice() -> None:
     after, _ = pruned(before.copy(), Prune(0.25, units="neurons", multiple=1))
     assert error(before, after) < 0.05
     assert error(before, pruned(before.copy(), Prune(0.25, "random", units="neurons", multiple=1))[0]) > 0.2
+
+
+@pytest.mark.parametrize(
+    ("name", "streams"),
+    [("llama", (1, 1)), ("gpt2", (1, 1)), ("bert", (1, 1)), ("gpt_neox", (1, 2)), ("gemma2", (0, 0))],
+)
+def test_what_the_result_is_added_to_is_known_where_it_is(name: str, streams: tuple[int, int]) -> None:
+    """In a parallel block the MLP is told of the attention before it too; behind a norm there is nothing."""
+    program = lifted(name)
+    sites, _ = find_sites(program, Dependencies(program))
+    assert tuple(len(beside(site.linear)) for site in sites[:2]) == streams
 
 
 # -- what is left of the model elsewhere -------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ the caller rewrite each before it goes on, so that later statistics are those of
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import fx
 
@@ -101,6 +101,7 @@ def walk(
     meant: Program | None = None,
     grain: Grain = "block",
     changes: bool = True,
+    beside: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
     notes: list[str] | None = None,
 ) -> Iterator[Block]:
     """Yields the sites of ``program``, in order, a stretch at a time, with their statistics.
@@ -116,6 +117,8 @@ def walk(
         meant: a copy of the Program from before something was changed, that x_dense are to come from; implies cross.
         grain: "block": a stretch a transformer block. "site": a stretch a site, so that k sees what became of q.
         changes: False promises that nothing is rewritten, and saves running each stretch again.
+        beside: of sites, values with as many rows, made before the site's. What they have lost, their sum before
+            anything was changed less what it is now, goes on as further features of x_dense; needs cross.
 
     Example:
         >>> for block in walk(program, values, ctx, asked_by="quantize", gram=True):
@@ -125,7 +128,7 @@ def walk(
     calibration = calibration_of(program, ctx, asked_by)
     wanted = Wanted(gram=gram, rows=rows, cross=cross or meant is not None, dense=dense)
     label = f"{asked_by}: calibrating"
-    run = Walk(program, list(values), ctx, calibration, wanted, grain, changes, label, meant)
+    run = Walk(program, list(values), ctx, calibration, wanted, grain, changes, label, meant, beside)
     yield from run
     if notes is not None:
         notes += calibration.notes

@@ -24,8 +24,9 @@ class SiteStatistics:
         absmean: E|x_j|, [n].
         mean: E x_j, [n].
         gram: E[x x^T], uncentred, [n, n]; None where it was not asked for.
-        cross: E[x_dense x^T], [n, n], where x_dense are the same rows in the model before the walk changed it.
-        dense_gram, dense_mean: E[x_dense x_dense^T], [n, n], and E x_dense, [n]; None where they were not asked for.
+        cross: E[x_dense x^T], [n, n], where x_dense are the same rows in the model before the walk changed it; where
+            the walk was told of values beside the site, with what those have lost behind it: [n + m, n].
+        dense_gram, dense_mean: E[x_dense x_dense^T] and E x_dense; None where they were not asked for.
         rows: a sample, [r, n], the same whenever the data are.
     """
 
@@ -69,17 +70,18 @@ class Accumulator:
     """The sums of one site so far.
 
     Args:
-        site: for messages.
+        site: for messages. dense: features of x_dense; None is as many as x has.
     """
 
-    def __init__(self, site: str, width: int, wanted: Wanted) -> None:
+    def __init__(self, site: str, width: int, wanted: Wanted, dense: int | None = None) -> None:
         self.site, self.width, self.wanted = site, width, wanted
+        dense = width if dense is None else dense
         self.count = 0
         self._absmax, self._abssum, self._sum = (torch.zeros(width) for _ in range(3))
         self._gram = torch.zeros(width, width) if wanted.gram else None
-        self._cross = torch.zeros(width, width) if wanted.cross else None
-        self._dense_gram = torch.zeros(width, width) if wanted.dense else None
-        self._dense_sum = torch.zeros(width) if wanted.dense else None
+        self._cross = torch.zeros(dense, width) if wanted.cross else None
+        self._dense_gram = torch.zeros(dense, dense) if wanted.dense else None
+        self._dense_sum = torch.zeros(dense) if wanted.dense else None
         self._rows, self._keys = torch.zeros(0, width), torch.zeros(0)
         self._generator = torch.Generator().manual_seed(_SEED)
 

@@ -18,6 +18,7 @@ class Paired:
 
     Attributes:
         gram: of x with x. cross: of x_dense with x. dense: of x_dense with x_dense. All less the means where centred.
+            x_dense may have further features behind those of x: what a walk found lost beside the site.
     """
 
     gram: Tensor

@@ -5,7 +5,7 @@ Weights of a stretch are read once for all batches, and of the activations only 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -199,7 +199,9 @@ class Walk:
         changes: bool,
         label: str,
         meant: Program | None = None,
+        beside: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
     ) -> None:
+        self.beside = {site: list(values) for site, values in (beside or {}).items() if values}
         self.program, self.ctx, self.wanted, self.changes, self.label = program, ctx, wanted, changes, label
         self.batches = calibration.batches
         self.ends: list[fx.Node | None] = [*cuts(program, values, grain), None]
@@ -251,7 +253,8 @@ class Walk:
 
     def _purpose(self) -> str:
         """What tells this walk from others over the same Program and data: who asked, with which options, for what."""
-        return repr((self.label, self.wanted, self.changes, [[value.name for value in each] for each in self.groups]))
+        sites = [[(value.name, self.beside.get(value)) for value in each] for each in self.groups]
+        return repr((self.label, self.wanted, self.changes, sites))
 
     # -- one stretch -----------------------------------------------------------------------------------------------
 
@@ -260,7 +263,8 @@ class Walk:
         sums: dict[fx.Node, Accumulator] = {}
         stretch = self.track.stretch(self.ends[index])
         dense = self.dense.stretch(self._twin(self.ends[index])) if self.dense else None
-        twins = {self.twins[value]: value for value in self.groups[index]} if dense else {}
+        watched = {node for value in self.groups[index] for node in (value, *self.beside.get(value, ()))}
+        twins = {self.twins[node]: node for node in watched} if dense else {}
         after: list[Values] = []
         dense_after: list[Values] = []
         for number, batch in enumerate(self.batches):
@@ -268,7 +272,8 @@ class Walk:
             meant: dict[fx.Node, Tensor] = {}
             if dense is not None:
                 dense_after.append(dense.run(number, partial(_note, twins, meant)))
-            alive = stretch.run(number, partial(self._add, self.groups[index], sums, batch, meant))
+            now: dict[fx.Node, Tensor] = {}
+            alive = stretch.run(number, partial(self._add, self.groups[index], sums, batch, meant, now))
             if not self.changes:
                 after.append(alive)
             self._weigh(sums, [*after, *dense_after])
@@ -284,16 +289,28 @@ class Walk:
         sums: dict[fx.Node, Accumulator],
         batch: Batch,
         meant: dict[fx.Node, Tensor],
+        now: dict[fx.Node, Tensor],
         node: fx.Node,
         value: Any,
     ) -> None:
-        """Counts the rows of ``value`` in, if it is one of the sites."""
+        """Counts the rows of ``value`` in, if it is one of the sites; what is beside one is kept until it comes."""
+        if node in meant:
+            now[node] = value
         if node not in values:
             return
+        dense = self._dense(node, batch.real, meant, now) if node in meant else None
         if node not in sums:
-            sums[node] = Accumulator(_named(node), value.shape[-1], self.wanted)
-        dense = _real_rows(meant[node], batch.real) if node in meant else None
+            width = None if dense is None else dense.shape[-1]
+            sums[node] = Accumulator(_named(node), value.shape[-1], self.wanted, width)
         sums[node].add(_real_rows(value, batch.real), dense)
+
+    def _dense(
+        self, site: fx.Node, real: Tensor | None, meant: dict[fx.Node, Tensor], now: dict[fx.Node, Tensor]
+    ) -> Tensor:
+        """The rows of ``site`` in the model as it was, and with them what the values beside it have lost."""
+        rows = _real_rows(meant[site], real)
+        lost = [_real_rows(meant[node].float() - now[node].float(), real) for node in self.beside.get(site, ())]
+        return torch.cat([rows.float(), torch.stack(lost).sum(0)], -1) if lost else rows
 
     def _advance(self, index: int) -> None:
         """Runs the stretch as the caller left it."""

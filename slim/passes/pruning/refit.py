@@ -1,4 +1,7 @@
-"""What reads the units that are left, fitted to what the linear returned in the model as it was."""
+"""What reads the units that are left, fitted to what the linear returned in the model as it was.
+
+Where the statistics tell what the residual stream has lost, that is fitted too: the sum is to be what it was.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,16 @@ def refit(weight: Tensor, bias: Tensor | None, paired: Paired, kept: Tensor) -> 
     Args:
         weight: the weight over all features, [m, n], in the model as it was. kept: int64, the features left.
     """
-    old, left = weight.double(), paired.only(kept)
-    fitted = left.fit(old, old[:, kept])
+    old, left = wanted(weight, paired), paired.only(kept)
+    fitted = left.fit(old, weight[:, kept].double())
     shift = None if bias is None else bias.double() + left.shift(old, fitted)
     return Fitted(fitted, shift, left.missing(old, fitted))
+
+
+def wanted(weight: Tensor, paired: Paired) -> Tensor:
+    """float64: what makes the result that is fitted of x_dense: the weight, and all of what was lost beside it."""
+    further = len(paired.dense) - weight.shape[-1]
+    return torch.cat([weight.double(), torch.eye(len(weight), further).double()], -1)
 
 
 def masked(fitted: Tensor, kept: Tensor, like: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ from slim.compiler.uses import LINEAR
 from slim.compiler.weights import Deferred
 from slim.passes.pruning.budget import Counts
 from slim.passes.pruning.obs import removal_order
-from slim.passes.pruning.refit import masked, refit
+from slim.passes.pruning.refit import masked, refit, wanted
 from slim.passes.pruning.sites import Site
+from slim.passes.pruning.stream import beside
 
 Choice = Callable[[Site, SiteStatistics, int], Tensor]  # the units to take out of a site
 _GONE, _MISSING = "gone", "missing"  # among the results of a walk; no weight is called that
@@ -57,9 +58,11 @@ class Work:
         todo = {site.value: site for site in counts}
         originals = {site: program.weights.raw(site.weight) for site in counts}
         result = Result()
+        streams = {site.value: beside(site.linear) for site in counts} if self.fit else {}
         blocks = walk(
-            program, list(todo), ctx, asked_by=asked_by, gram=True, cross=True, dense=True, grain="site", notes=notes
-        )
+            program, list(todo), ctx, asked_by=asked_by, gram=True, cross=True, dense=True, grain="site",
+            beside=streams, notes=notes,
+        )  # fmt: skip
         for block in blocks:
             (value,) = block.values
             site = todo[value]
@@ -97,7 +100,7 @@ class Work:
             return torch.zeros(0, dtype=torch.long)
         if self.choose is not None:
             return self.choose(site, statistics, count)
-        aim = paired.fit(weight.double(), weight.double())  # what does to x now what the weight did to x before
+        aim = paired.fit(wanted(weight, paired), weight.double())  # what does to x now what is wanted of it
         return removal_order(aim, paired.gram, site.columns, count).units
 
     def _take(self, program: Program, site: Site, results: dict[str, Tensor], result: Result) -> None:
