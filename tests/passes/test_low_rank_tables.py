@@ -111,7 +111,7 @@ def test_gradients_are_what_weighs_tables() -> None:
     with pytest.raises(errors.ContradictoryOptions, match='importance="none"'):
         LowRank(0.7, importance="none", embeddings=True)
     tied = programs.lifted("llama", num_hidden_layers=1, tie_word_embeddings=True)
-    with pytest.raises(errors.ContradictoryOptions, match="it is the table model.embed_tokens.weight too"):
+    with pytest.raises(errors.ContradictoryOptions, match=r"it is the table model\.embed_tokens\.weight too"):
         factored(tied, LowRank(0.7, importance="none", head=True))
     with pytest.raises(errors.ContradictoryOptions, match="embedding and head at once"):
         factored(tied, LowRank(0.7, embeddings=True))
