@@ -176,7 +176,7 @@ def test_time_by_layer_is_predicted_from_the_machine_and_drawn_beside_what_was_m
     metrics = {metric["title"]: metric["series"] for metric in embedded_layers(story)["metrics"]}
     roof = predict_layers(story.programs[-1], story.machine, story.tokens)
     for call, seconds in roof.items():
-        assert metrics[f"seconds {call}"]["predicted: the roof"] == [seconds[name] for name in ("0", "1", "rest")]
+        assert metrics[f"seconds {call}"]["predicted, float32 roof"] == [seconds[name] for name in ("0", "1", "rest")]
         assert metrics[f"seconds {call}"]["measured"] == [1e-4, 2e-4, None]
     heavy, light = (sum(seconds.values()) for seconds in roof.values())
     assert heavy > light

@@ -199,7 +199,7 @@ def _times(story: Story, names: list[str]) -> Iterator[dict[str, Any]]:
     if story.machine is None:
         return
     for name, seconds in predict_layers(story.programs[-1], story.machine, story.tokens).items():
-        series = {"predicted: the roof": seconds, "measured": story.seconds.get(name)}
+        series = {"predicted, float32 roof": seconds, "measured": story.seconds.get(name)}
         values = {
             title: None if found is None else [found.get(layer) for layer in names] for title, found in series.items()
         }

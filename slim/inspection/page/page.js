@@ -2,6 +2,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const by = id => document.getElementById(id);
 const escape = text => String(text).replace(/[&<>"]/g, c => ({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}[c]));
+const plural = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
 const sum = values => values.reduce((a, b) => a + b, 0);
 
 // -- numbers as people read them ----------------------------------------------------------------------------------
@@ -97,7 +98,7 @@ function drawLines() {
   by("lines").innerHTML = parts.join("");
 }
 const near = (flags, index) => { for (let d = -2; d <= 2; d++) if (flags[index + d]) return true; return false; };
-const fold = number => `<button class="fold">${number} equal lines</button>`;
+const fold = number => `<button class="fold">${plural(number, "equal line")}</button>`;
 
 function pair([a, b], differs, touched) {
   const kind = a == null ? "made" : b == null ? "gone" : differs ? "changed" : "same";
@@ -205,7 +206,7 @@ function remarks(step) {
   const charts = (step.charts || []).map(drawChart).join("");
   if (!notes && !skipped && !charts) return "";
   return `<details ${charts || notes ? "open" : ""}><summary>${escape(step.name)}</summary><ul>${notes}</ul>
-    ${skipped ? `<details><summary>${step.skipped.length} sites left alone</summary><ul>${skipped}</ul></details>` : ""}<div class="grid">${charts}</div></details>`;
+    ${skipped ? `<details><summary>${plural(step.skipped.length, "site")} left alone</summary><ul>${skipped}</ul></details>` : ""}<div class="grid">${charts}</div></details>`;
 }
 
 function rules(title, counts) {
@@ -315,7 +316,7 @@ function drawRoofline() {
     picture = figure("Roofline: rings are the roof at each intensity, dots what was measured", placed.map((p, row) => ({name: p.name, colour: colours[row % colours.length]})),
       `<svg viewBox="0 0 ${width} ${height}" role="img">${line}${dots.join("")}<text x="${width / 2}" y="${height - 6}" text-anchor="middle">FLOPs a byte moved</text>
        <text x="0" y="14">${count(10 ** hy)}FLOP/s</text><text x="0" y="${base}">${count(10 ** ly)}FLOP/s</text><text x="${left}" y="${base + 14}">${count(10 ** lx)}</text><text x="${width}" y="${base + 14}" text-anchor="end">${count(10 ** hx)}</text></svg>`) +
-      `<p class="dim">Measured here: ${bytes(machine.bandwidth)} a second read, ${count(machine.flops_rate)}FLOP/s of float32 products, ${machine.threads} thread${machine.threads > 1 ? "s" : ""}. Integer kernels may pass that roof.</p>`;
+      `<p class="dim">Measured here: ${bytes(machine.bandwidth)} a second read, ${count(machine.flops_rate)}FLOP/s of float32 products, ${plural(machine.threads, "thread")}. Integer kernels may pass that roof.</p>`;
   }
   by("roofline").innerHTML = picture + `<div class="scroll"><table><tr><th></th><th class="n">FLOPs</th><th class="n">bytes moved</th><th class="n">FLOPs a byte</th><th class="n">measured</th><th class="n">of the roof</th></tr>` +
     placed.map(p => `<tr><td>${escape(p.name)}</td><td class="n">${count(p.flops)}</td><td class="n">${bytes(p.moved)}</td><td class="n">${p.intensity.toPrecision(3)}</td>
@@ -338,7 +339,7 @@ function drawCode() {
   const lines = data.code[shown.file].split("\n");
   const hit = shown.kernel ? lines.findIndex(line => new RegExp(`(void|def) ${shown.kernel}\\(`).test(line)) : -1;
   by("code").innerHTML = `<div class="bar">${files}</div>
-    <details ${shown.kernel ? "open" : ""}><summary>${regions.length} region${regions.length === 1 ? "" : "s"}${shown.kernel ? ` by ${escape(shown.kernel)}` : ""}</summary><div class="scroll"><table><tr><th class="n">#</th><th>kernel</th><th>what it is, and its nodes</th></tr>${list}</table></div></details>
+    <details ${shown.kernel ? "open" : ""}><summary>${plural(regions.length, "region")}${shown.kernel ? ` by ${escape(shown.kernel)}` : ""}</summary><div class="scroll"><table><tr><th class="n">#</th><th>kernel</th><th>what it is, and its nodes</th></tr>${list}</table></div></details>
     <pre class="source">${lines.map((line, index) => index === hit ? `<span class="hit" id="hit">${escape(line)}</span>` : escape(line) + "\n").join("")}</pre>`;
   if (hit >= 0) by("hit").scrollIntoView({block: "center"});
 }
