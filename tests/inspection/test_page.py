@@ -1,7 +1,9 @@
 """The report in HTML holds what was compiled, needs nothing from outside, and does what is clicked."""
 
 import json
+import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -225,6 +227,14 @@ def test_options_of_the_report_are_refused_without_it(tmp_path):
 
 
 @pytest.fixture(scope="module")
+def shots(tmp_path_factory):
+    """Where screenshots are kept: the folder that SLIM_SCREENSHOTS names, as CI does."""
+    folder = Path(os.environ.get("SLIM_SCREENSHOTS") or tmp_path_factory.mktemp("shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def chromium(page, tmp_path_factory):
     with browser.Browser(tmp_path_factory.mktemp("profile")) as one:
         one.open(page)
@@ -233,7 +243,7 @@ def chromium(page, tmp_path_factory):
 
 
 @NEEDS_BROWSER
-def test_search_and_stages_and_kernels_can_be_clicked_through(chromium, tmp_path_factory):
+def test_search_and_stages_and_kernels_can_be_clicked_through(chromium, shots):
     assert chromium.text("h1") == "tiny"
     chromium.click('#pipeline table [data-step="2"]')  # from the pipeline to what that pass did
     assert chromium.count("#ir .row.made") > 0
@@ -253,29 +263,41 @@ def test_search_and_stages_and_kernels_can_be_clicked_through(chromium, tmp_path
     assert chromium.count("#details") == 0
     chromium.click("#code details [data-node]")
     assert "lift made it" in chromium.text("#details")
-    file = tmp_path_factory.mktemp("shots") / "kernel.png"
-    chromium.screenshot(file)
-    assert file.read_bytes().startswith(b"\x89PNG")
+    chromium.screenshot(shots / "kernel.png")
+    assert (shots / "kernel.png").read_bytes().startswith(b"\x89PNG")
 
 
 @NEEDS_BROWSER
-def test_layers_and_the_roofline_are_drawn(chromium):
+def test_a_node_is_found_by_the_keyboard_alone(chromium):
+    chromium.run("document.activeElement.blur()")
+    chromium.press("/")
+    chromium.send("Input.insertText", text="rms_norm")
+    chromium.press("Enter")
+    assert chromium.text("#details h2").startswith("rms_norm")
+    chromium.press("Escape")
+    assert chromium.count("#details") == 0
+
+
+@NEEDS_BROWSER
+def test_layers_and_the_roofline_are_drawn(chromium, shots):
     chromium.click("#tab-layers")
     assert chromium.count("#layers figure svg rect") > 20
     assert chromium.count("#layers .masks canvas") == 3
     ink = "Math.max(...document.querySelector('canvas').getContext('2d').getImageData(0, 31, 1, 1).data)"
     assert chromium.run(ink) == 255  # the last query of the first heads sees the first key
+    chromium.screenshot(shots / "layers.png")
     chromium.click("#tab-roofline")
     assert chromium.count("#roofline circle.measured") == 2
     assert "%" in chromium.text("#roofline table")
 
 
 @NEEDS_BROWSER
-def test_it_fits_a_phone_in_the_dark(page, tmp_path):
+def test_it_fits_a_phone_in_the_dark(page, tmp_path, shots):
     with browser.Browser(tmp_path / "profile", width=390, height=800, dark=True) as phone:
         phone.open(page)
         for tab in ("pipeline", "ir", "layers", "code", "roofline"):
             phone.click(f"#tab-{tab}")
             assert phone.run("document.documentElement.scrollWidth") <= 390, tab
+            phone.screenshot(shots / f"phone-{tab}.png")
         assert phone.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
         assert phone.faults == []

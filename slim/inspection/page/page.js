@@ -62,7 +62,7 @@ function drawIR() {
   const choices = irs.map((ir, index) =>
     `<button data-stage="${index}" aria-pressed="${index === view.stage}">${index ? index + ". " : ""}${escape(ir.name)}</button>`);
   by("ir").innerHTML = `<div class="bar" id="stages">${choices.join("")}</div>
-    <div class="bar"><input type="search" id="search" placeholder="Search nodes, weights, modules, lines of source" value="${escape(view.query)}">
+    <div class="bar"><input type="search" id="search" placeholder="Search nodes, weights, modules, lines of source (/)" value="${escape(view.query)}">
     <button id="whole" aria-pressed="${view.whole}">all lines</button><span id="found" class="dim" role="status"></span></div>
     <p class="dim" id="said"></p><div class="rows" id="lines"></div>`;
   by("search").oninput = event => { view.query = event.target.value; drawLines(); };
@@ -92,7 +92,7 @@ function drawLines() {
     if (!shown[index]) { hidden++; return; }
     if (hidden && !query) parts.push(fold(hidden));
     hidden = 0;
-    parts.push(before ? pair(row, differs[index], touched[index]) : `<div class="row"><div data-line="${row[1]}">${spelled(lineOf(row[1]))}</div></div>`);
+    parts.push(before ? pair(row, differs[index], touched[index]) : `<div class="row"><div tabindex="0" data-line="${row[1]}">${spelled(lineOf(row[1]))}</div></div>`);
   });
   if (hidden && !query) parts.push(fold(hidden));
   by("lines").innerHTML = parts.join("");
@@ -103,7 +103,7 @@ const fold = number => `<button class="fold">${plural(number, "equal line")}</bu
 function pair([a, b], differs, touched) {
   const kind = a == null ? "made" : b == null ? "gone" : differs ? "changed" : "same";
   const side = (number, other, cls) => number == null ? '<div class="gap"></div>'
-    : `<div class="${cls}" data-line="${number}">${marked(lineOf(number), other == null ? null : lineOf(other))}</div>`;
+    : `<div class="${cls}" tabindex="0" data-line="${number}">${marked(lineOf(number), other == null ? null : lineOf(other))}</div>`;
   const [left, right] = kind === "changed" ? ["changed", "changed"] : kind === "same" ? ["", ""] : ["gone", "made"];
   return `<div class="row ${kind}${touched ? " touched" : ""}">${side(a, b, left)}${side(b, a, right)}</div>`;
 }
@@ -382,6 +382,11 @@ document.addEventListener("click", event => {
 });
 document.addEventListener("keydown", event => {
   if (event.key === "Escape") by("details").hidden = true;
+  if (event.key === "Enter" && event.target.dataset.line) showLine(Number(event.target.dataset.line));
+  if (event.key === "Enter" && event.target.id === "search") {  // the first that was found
+    const found = view.query && document.querySelector("#lines [data-line]");
+    if (found) { found.focus(); showLine(Number(found.dataset.line)); }
+  }
   if (event.key === "/" && event.target.tagName !== "INPUT") { event.preventDefault(); open("ir"); by("search").focus(); }
 });
 
