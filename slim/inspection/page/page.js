@@ -387,7 +387,7 @@ document.addEventListener("keydown", event => {
     const found = view.query && document.querySelector("#lines [data-line]");
     if (found) { found.focus(); showLine(Number(found.dataset.line)); }
   }
-  if (event.key === "/" && event.target.tagName !== "INPUT") { event.preventDefault(); open("ir"); by("search").focus(); }
+  if (event.key === "/" && event.target.tagName !== "INPUT") { event.preventDefault(); open("ir"); by("search").focus(); by("search").select(); }
 });
 
 const first = data.steps[0], last = data.steps[data.steps.length - 1];
