@@ -1,6 +1,6 @@
 """What each pattern of SparseAttention keeps, and what it loses: the demo model on held-out text.
 
-    python -m benchmarks.sparse_attention                 # about four minutes on one thread; results/sparse_attention.json and .md
+    python -m benchmarks.sparse_attention          # about four minutes, one thread; results/sparse_attention.json, .md
     python -m benchmarks.sparse_attention --rows window auto
 
 Keys: of those that causality lets the queries of a passage see, the share that they keep, over all layers and heads.
