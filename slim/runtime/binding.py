@@ -314,7 +314,7 @@ def _slot(node: fx.Node, bits: int) -> Slot:
 
 def _keep_last(program: Program) -> None:
     """Drops all tokens but the last ahead of the head: the linear that the first output is made of."""
-    head = _head(program)
+    head = head_of(program)
     if head is None:
         return  # then all tokens are computed, and the caller takes the last
     tokens = _placeholder(program, "input_ids")
@@ -328,7 +328,7 @@ def _keep_last(program: Program) -> None:
         node = next(iter(node.users), None)
 
 
-def _head(program: Program) -> fx.Node | None:
+def head_of(program: Program) -> fx.Node | None:
     """The linear over [B, S, width] that only the first output depends on, through nothing but pointwise operations."""
     node: Any = program.graph.output_node().args[0][0]  # type: ignore[index]
     while isinstance(node, fx.Node) and len(node.users) == 1:

@@ -45,6 +45,7 @@ class CompiledModel:
         pipeline: the passes, as text.
         kv_cache: how keys and values of past tokens are kept.
         target: what the Program was lowered to.
+        executables: name -> what generated code was made for so far: "whole", "step_last", ...
 
     Example:
         >>> compiled = slim.compile("path/to/model", passes='quantize("int8")')
@@ -73,7 +74,7 @@ class CompiledModel:
         self.kv_cache = kv_cache or KVCacheConfig()
         self._paging = paging(self.kv_cache)
         self._steps: dict[tuple[bool, bool], Step | PagedStep] = {}
-        self._executables: dict[str, Executable] = {}
+        self.executables: dict[str, Executable] = {}
         if report is not None:  # it may have been saved by another target
             report.error = report.error if report.target == self.target.name else None
             report.target, report.forms = self.target.name, {}
@@ -101,7 +102,7 @@ class CompiledModel:
         start = time.perf_counter()
         executable: Executable = self.target.lower(program)
         self.program.weights.share(program.weights)  # all forms read one copy, in the layout that their kernels want
-        self._executables[name] = executable
+        self.executables[name] = executable
         if self.report is not None:
             self.report.forms[name] = replace(executable.form, seconds=time.perf_counter() - start)
         return executable
@@ -348,13 +349,13 @@ class CompiledModel:
     @property
     def code(self) -> dict[str, str | bytes]:
         """Name -> source (or binary) of everything generated so far; forms over a cache come when first used."""
-        made = self._executables.items()
+        made = self.executables.items()
         return {f"{name}/{file}": source for name, executable in made for file, source in executable.code.items()}
 
     @property
     def stages(self) -> dict[str, Sequence[Stage]]:
         """Executable -> its regions in the order they run, each with its nodes, its weights and its kernels."""
-        return {name: executable.stages for name, executable in self._executables.items()}
+        return {name: executable.stages for name, executable in self.executables.items()}
 
     def explain(self, node: str | fx.Node) -> Explanation:
         """From which line of the model, through which passes, into which kernel; ``print`` it.

@@ -164,7 +164,7 @@ def rope(lowering: Lowering, node: fx.Node) -> Value:
     """slim.rope: left to the attention that reads it, or two pointwise regions over halves of the channels."""
     shape, dtype = lowering.type(node)
     x = lowering.rows(node.args[0], lowering.floats)
-    cos, sin = (lowering.rows(angle, lowering.floats) for angle in node.args[1:3])
+    cos, sin = (_angles(lowering.rows(angle, lowering.floats), shape) for angle in node.args[1:3])
     interleaved = bool(argument(node, "interleaved"))
     if _attention_rotates(lowering, node):
         return Value(Lane(Rotation(x, cos, sin, interleaved)), shape, dtype)
@@ -181,6 +181,12 @@ def rope(lowering: Lowering, node: fx.Node) -> Value:
         kept = [view.slice(3, 2 * half, rest) for view in (x, out)]
         lowering.emit(Pointwise(node, kept[1], Load(kept[0])))
     return Value(Load(out), shape, dtype)
+
+
+def _angles(table: View, shape: tuple[Any, ...]) -> View:
+    """cos or sin as [B, S, R/2]; all rows of a batch may have one table in common."""
+    whole: View = table.expand((shape[0], shape[2], table.shape[-1]))
+    return whole
 
 
 def _channels(view: View, half: Any, interleaved: bool) -> tuple[View, View]:
