@@ -1,7 +1,8 @@
-"""Takes neurons and attention heads out of a model, without training."""
+"""Takes neurons, attention heads or whole blocks out of a model, without training."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,8 +14,10 @@ from slim import errors
 from slim.compiler.dependencies import Dependencies, Kind
 from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, KNOWN_HEADS, STATISTICS, Context, Pass
 from slim.compiler.program import Program
-from slim.compiler.report import Report
+from slim.compiler.report import Report, Skip
+from slim.compiler.stack import find_blocks, take_out
 from slim.compiler.statistics import SiteStatistics, calibration_of, collect
+from slim.passes.pruning import depth as depths
 from slim.passes.pruning import gradients, scores
 from slim.passes.pruning.budget import Budget, Counts, TooMuch, spaced
 from slim.passes.pruning.measure import Comparison
@@ -27,6 +30,7 @@ _KINDS = {
     "neurons": (Kind.NEURON,),
     "heads": (Kind.KV_HEAD,),
 }
+_OF_UNITS = ("criterion", "units", "multiple", "refit", "bias", "reload")
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,12 @@ class Prune(Pass):
     in plain transformers where the architecture lets its configuration say so. An even number of kv heads stays even
     (or becomes one), so that GQA behind this pass still finds groups.
 
+    How much goes is said in one way: by ``ratio``, or by ``depth``.
+
+    With ``depth`` whole blocks go, and nothing is fitted: what reads a block's output reads its input. Blocks are what
+    the model repeats, wherever one value alone leads from one to the next. The number of layers in the configuration
+    follows, lists that speak of each layer too, and so do the layers of the KV cache.
+
     Args:
         ratio: of the parameters of the blocks (the matrices that are neither embedding nor head), the share that goes;
             at least that, as numbers of neurons are rounded.
@@ -61,15 +71,19 @@ class Prune(Pass):
             for it.
         reload: take only such numbers of heads that plain transformers can build the model of; some architectures
             leave no choice but to take neurons alone.
+        depth: whole blocks instead: how many, or which share of them (rounded, one at least).
+        blocks: which of them, for ``depth``: "loss" takes one after the other the block without which the output moves
+            least on some 4,000 calibration tokens; "influence" those that turn what they read least.
 
     Source: units and costs follow Hassibi & Stork, 1993 and ZipLM (Kurtic et al., 2023); the fit is the closed form
-    that FLAP (An et al., 2024) approximates by a bias.
+    that FLAP (An et al., 2024) approximates by a bias. Blocks: Song et al., SLEB, 2024; Men et al., ShortGPT, 2024.
 
     Example:
         >>> slim.compile(model, passes=[Prune(0.2)], calibration=texts)
+        >>> slim.compile(model, passes=[Prune(depth=4), Prune(0.1)], calibration=texts)
     """
 
-    ratio: float
+    ratio: float | None = None
     criterion: Literal["obs", "wanda", "flap", "taylor", "fisher", "magnitude", "random"] = "obs"
     units: Literal["both", "neurons", "heads"] = "both"
     protect: tuple[str, ...] = ()
@@ -77,15 +91,36 @@ class Prune(Pass):
     refit: bool | None = None
     bias: bool = False
     reload: bool = True
+    depth: int | float | None = None
+    blocks: Literal["loss", "influence"] = "loss"
 
     requires = frozenset({FLOAT_WEIGHTS, FLOAT_KV, KNOWN_HEADS, STATISTICS})
 
     def check(self) -> None:
-        """Refuses shares that leave all or nothing."""
-        if not 0.0 < self.ratio < 1.0:
+        """Refuses shares that leave all or nothing, and options that nothing would read."""
+        given = [name for name in ("ratio", "depth") if getattr(self, name) is not None]
+        if not given:
+            self._refuse("ratio", "how much is to go must be said: prune(0.2), or prune(depth=2)")
+        if len(given) > 1:
+            reason = "each says how much is to go; two passes, one after the other, do both"
+            raise errors.ContradictoryOptions(a=f"{given[0]}=", b=f"{given[1]}=", reason=reason)
+        if self.ratio is not None and not 0.0 < self.ratio < 1.0:
             self._refuse("ratio", f"a share of the parameters lies between 0 and 1, and {self.ratio} does not")
         if self.multiple is not None and self.multiple < 1:
             self._refuse("multiple", f"a number is divisible by 1 at least, and not by {self.multiple}")
+        if self.depth is not None:
+            self._check_depth(self.depth)
+        elif self.blocks != "loss":
+            self._refuse("blocks", "it says which whole blocks go, and without depth= none do")
+
+    def _check_depth(self, depth: int | float) -> None:
+        if isinstance(depth, int) and depth < 1:
+            self._refuse("depth", f"one block at least goes, and not {depth}")
+        if isinstance(depth, float) and not 0.0 < depth < 1.0:
+            self._refuse("depth", f"it is a number of blocks, or a share of them between 0 and 1, and not {depth}")
+        for option in dataclasses.fields(self):
+            if option.name in _OF_UNITS and getattr(self, option.name) != option.default:
+                self._refuse(option.name, "it is for neurons and heads, and depth= takes whole blocks")
 
     def _refuse(self, option: str, reason: str) -> NoReturn:
         raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason)
@@ -93,6 +128,9 @@ class Prune(Pass):
     def run(self, program: Program, ctx: Context) -> Report:
         """Changes the shapes of weights, what reads them, and ``facts.config``."""
         report = Report()
+        if self.depth is not None:
+            self._shorten(program, ctx, report, self.depth)
+            return report
         found = Dependencies(program)
         sites, report.skipped = find_sites(program, found, self.protect, _KINDS[self.units])
         others = [site for site in find_sites(program, found)[0] if site.group not in {one.group for one in sites}]
@@ -111,9 +149,36 @@ class Prune(Pass):
         report.notes.append(f"{gone:,} of the {before:,} parameters of blocks are gone, {gone / before:.1%}")
         return report
 
+    # -- whole blocks --------------------------------------------------------------------------------------------------
+
+    def _shorten(self, program: Program, ctx: Context, report: Report, depth: int | float) -> None:
+        every = find_blocks(program)
+        if not every:
+            report.skipped.append(Skip("the graph", "it repeats no block that one value alone leads into and out of"))
+            return
+        blocks, report.skipped = depths.may_go(every, self.protect)
+        count = depth if isinstance(depth, int) else max(1, round(depth * len(every)))
+        if count > min(len(blocks), len(every) - 1):
+            held = f", {len(every) - len(blocks)} of which are protected" if report.skipped else ""
+            self._refuse("depth", f"{count} blocks cannot go of {len(every)}{held}; one at least is left")
+        choose = depths.by_loss if self.blocks == "loss" else depths.by_influence
+        gone = choose(program, blocks, count, calibration_of(program, ctx, repr(self)).batches, ctx)
+        said = None if program.facts.config is None else depths.shortened(program, every, gone)
+        before, told = program.parameters, {str(block): cost for block, cost in gone.items()}
+        take_out(program, [block for block in every if block in gone])
+        what = "the output is moved by" if self.blocks == "loss" else "influence"
+        report.matched = list(told)
+        report.notes += [f"{name} is gone: {what} {cost:.4f}" for name, cost in told.items()]
+        report.notes.append(f"{len(every)} blocks to {len(every) - count}, {before - program.parameters:,} parameters")
+        if isinstance(said, str):
+            report.notes.append(f"the configuration cannot say so ({said}): slim saves it, transformers cannot hold it")
+        elif said is not None:
+            program.facts.config = said
+
     # -- how many ------------------------------------------------------------------------------------------------------
 
     def _counts(self, program: Program, ctx: Context, sites: Sequence[Site], parameters: int) -> Counts:
+        assert self.ratio is not None
         budget = Budget(sites, self.ratio * parameters, self.multiple, partial(self._allowed, program))
         try:
             ways = spaced(budget.ways()) if self.criterion == "obs" else [budget.even()]
