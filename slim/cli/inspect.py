@@ -135,7 +135,7 @@ def _measure(story: Story, tokens: int, measured: bool, sensitive: bool, steps: 
     if not measured:
         return
     from slim.cli.models import require_generative
-    from slim.inspection.machine import measure_machine
+    from slim.compiler.machine import measure_machine
     from slim.runtime.speed import measure, random_prompt
 
     compiled = story.compiled

@@ -14,8 +14,8 @@ from slim.codegen.cpp.emit import WANTS, emit
 from slim.codegen.regions.lower import lower
 from slim.codegen.regions.provenance import Kernel, stages
 from slim.compiler.lift import lift
+from slim.compiler.machine import Machine
 from slim.inspection.layers import layer_of, measure_layers, names_of
-from slim.inspection.machine import Machine
 from slim.inspection.page import collect, render, write_page
 from slim.inspection.tell import tell
 from slim.runtime.compiled import CompiledModel

@@ -11,13 +11,13 @@ from torch import fx
 
 from slim.codegen.regions.provenance import Stage
 from slim.compiler.cost import cost
+from slim.compiler.machine import Machine
 from slim.compiler.program import Program
 from slim.compiler.report import PipelineReport, Report, Size
 from slim.compiler.sources import source_line
 from slim.compiler.text import print_node
 from slim.compiler.types import show_shape
 from slim.inspection.layers import Layers, measure_layers, names_of, sensitivity
-from slim.inspection.machine import Machine
 from slim.runtime.compiled import CompiledModel
 from slim.runtime.speed import Speed
 
