@@ -97,9 +97,7 @@ def peer(case: Case, way: str, gone: int) -> Any:
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32).eval()
     model.config.use_cache = False
     tokens = case.tensors()[: SEQUENCES[case.name]]
-    importance = (
-        tp.importance.GroupMagnitudeImportance() if way == "magnitude" else tp.importance.GroupTaylorImportance()
-    )
+    kinds = {"magnitude": tp.importance.GroupMagnitudeImportance, "taylor": tp.importance.GroupTaylorImportance}
     roots = [part for layer in model.model.layers for part in (layer.mlp.gate_proj, layer.mlp.up_proj)]
     width = roots[0].out_features
     pruner = tp.pruner.BasePruner(
