@@ -31,7 +31,7 @@ class Block:
         entry, exit: what it reads, but for masks, positions and tables that all blocks share; and what it makes.
         nodes: what it computes of ``entry``, in order.
         weights: those that nothing else reads.
-        prefix, numbers: what all of their names begin with, and the numbers behind that; None where there is no such.
+        prefix, numbers: what their names, constants aside, begin with, and the numbers behind; None where they differ.
     """
 
     entry: fx.Node
@@ -168,9 +168,10 @@ def _block(
 ) -> Block:
     nodes = tuple(node for stretch in stretches[first : first + period] for node in stretch)
     weights = tuple(owners.of(nodes))
-    places = {(found[1], int(found[2])) for name in weights if (found := _NUMBERED.match(name))}
+    named = [name for name in weights if name not in program.facts.constants]  # tables lie where they like
+    places = {(found[1], int(found[2])) for name in named if (found := _NUMBERED.match(name))}
     prefixes = {prefix for prefix, _ in places}
-    whole = len(prefixes) == 1 and all(name.startswith(next(iter(prefixes))) for name in weights)
+    whole = len(prefixes) == 1 and all(name.startswith(next(iter(prefixes))) for name in named)
     prefix = next(iter(prefixes)) if whole else None
     numbers = tuple(sorted(number for _, number in places)) if whole else ()
     return Block(cuts[first], cuts[first + period], nodes, weights, prefix, numbers)
