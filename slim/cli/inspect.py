@@ -139,7 +139,7 @@ def _measure(story: Story, tokens: int, measured: bool, sensitive: bool, steps: 
     if not measured:
         return
     from slim.cli.models import require_generative
-    from slim.inspection.machine import measure_machine
+    from slim.compiler.machine import measure_machine
     from slim.inspection.times import time_layers
     from slim.runtime.speed import measure, random_prompt
 

@@ -10,9 +10,9 @@ import torch
 
 from slim.codegen import Timed
 from slim.codegen.regions.provenance import Stage
+from slim.compiler.machine import Machine
 from slim.compiler.program import Program
 from slim.inspection.layers import REST, calls, generation_work, layer_of, layer_of_node
-from slim.inspection.machine import Machine
 from slim.runtime.compiled import CompiledModel
 from slim.runtime.speed import random_prompt
 

@@ -16,9 +16,9 @@ from slim.codegen.cpp.emit import WANTS, emit
 from slim.codegen.regions.lower import lower
 from slim.codegen.regions.provenance import Kernel, stages
 from slim.compiler.lift import lift
+from slim.compiler.machine import Machine
 from slim.compiler.patterns.picture import share_kept
 from slim.inspection.layers import calls, layer_of, measure_layers, names_of
-from slim.inspection.machine import Machine
 from slim.inspection.masks import CELLS
 from slim.inspection.page import collect, render, write_page
 from slim.inspection.tell import tell

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 from slim.codegen.regions.provenance import Stage
 from slim.compiler.lift import lift
+from slim.compiler.machine import Machine
 from slim.inspection.layers import calls, generation_work
-from slim.inspection.machine import Machine
 from slim.inspection.times import predict_layers, time_layers
 from slim.runtime.binding import head_of
 from slim.runtime.compiled import CompiledModel

@@ -11,6 +11,7 @@ from torch import fx
 
 from slim.codegen.regions.provenance import Stage
 from slim.compiler.cost import cost
+from slim.compiler.machine import Machine
 from slim.compiler.program import Program
 from slim.compiler.report import PipelineReport, Report, Size
 from slim.compiler.sources import source_line
@@ -18,7 +19,6 @@ from slim.compiler.text import print_node
 from slim.compiler.types import show_shape
 from slim.compiler.uses import ATTENTION
 from slim.inspection.layers import calls, generation_work, layer_of_node, measure_layers, names_of, sensitivity
-from slim.inspection.machine import Machine
 from slim.inspection.masks import CELLS, Gallery
 from slim.inspection.times import LayerSeconds, predict_layers
 from slim.runtime.compiled import CompiledModel
