@@ -27,6 +27,7 @@ _KINDS = {
     "neurons": (Kind.NEURON,),
     "heads": (Kind.KV_HEAD,),
 }
+_ROUNDS = 3  # of Gauss-Newton; the fourth gains next to nothing
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,8 @@ class Prune(Pass):
             for it.
         reload: take only such numbers of heads that plain transformers can build the model of; some architectures
             leave no choice but to take neurons alone.
+        rounds: of Gauss-Newton over an MLP's linears, those that make neurons and the one that reads them, from where
+            the closed form for the latter leaves them. None is three where anything is fitted. 0 is much faster.
 
     Source: units and costs follow Hassibi & Stork, 1993 and ZipLM (Kurtic et al., 2023); the fit is the closed form
     that FLAP (An et al., 2024) approximates by a bias.
@@ -77,6 +80,7 @@ class Prune(Pass):
     refit: bool | None = None
     bias: bool = False
     reload: bool = True
+    rounds: int | None = None
 
     requires = frozenset({FLOAT_WEIGHTS, FLOAT_KV, KNOWN_HEADS, STATISTICS})
 
@@ -86,6 +90,8 @@ class Prune(Pass):
             self._refuse("ratio", f"a share of the parameters lies between 0 and 1, and {self.ratio} does not")
         if self.multiple is not None and self.multiple < 1:
             self._refuse("multiple", f"a number is divisible by 1 at least, and not by {self.multiple}")
+        if self.rounds is not None and (self.rounds < 0 or not (self.criterion == "obs" or self.refit)):
+            self._refuse("rounds", "it is a number of rounds of fitting, and needs refit=True")
 
     def _refuse(self, option: str, reason: str) -> NoReturn:
         raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason)
@@ -141,7 +147,8 @@ class Prune(Pass):
         known = self._known_scores(program, ctx, list(counts))
         if known is not None and not fits and not self.bias:
             return at_once(program, counts, known.__getitem__)
-        work = Work(self._choice(program, known), fits, self.bias or (self.criterion == "flap" and not fits))
+        rounds = _ROUNDS if self.rounds is None else self.rounds
+        work = Work(self._choice(program, known), fits, self.bias or (self.criterion == "flap" and not fits), rounds)
         return work.run(program, counts, ctx, repr(self), report.notes)
 
     def _known_scores(self, program: Program, ctx: Context, sites: Sequence[Site]) -> dict[Site, Tensor] | None:
