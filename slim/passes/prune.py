@@ -27,7 +27,7 @@ _KINDS = {
     "neurons": (Kind.NEURON,),
     "heads": (Kind.KV_HEAD,),
 }
-_ROUNDS = 3  # of Gauss-Newton; the fourth gains next to nothing
+_ROUNDS = 2  # of Gauss-Newton; the third gains nothing on tokens that were not seen
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class Prune(Pass):
         reload: take only such numbers of heads that plain transformers can build the model of; some architectures
             leave no choice but to take neurons alone.
         rounds: of Gauss-Newton over an MLP's linears, those that make neurons and the one that reads them, from where
-            the closed form for the latter leaves them. None is three where anything is fitted. 0 is much faster.
+            the closed form for the latter leaves them. None is two where anything is fitted. 0 is much faster.
 
     Source: units and costs follow Hassibi & Stork, 1993 and ZipLM (Kurtic et al., 2023); the fit is the closed form
     that FLAP (An et al., 2024) approximates by a bias.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ Body = Callable[[Mapping[str, Tensor]], Tensor]  # what the makers return, [r, e
 STEPS = 4  # of conjugate gradients a round; twice as many gain nothing on tokens that were not seen
 DAMPING = 0.01  # of the mean diagonal of the second moments, as in the closed forms
 _SHORTEST = 0.1  # of a step, that is tried
+_LEAST = torch.finfo(torch.float32).tiny
 _CHECKED = 8  # one row in so many is kept out
 _SEED = 0
 _READER, _SHIFT = "(reader)", "(reader's bias)"  # among names of weights
@@ -111,29 +113,60 @@ def _reads_best(layer: Layer, rows: Tensor, wanted: Tensor) -> Layer:
 
 def _step(layer: Layer, rows: Tensor, wanted: Tensor, seed: int) -> Named:
     """To where the error, taken to be linear in all that is fitted, is least: conjugate gradients from nought."""
-    start, count = layer.all, len(rows)
-    made, back = vjp(lambda values: layer(values, rows), start)[:2]
-    curvature = _Curvature(layer, rows, made, seed)
+    slope = _Slope(layer, rows)
+    curvature = _Curvature(layer, slope, seed)
 
     def times(direction: Named) -> Named:
-        forward = jvp(lambda values: layer(values, rows), (start,), (direction,))[1]
-        return {
-            name: found / count + curvature.damping[name] * direction[name] for name, found in back(forward)[0].items()
-        }
+        return _plus(
+            slope.back(slope.forth(direction)), 1.0, {n: curvature.damping[n] * direction[n] for n in direction}
+        )
 
-    left = {name: found / count for name, found in back(wanted - made)[0].items()}
-    total = {name: torch.zeros_like(value) for name, value in start.items()}
+    left = slope.back(wanted - slope.result)
+    total = {name: torch.zeros_like(value) for name, value in left.items()}
     direction = eased = curvature.solve(left)
     size = _dot(left, eased)
     for _ in range(STEPS):
         image = times(direction)
-        length = size / _dot(direction, image).clamp_min(torch.finfo(torch.float32).tiny)
+        length = float(size / _dot(direction, image).clamp_min(_LEAST))
         total = _plus(total, length, direction)
         left = _plus(left, -length, image)
         eased, before = curvature.solve(left), size
         size = _dot(left, eased)
-        direction = _plus(eased, size / before.clamp_min(torch.finfo(torch.float32).tiny), direction)
+        direction = _plus(eased, float(size / before.clamp_min(_LEAST)), direction)
     return total
+
+
+class _Slope:
+    """The derivative of a layer's results by all that is fitted, at the rows x.
+
+    Attributes:
+        made: what the makers return. read: what the reader reads. result: what it returns.
+    """
+
+    def __init__(self, layer: Layer, rows: Tensor) -> None:
+        self.layer, self.rows = layer, rows
+        self.made = layer.made(layer.all, rows)
+        self.read, self._back = vjp(layer.body, self.made)[:2]
+        self.result = self.read @ layer.reader.T + (0.0 if layer.shift is None else layer.shift)
+
+    def forth(self, direction: Named) -> Tensor:
+        """[r, m]: how the results move."""
+        moved = jvp(self.layer.body, (self.made,), (self.layer.made(direction, self.rows),))[1]
+        found = moved @ self.layer.reader.T + self.read @ direction[_READER].T
+        return found if self.layer.shift is None else found + direction[_SHIFT]
+
+    def at_makers(self, results: Tensor) -> Named:
+        """[r, each]: the gradient of E results . y by what the makers return, times the number of rows."""
+        (found,) = self._back(results @ self.layer.reader)
+        return cast("Named", found)
+
+    def back(self, results: Tensor) -> Named:
+        """The transpose of ``forth``, a mean over rows."""
+        count, slopes = len(self.rows), self.at_makers(results)
+        found = {name: slope.T @ self.rows / count for name, slope in slopes.items()}
+        found |= {_bias(name): slopes[name].mean(0) for name in self.layer.biases}
+        found[_READER] = results.T @ self.read / count
+        return found if self.layer.shift is None else found | {_SHIFT: results.mean(0)}
 
 
 class _Curvature:
@@ -142,17 +175,13 @@ class _Curvature:
     Source: Martens and Grosse, K-FAC, 2015. They steer the conjugate gradients, and the damping is a part of them.
     """
 
-    def __init__(self, layer: Layer, rows: Tensor, made: Tensor, seed: int) -> None:
+    def __init__(self, layer: Layer, slope: _Slope, seed: int) -> None:
         generator = torch.Generator().manual_seed(_SEED + seed)
-        signs = torch.randint(0, 2, made.shape, generator=generator) * 2.0 - 1.0  # E[s s^T] = 1
-        outputs = layer.made(layer.all, rows)
-        slopes = vjp(lambda values: layer.body(values) @ layer.reader.T, outputs)[1](signs)[0]
-        features = layer.body(outputs)
-        entering = _Factor(rows)
-        self.reading = _Factor(features)
-        self.entering, self.leaving = entering, {name: _Factor(slopes[name]) for name in layer.weights}
+        signs = torch.randint(0, 2, slope.result.shape, generator=generator) * 2.0 - 1.0  # E[s s^T] = 1
+        self.entering, self.reading = _Factor(slope.rows), _Factor(slope.read)
+        self.leaving = {name: _Factor(found) for name, found in slope.at_makers(signs).items()}
         self.biases = {_bias(name): name for name in layer.biases}
-        self.damping = {name: DAMPING * factor.size * entering.size for name, factor in self.leaving.items()}
+        self.damping = {name: DAMPING * factor.size * self.entering.size for name, factor in self.leaving.items()}
         self.damping |= {bias: DAMPING * self.leaving[name].size for bias, name in self.biases.items()}
         self.damping |= {_READER: DAMPING * self.reading.size, _SHIFT: 0.0}
 
@@ -172,12 +201,12 @@ class _Factor:
 
     def __init__(self, rows: Tensor) -> None:
         moments = (rows.T @ rows / len(rows)).double()
-        self.size = float(moments.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny))
+        self.size = float(moments.diagonal().mean().clamp_min(_LEAST))
         damped = moments + DAMPING * self.size * torch.eye(len(moments)).double()
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped)).float()
 
 
-def _plus(a: Named, length: Tensor, b: Named) -> Named:
+def _plus(a: Named, length: float, b: Named) -> Named:
     return {name: value + length * b[name] for name, value in a.items()}
 
 
