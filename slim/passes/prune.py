@@ -40,9 +40,10 @@ class Prune(Pass):
 
     Which units: those whose loss costs the next linear least, given that it is then fitted anew to the units that are
     left (optimal brain surgeon for columns). Layers are pruned one after the other, each on the input that the pruned
-    ones before it give, and each linear that reads pruned units is fitted by least squares to what it returned in the
-    model as it was. How much of the budget falls to heads and how much to neurons is measured: a few ways to share it
-    are tried on the calibration data, every layer fitted on its own, and the one that moves the output least is taken.
+    ones before it give, and each linear that reads pruned units is fitted by least squares, so that the residual stream
+    that it adds to is again what it was. Of MLPs the linears that make the neurons are then fitted with it. How much of
+    the budget falls to heads and how much to neurons is measured: a few ways to share it are tried on the calibration
+    data, every layer fitted on its own, and the one that moves the output least is taken.
 
     Every layer loses the same number of neurons and of heads, and the configuration follows, so that the result loads
     in plain transformers where the architecture lets its configuration say so. An even number of kv heads stays even

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx
 
 from slim.compiler.dependencies import Kind
@@ -16,9 +14,6 @@ from slim.compiler.rules import argument
 from slim.compiler.uses import LINEAR
 from slim.passes.pruning.newton import Layer
 from slim.passes.pruning.sites import Site
-
-aten = torch.ops.aten
-_CUTS = frozenset({aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default, aten.slice.Tensor})
 
 
 @dataclass(frozen=True)
@@ -69,7 +64,7 @@ class Makers:
             args, kwargs = fx.map_arg((node.args, node.kwargs), value)
             values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         found = values[self.site.value]
-        return found.reshape(-1, found.shape[-1])
+        return found.reshape(-1, found.shape[-1]).float()
 
 
 def weight_of(linear: fx.Node) -> str:
@@ -101,22 +96,13 @@ def find_makers(site: Site, after: fx.Node | None) -> Makers | None:
     if len(sources) != 1 or not all(_is_own(node) and order[node] > since for node in linears):
         return None
     (source,) = sources
-    return Makers(site, source, *(tuple(sorted(nodes, key=order.__getitem__)) for nodes in (linears, between)))  # type: ignore[arg-type]
+    assert isinstance(source, fx.Node)
+    return Makers(site, source, tuple(sorted(linears)), tuple(sorted(between)))
 
 
 def _is_by_row(node: fx.Node) -> bool:
-    """Whether every row of the result depends on the same row of what the node reads alone."""
-    if node.target in _CUTS:
-        whole = node.args[0].meta["val"]  # type: ignore[union-attr]
-        return argument(node, "dim", 0) in (-1, whole.dim() - 1) and not _sizes(node)
-    if not (is_pointwise(node.target) or node.target is operator.getitem):
-        return False
-    return node.target is operator.getitem or not _sizes(node)
-
-
-def _sizes(node: fx.Node) -> bool:
-    """Whether it reads sizes of the calibration's tensors."""
-    return any(not isinstance(n.meta["val"], (Tensor, tuple, list)) for n in node.all_input_nodes)
+    """Whether each number of the result depends on what the node reads at the same place, or in the same row, alone."""
+    return is_pointwise(node.target) and all(isinstance(n.meta["val"], Tensor) for n in node.all_input_nodes)
 
 
 def _is_own(linear: fx.Node) -> bool:
