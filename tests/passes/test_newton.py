@@ -141,6 +141,13 @@ def test_rounds_move_what_makes_neurons_too_and_bring_the_output_nearer() -> Non
     assert float(near) < float(far)
 
 
+def test_makers_are_fitted_where_attention_reads_the_same_norm_beside_them() -> None:
+    before, after = lifted("phi"), lifted("phi")
+    Prune(0.2, units="neurons").run(after, Context(calibration=tokens(40)))
+    name = makers(before)[0].layer(before, torch.eye(1), None, torch.arange(1)).weights.popitem()[0]
+    assert not any(bool((before.weights[name] == row).all(1).any()) for row in after.weights[name])
+
+
 def test_an_interrupted_fit_goes_on_where_it_was(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoints, "EVERY", 0.0)
     whole, broken = lifted("llama"), lifted("llama")

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -200,13 +200,14 @@ class Walk:
         label: str,
         meant: Program | None = None,
         beside: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
-        sources: Mapping[fx.Node, fx.Node] | None = None,
+        makers: Mapping[fx.Node, fx.Node] | None = None,
     ) -> None:
         self.beside = {site: list(values) for site, values in (beside or {}).items() if values}
-        self.sources = sources
+        self.makers = makers
+        self.sources = {site: cast("fx.Node", linear.args[0]) for site, linear in (makers or {}).items()}
         self.program, self.ctx, self.wanted, self.changes, self.label = program, ctx, wanted, changes, label
         self.batches = calibration.batches
-        self.ends: list[fx.Node | None] = [*cuts(program, [self._with_source(value) for value in values], grain), None]
+        self.ends: list[fx.Node | None] = [*cuts(program, [self._linears(value) for value in values], grain), None]
         self.groups = self._by_stretch(values)
         self.ends = self.ends[: len(self.groups)]
         self.track = _Track(program, self.batches)
@@ -226,18 +227,17 @@ class Walk:
         bounds = [order[end] if end is not None else len(order) for end in self.ends]
         groups: list[list[fx.Node]] = [[] for _ in bounds]
         for value in values:
-            reading = [reader for each in self._with_source(value) for reader in readers(each)]
             if not readers(value):
                 raise ValueError(f"no linear reads {value}")
-            first = min(order[reader] for reader in reading)
+            first = min(order[linear] for linear in self._linears(value))
             groups[next(i for i, bound in enumerate(bounds) if first < bound)].append(value)
         while groups and not groups[-1]:
             groups.pop()
         return groups
 
-    def _with_source(self, value: fx.Node) -> list[fx.Node]:
-        """A site, and what the walk was told that it is made of."""
-        return [value, *([self.sources[value]] if self.sources and value in self.sources else [])]
+    def _linears(self, value: fx.Node) -> list[fx.Node]:
+        """What a stretch with this site holds: its readers, and the linear that it is made by, where that was told."""
+        return readers(value) + ([self.makers[value]] if self.makers and value in self.makers else [])
 
     def __iter__(self) -> Iterator[Block]:
         checkpoint = Checkpoint.of(self.program, self.batches, self._purpose())
@@ -260,7 +260,7 @@ class Walk:
     def _purpose(self) -> str:
         """What tells this walk from others over the same Program and data: who asked, with which options, for what."""
         sites = [[(value.name, self.beside.get(value)) for value in each] for each in self.groups]
-        return repr((self.label, self.wanted, self.changes, sites, self.sources))
+        return repr((self.label, self.wanted, self.changes, sites, self.makers))
 
     # -- one stretch -----------------------------------------------------------------------------------------------
 
@@ -300,18 +300,17 @@ class Walk:
         value: Any,
     ) -> None:
         """Counts the rows of ``value`` in, if it is one of the sites; what is beside one is kept until it comes."""
-        if node in meant or node in (self.sources or {}).values():
+        if node in meant or node in self.sources.values():
             now[node] = value
         if node not in values:
             return
         dense = self._dense(node, batch.real, meant, now) if node in meant else None
-        sampled = self.sources is None or node in self.sources
         if node not in sums:
-            wanted = self.wanted if sampled else replace(self.wanted, rows=0)
+            wanted = self.wanted if self.makers is None or node in self.makers else replace(self.wanted, rows=0)
             width = None if dense is None else dense.shape[-1]
             sums[node] = Accumulator(_named(node), value.shape[-1], wanted, width)
         sample = None
-        if sampled and self.sources is not None and dense is not None:
+        if node in self.sources and dense is not None:
             sample = torch.cat([_real_rows(now[self.sources[node]], batch.real).float(), dense], -1)
         sums[node].add(_real_rows(value, batch.real), dense, sample)
 

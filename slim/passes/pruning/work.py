@@ -67,7 +67,7 @@ class Work:
         streams = {site.value: beside(site.linear) for site in counts} if self.fit else {}
         blocks = walk(
             program, list(todo), ctx, asked_by=asked_by, gram=True, cross=True, dense=True, grain="site",
-            rows=_rows(makers), beside=streams, sources={value: each.source for value, each in makers.items()},
+            rows=_rows(makers), beside=streams, makers={value: each.linears[0] for value, each in makers.items()},
             notes=notes,
         )  # fmt: skip
         for block in blocks:
