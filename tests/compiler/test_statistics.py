@@ -122,7 +122,7 @@ def test_a_stretch_is_a_layer_and_only_the_residual_stream_lies_between() -> Non
     values = sites(program)
     blocks = list(walk(program, values, Context(calibration=TOKENS), asked_by="test", changes=False))
     assert [len(block.values) for block in blocks] == [4, 4, 5]
-    found = cuts(program, values)
+    found = cuts(program, [readers(value) for value in values])
     assert [cut.target for cut in found] == [torch.ops.slim.rms_norm.default] * 2
 
 

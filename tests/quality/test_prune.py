@@ -21,7 +21,7 @@ def texts() -> tuple[tuple[torch.Tensor, ...], list[Passage]]:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     library = Path(sysconfig.get_path("stdlib"))
     text = "".join((library / f"{name}.py").read_text() for name in MODULES)
-    found = windows(text, tokenizer, 511, 10_000)
+    found = windows(text, tokenizer, 511, 6_000)
     calibration = tuple(torch.tensor([passage.tokens]) for passage in found if len(passage.tokens) == 512)
     return calibration, windows((MODEL / "heldout.txt").read_text(), tokenizer, 512, 4_000)
 

@@ -102,6 +102,7 @@ def walk(
     grain: Grain = "block",
     changes: bool = True,
     beside: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
+    makers: Mapping[fx.Node, fx.Node] | None = None,
     notes: list[str] | None = None,
 ) -> Iterator[Block]:
     """Yields the sites of ``program``, in order, a stretch at a time, with their statistics.
@@ -119,6 +120,9 @@ def walk(
         changes: False promises that nothing is rewritten, and saves running each stretch again.
         beside: of sites, values with as many rows, made before the site's. What they have lost, their sum before
             anything was changed less what it is now, goes on as further features of x_dense; needs cross.
+        makers: of sites, the first linear that they are made by, which may be rewritten as what lies behind may. Rows
+            are sampled of these sites alone, and each holds what that linear reads now and, behind it, the same row
+            of x_dense; needs cross. No other site lies between.
 
     Example:
         >>> for block in walk(program, values, ctx, asked_by="quantize", gram=True):
@@ -128,7 +132,7 @@ def walk(
     calibration = calibration_of(program, ctx, asked_by)
     wanted = Wanted(gram=gram, rows=rows, cross=cross or meant is not None, dense=dense)
     label = f"{asked_by}: calibrating"
-    run = Walk(program, list(values), ctx, calibration, wanted, grain, changes, label, meant, beside)
+    run = Walk(program, list(values), ctx, calibration, wanted, grain, changes, label, meant, beside, makers)
     yield from run
     if notes is not None:
         notes += calibration.notes

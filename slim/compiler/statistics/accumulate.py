@@ -27,7 +27,7 @@ class SiteStatistics:
         cross: E[x_dense x^T], [n, n], where x_dense are the same rows in the model before the walk changed it; where
             the walk was told of values beside the site, with what those have lost behind it: [n + m, n].
         dense_gram, dense_mean: E[x_dense x_dense^T] and E x_dense; None where they were not asked for.
-        rows: a sample, [r, n], the same whenever the data are.
+        rows: a sample, [r, n], the same whenever the data are; of what the walk was told to sample.
     """
 
     count: int
@@ -82,7 +82,8 @@ class Accumulator:
         self._cross = torch.zeros(dense, width) if wanted.cross else None
         self._dense_gram = torch.zeros(dense, dense) if wanted.dense else None
         self._dense_sum = torch.zeros(dense) if wanted.dense else None
-        self._rows, self._keys = torch.zeros(0, width), torch.zeros(0)
+        self._rows: Tensor | None = None
+        self._keys = torch.zeros(0)
         self._generator = torch.Generator().manual_seed(_SEED)
 
     @property
@@ -91,8 +92,8 @@ class Accumulator:
         dense = (self._cross, self._dense_gram, self._dense_sum)
         return sum(part.nbytes for part in (*own, *dense) if part is not None)
 
-    def add(self, rows: Tensor, dense: Tensor | None = None) -> None:
-        """Counts ``rows`` [r, n] in; ``dense`` are the same rows of the model as it was.
+    def add(self, rows: Tensor, dense: Tensor | None = None, sampled: Tensor | None = None) -> None:
+        """Counts ``rows`` [r, n] in; ``dense`` are the same rows of the model as it was, ``sampled`` what is sampled.
 
         Raises:
             NonFiniteActivation: where a number is not finite.
@@ -112,7 +113,7 @@ class Accumulator:
         if dense is not None:
             self._add_dense(dense.float(), rows)
         if self.wanted.rows:
-            self._sample(rows)
+            self._sample(rows if sampled is None else sampled.float())
 
     def _add_dense(self, dense: Tensor, rows: Tensor) -> None:
         if self._cross is not None:
@@ -125,7 +126,8 @@ class Accumulator:
         """Every row gets a random key, and those with the largest keys stay: a fair sample of rows seen so far."""
         keys = torch.cat([self._keys, torch.rand(len(rows), generator=self._generator)])
         best = keys.topk(min(self.wanted.rows, len(keys))).indices.sort().values
-        self._keys, self._rows = keys[best], torch.cat([self._rows, rows])[best]
+        held = rows if self._rows is None else torch.cat([self._rows, rows])
+        self._keys, self._rows = keys[best], held[best]
 
     def finish(self) -> SiteStatistics:
         """The means. Raises BadInput where no row was ever seen."""

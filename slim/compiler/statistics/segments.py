@@ -56,17 +56,18 @@ def _is_small(node: fx.Node) -> bool:
     return not isinstance(value, Tensor) or value.numel() <= _SMALL
 
 
-def cuts(program: Program, values: Sequence[fx.Node], grain: Grain = "block") -> list[fx.Node]:
+def cuts(program: Program, sites: Sequence[Sequence[fx.Node]], grain: Grain = "block") -> list[fx.Node]:
     """The nodes that a stretch begins with, but for the first stretch, in order.
 
     Args:
-        values: the sites; the linears that read one of them are never cut apart.
+        sites: of each the linears that are never cut apart: those that read it, and what else its stretch begins with.
         grain: "block": a stretch for each attention layer with what follows it, or for every four sites. "site": one
             for each site.
     """
     nodes = list(program.nodes())
     place = {node: index for index, node in enumerate(nodes)}
-    spans = sorted((min(reading), max(reading)) for value in values if (reading := [place[r] for r in readers(value)]))
+    places = [[place[linear] for linear in linears] for linears in sites if linears]
+    spans = sorted((min(each), max(each)) for each in places)
     if grain == "site":
         return [nodes[first] for first in dict.fromkeys(first for first, _ in spans[1:])]
     marks = [place[node] for node in program.attention_nodes()]

@@ -6,9 +6,9 @@ Weights of a stretch are read once for all batches, and of the activations only 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -200,11 +200,14 @@ class Walk:
         label: str,
         meant: Program | None = None,
         beside: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
+        makers: Mapping[fx.Node, fx.Node] | None = None,
     ) -> None:
         self.beside = {site: list(values) for site, values in (beside or {}).items() if values}
+        self.makers = makers
+        self.sources = {site: cast("fx.Node", linear.args[0]) for site, linear in (makers or {}).items()}
         self.program, self.ctx, self.wanted, self.changes, self.label = program, ctx, wanted, changes, label
         self.batches = calibration.batches
-        self.ends: list[fx.Node | None] = [*cuts(program, values, grain), None]
+        self.ends: list[fx.Node | None] = [*cuts(program, [self._linears(value) for value in values], grain), None]
         self.groups = self._by_stretch(values)
         self.ends = self.ends[: len(self.groups)]
         self.track = _Track(program, self.batches)
@@ -224,14 +227,17 @@ class Walk:
         bounds = [order[end] if end is not None else len(order) for end in self.ends]
         groups: list[list[fx.Node]] = [[] for _ in bounds]
         for value in values:
-            reading = readers(value)
-            if not reading:
+            if not readers(value):
                 raise ValueError(f"no linear reads {value}")
-            first = min(order[reader] for reader in reading)
+            first = min(order[linear] for linear in self._linears(value))
             groups[next(i for i, bound in enumerate(bounds) if first < bound)].append(value)
         while groups and not groups[-1]:
             groups.pop()
         return groups
+
+    def _linears(self, value: fx.Node) -> list[fx.Node]:
+        """What a stretch with this site holds: its readers, and the linear that it is made by, where that was told."""
+        return readers(value) + ([self.makers[value]] if self.makers and value in self.makers else [])
 
     def __iter__(self) -> Iterator[Block]:
         checkpoint = Checkpoint.of(self.program, self.batches, self._purpose())
@@ -254,7 +260,7 @@ class Walk:
     def _purpose(self) -> str:
         """What tells this walk from others over the same Program and data: who asked, with which options, for what."""
         sites = [[(value.name, self.beside.get(value)) for value in each] for each in self.groups]
-        return repr((self.label, self.wanted, self.changes, sites))
+        return repr((self.label, self.wanted, self.changes, sites, self.makers))
 
     # -- one stretch -----------------------------------------------------------------------------------------------
 
@@ -294,15 +300,19 @@ class Walk:
         value: Any,
     ) -> None:
         """Counts the rows of ``value`` in, if it is one of the sites; what is beside one is kept until it comes."""
-        if node in meant:
+        if node in meant or node in self.sources.values():
             now[node] = value
         if node not in values:
             return
         dense = self._dense(node, batch.real, meant, now) if node in meant else None
         if node not in sums:
+            wanted = self.wanted if self.makers is None or node in self.makers else replace(self.wanted, rows=0)
             width = None if dense is None else dense.shape[-1]
-            sums[node] = Accumulator(_named(node), value.shape[-1], self.wanted, width)
-        sums[node].add(_real_rows(value, batch.real), dense)
+            sums[node] = Accumulator(_named(node), value.shape[-1], wanted, width)
+        sample = None
+        if node in self.sources and dense is not None:
+            sample = torch.cat([_real_rows(now[self.sources[node]], batch.real).float(), dense], -1)
+        sums[node].add(_real_rows(value, batch.real), dense, sample)
 
     def _dense(
         self, site: fx.Node, real: Tensor | None, meant: dict[fx.Node, Tensor], now: dict[fx.Node, Tensor]

@@ -32,15 +32,15 @@ def refit(weight: Tensor, bias: Tensor | None, paired: Paired, kept: Tensor) -> 
     Args:
         weight: the weight over all features, [m, n], in the model as it was. kept: int64, the features left.
     """
-    old, left = wanted(weight, paired), paired.only(kept)
+    old, left = wanted(weight, len(paired.dense)), paired.only(kept)
     fitted = left.fit(old, weight[:, kept].double())
     shift = None if bias is None else bias.double() + left.shift(old, fitted)
     return Fitted(fitted, shift, left.missing(old, fitted))
 
 
-def wanted(weight: Tensor, paired: Paired) -> Tensor:
-    """float64: what makes the result that is fitted of x_dense: the weight, and all of what was lost beside it."""
-    further = len(paired.dense) - weight.shape[-1]
+def wanted(weight: Tensor, features: int) -> Tensor:
+    """float64 [m, features]: what makes the result that is fitted of x_dense: the weight, and what was lost beside."""
+    further = features - weight.shape[-1]
     return torch.cat([weight.double(), torch.eye(len(weight), further).double()], -1)
 
 

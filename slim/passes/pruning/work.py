@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,13 +17,16 @@ from slim.compiler.statistics.paired import Paired
 from slim.compiler.uses import LINEAR
 from slim.compiler.weights import Deferred
 from slim.passes.pruning.budget import Counts
+from slim.passes.pruning.makers import Makers, find_makers
+from slim.passes.pruning.newton import fitted
 from slim.passes.pruning.obs import removal_order
 from slim.passes.pruning.refit import masked, refit, wanted
 from slim.passes.pruning.sites import Site
 from slim.passes.pruning.stream import beside
 
 Choice = Callable[[Site, SiteStatistics, int], Tensor]  # the units to take out of a site
-_GONE, _MISSING = "gone", "missing"  # among the results of a walk; no weight is called that
+_GONE, _MISSING, _SHIFT = "gone", "missing", "bias"  # among the results of a walk; no weight is called that
+_ROWS, _NUMBERS = 16_384, 1 << 26  # that makers are fitted to: tokens, and numbers of them that are held
 
 
 @dataclass
@@ -47,30 +50,72 @@ class Work:
         choose: which units go; None chooses those that are best taken out given that the others are fitted.
         fit: least squares over what is left. Without it weights stay as they are.
         bias: a linear that has no bias gets one.
+        rounds: of Gauss-Newton, in which what makes neurons is fitted too.
     """
 
     choose: Choice | None
     fit: bool
     bias: bool
+    rounds: int = 0
 
     def run(self, program: Program, counts: Counts, ctx: Context, asked_by: str, notes: list[str]) -> Result:
         """Writes zeros into the columns that go; the Program keeps its shapes, so that the walk can go on."""
         todo = {site.value: site for site in counts}
         originals = {site: program.weights.raw(site.weight) for site in counts}
         result = Result()
+        makers = self._makers(counts)
         streams = {site.value: beside(site.linear) for site in counts} if self.fit else {}
         blocks = walk(
             program, list(todo), ctx, asked_by=asked_by, gram=True, cross=True, dense=True, grain="site",
-            beside=streams, notes=notes,
+            rows=_rows(makers), beside=streams, makers={value: each.linears[0] for value, each in makers.items()},
+            notes=notes,
         )  # fmt: skip
         for block in blocks:
             (value,) = block.values
             site = todo[value]
             if not block.restored:
-                made = self._made(program, site, counts[site], originals[site], block.statistics[value])
+                statistics = block.statistics[value]
+                made = self._made(program, site, counts[site], originals[site], statistics)
+                if value in makers:
+                    made |= self._fitted(program, makers[value], originals[site], made, statistics)
                 block.results.update(made)
             self._take(program, site, dict(block.results), result)
         return result
+
+    def _makers(self, counts: Counts) -> dict[fx.Node, Makers]:
+        """Of the sites that lose neurons; the walk has to come past the makers since the site before."""
+        found, before = dict[fx.Node, Makers](), None
+        for site, count in sorted(counts.items(), key=lambda item: item[0].linear):
+            makers = find_makers(site, before) if self.fit and self.rounds and count else None
+            if makers is not None:
+                found[site.value] = makers
+            before = site.linear
+        return found
+
+    def _fitted(
+        self,
+        program: Program,
+        makers: Makers,
+        original: Tensor | Deferred,
+        made: dict[str, Tensor],
+        statistics: SiteStatistics,
+    ) -> dict[str, Tensor]:
+        """Makers and reader fitted together, from what the closed form ``made`` of the reader."""
+        site, kept = makers.site, makers.site.kept(made[_GONE])
+        assert statistics.rows is not None
+        width = makers.source.meta["val"].shape[-1]
+        rows, dense = statistics.rows[:, :width], statistics.rows[:, width:]
+        held = original if isinstance(original, Tensor) else original.load()
+        aim = dense @ wanted(held.float(), dense.shape[-1]).float().T
+        if site.bias is not None:
+            aim += program.weights[site.bias].float()
+        shift = made[_SHIFT].float() if _SHIFT in made else None
+        start = makers.layer(program, made[site.weight][:, kept].float(), shift, kept)
+        layer, missing = fitted(start, rows, aim, self.rounds)
+        new = {site.weight: masked(layer.reader, kept, held), _MISSING: torch.tensor(missing)}
+        if layer.shift is not None:
+            new[_SHIFT] = layer.shift.to(held.dtype)
+        return new | makers.written(program, layer)
 
     def _made(
         self, program: Program, site: Site, count: int, original: Tensor | Deferred, statistics: SiteStatistics
@@ -92,7 +137,7 @@ class Work:
             left_out[:, kept] = 0.0
             shift = bias + left_out @ statistics.mean if bias is not None and self.bias else None
         if shift is not None:
-            made["bias"] = shift.to(held.dtype)
+            made[_SHIFT] = shift.to(held.dtype)
         return made | {_GONE: gone}
 
     def _chosen(self, site: Site, count: int, weight: Tensor, paired: Paired, statistics: SiteStatistics) -> Tensor:
@@ -100,19 +145,28 @@ class Work:
             return torch.zeros(0, dtype=torch.long)
         if self.choose is not None:
             return self.choose(site, statistics, count)
-        aim = paired.fit(wanted(weight, paired), weight.double())  # what does to x now what is wanted of it
+        aim = paired.fit(wanted(weight, len(paired.dense)), weight.double())  # what does to x now what is wanted of it
         return removal_order(aim, paired.gram, site.columns, count).units
 
     def _take(self, program: Program, site: Site, results: dict[str, Tensor], result: Result) -> None:
         result.gone[site] = results.pop(_GONE)
         if _MISSING in results:
             result.missing[site] = float(results.pop(_MISSING))
-        shift = results.pop("bias", None)
+        shift = results.pop(_SHIFT, None)
         if shift is not None and site.bias is not None:
             program.weights[site.bias] = shift
         elif shift is not None:
             read(program, site.linear, shift)
-        program.weights[site.weight] = results[site.weight]
+        for name, value in results.items():
+            program.weights[name] = value
+
+
+def _rows(makers: Mapping[fx.Node, Makers]) -> int:
+    """How many are sampled."""
+    widest = max(
+        (each.source.meta["val"].shape[-1] + 2 * len(each.site.columns) for each in makers.values()), default=1
+    )
+    return min(_ROWS, _NUMBERS // widest) if makers else 0
 
 
 def read(program: Program, linear: fx.Node, bias: Tensor) -> None:
