@@ -160,17 +160,18 @@ struct Case {
     Tensor<float> q, k, v, bias, cos, sin, out;
     Tensor<T> k_cache, v_cache, k_before, v_before;
     std::vector<u8> mask;
-    std::vector<float> sinks, slopes;
+    std::vector<float> sinks, slopes, mass;
 
     std::string describe() const {
-        char text[400];
+        char text[420];
         std::snprintf(text, sizeof text,
                       "batch %ld heads %ld/%ld queries %ld start %ld keys %ld widths %ld/%ld rope %ld%s cache %d "
-                      "causal %d window %ld softcap %g mask %d bias %d sinks %d slopes %d threads %d",
+                      "causal %d window %ld softcap %g mask %d bias %d sinks %d slopes %d mass %d/%ld threads %d",
                       (long)a.batch, (long)a.heads, (long)a.kv_heads, (long)a.queries, (long)a.start, (long)a.keys,
                       (long)a.key_width, (long)a.value_width, (long)a.rope_width, a.interleaved ? " pairs" : "",
                       cached ? (int)a.k_format : -1, a.causal, (long)a.window, (double)a.softcap,
-                      a.key_mask != nullptr, a.bias != nullptr, a.sinks != nullptr, a.slopes != nullptr, threads);
+                      a.key_mask != nullptr, a.bias != nullptr, a.sinks != nullptr, a.slopes != nullptr, a.mass != nullptr,
+                      (long)a.votes, threads);
         return text;
     }
     // Whether the row may see the key, whatever is masked.
@@ -241,6 +242,11 @@ void fill_case(Case<T>& c) {
         for (i64 i = 0; i < a.heads; i++) c.sinks.push_back(chance(9) ? -INFINITY : normal());
     if (chance(4))
         for (i64 i = 0; i < a.heads; i++) c.slopes.push_back(0.1f * normal());
+    if (c.cached && a.heads / a.kv_heads * a.queries * a.keys * a.key_width < 10000000 && !chance(3)) {
+        a.votes = pick({0, 0, 1, 3, 32});
+        a.mass_head = a.keys + pick({0, 5}), a.mass_batch = a.mass_head * a.kv_heads + pick({0, 3});
+        for (i64 i = 0; i < a.batch * a.mass_batch; i++) c.mass.push_back(i % a.mass_batch % a.mass_head < a.start ? 1.0f : NAN);
+    }
 }
 
 template <class T>
@@ -275,11 +281,13 @@ void point_case(Case<T>& c) {
     a.mask_batch = a.keys;
     a.sinks = c.sinks.empty() ? nullptr : c.sinks.data();
     a.slopes = c.slopes.empty() ? nullptr : c.slopes.data();
+    a.mass = c.mass.empty() ? nullptr : c.mass.data();
 }
 
 void call(Attention& a, int threads) {
     a.most_keys = a.keys;
-    i64 bytes = attention_scratch(a.batch, a.heads, a.kv_heads, a.queries, a.keys, a.key_width, a.value_width, 0, 0, threads);
+    i64 bytes = attention_scratch(a.batch, a.heads, a.kv_heads, a.queries, a.keys, a.key_width, a.value_width, 0, 0,
+                                  a.mass != nullptr, threads);
     void* scratch = std::aligned_alloc(64, (size_t)(bytes + 63) / 64 * 64);
     std::memset(scratch, 0xff, (size_t)bytes);
     a.scratch = scratch;
@@ -364,24 +372,65 @@ std::vector<double> score_row(Case<T>& c, i64 b, i64 h, i64 i) {
     return scores;
 }
 
+double largest_of(const std::vector<double>& scores) {
+    double largest = 0;
+    for (double s : scores) largest = std::max(largest, std::isfinite(s) ? std::fabs(s) : 0.0);
+    return largest;
+}
+
+// softmax of a row's scores and its sink.
+template <class T>
+std::vector<double> weights_of(Case<T>& c, i64 h, std::vector<double> scores) {
+    const Attention& a = c.a;
+    double top = *std::max_element(scores.begin(), scores.end()), total = 0;
+    if (a.sinks) top = std::max(top, (double)a.sinks[h]);
+    if (a.sinks && std::isfinite(top)) total = std::exp(a.sinks[h] - top);
+    for (double& s : scores) total += s = s == -INFINITY ? 0.0 : std::exp(s - top);
+    for (double& s : scores) s = total == 0 ? 0.0 : s / total;
+    return scores;
+}
+
+// What keys of some heads got is what their queries' weights add up to.
+template <class T>
+void check_mass(Case<T>& c) {
+    const Attention& a = c.a;
+    if (!a.mass) return;
+    i64 pairs = a.batch * a.kv_heads, group = a.heads / a.kv_heads;
+    i64 pair = (i64)(random_bits() % (unsigned)pairs), b = pair / a.kv_heads, g = pair % a.kv_heads;
+    i64 kept = a.votes && a.queries >= a.votes ? 0 : a.start;
+    const float *mass = c.mass.data() + b * a.mass_batch + g * a.mass_head;
+    std::vector<double> wanted((size_t)a.keys, 0.0);
+    for (i64 j = 0; j < kept; j++) wanted[(size_t)j] = 1.0;
+    double largest = 0;
+    for (i64 i = a.votes ? std::max<i64>(0, a.queries - a.votes) : 0; i < a.queries; i++)
+        for (i64 h = g * group; h < (g + 1) * group; h++) {
+            std::vector<double> scores = score_row(c, b, h, i), weights = weights_of(c, h, scores);
+            largest = std::max(largest, largest_of(scores));
+            for (size_t j = 0; j < weights.size(); j++) wanted[j] += weights[j];
+        }
+    for (i64 j = 0; j < a.keys; j++)
+        if (!(std::fabs(mass[j] - wanted[(size_t)j]) <= (1e-5 + 1e-6 * largest) * (1 + wanted[(size_t)j])))
+            fail(c.describe() + ": mass of key " + std::to_string(j) + " is " + std::to_string(mass[j]) + ", not " +
+                 std::to_string(wanted[(size_t)j]));
+    for (size_t i = 0; i < c.mass.size(); i++)
+        if ((i64)i % a.mass_batch % a.mass_head >= a.keys && !std::isnan(c.mass[i])) fail(c.describe() + ": mass beyond");
+}
+
 template <class T>
 void check_row(Case<T>& c, i64 b, i64 h, i64 i) {
     const Attention& a = c.a;
     std::vector<double> scores = score_row(c, b, h, i), wanted((size_t)a.value_width, 0.0);
-    double top = *std::max_element(scores.begin(), scores.end()), total = 0, largest = 0;
-    for (double s : scores) largest = std::max(largest, std::isfinite(s) ? std::fabs(s) : 0.0);
-    if (a.sinks) top = std::max(top, (double)a.sinks[h]);
-    if (a.sinks && std::isfinite(top)) total = std::exp(a.sinks[h] - top);
+    double largest = largest_of(scores);
+    std::vector<double> weights = weights_of(c, h, scores);
     for (i64 j = 0; j < a.keys; j++) {
-        double weight = scores[(size_t)j] == -INFINITY ? 0.0 : std::exp(scores[(size_t)j] - top);
+        double weight = weights[(size_t)j];
         if (weight == 0.0) continue;
         i64 g = h / (a.heads / a.kv_heads);
-        total += weight;
         for (i64 p = 0; p < a.value_width; p++)
             wanted[(size_t)p] += weight * (c.cached ? (double)(float)c.v_cache.row(b, g, j)[p] : c.v.row(b, g, j)[p]);
     }
     for (i64 p = 0; p < a.value_width; p++) {
-        double exact = total == 0 ? 0.0 : wanted[(size_t)p] / total;
+        double exact = wanted[(size_t)p];
         float got = c.out.row(b, h, i)[p];
         if (!(std::fabs(got - exact) <= 1e-5 + 1e-6 * largest))  // scores are floats: large ones are coarse
             fail(c.describe() + ": row " + std::to_string(b) + " " + std::to_string(h) + " " + std::to_string(i) + " " +
@@ -399,6 +448,7 @@ void test_attention(Format format, bool cached) {
     i64 rows = c.a.batch * c.a.heads * c.a.queries, step = std::max<i64>(1, rows / 200);
     for (i64 row = (i64)(random_bits() % (unsigned)step); row < rows; row += step)
         check_row(c, row / c.a.queries / c.a.heads, row / c.a.queries % c.a.heads, row % c.a.queries);
+    check_mass(c);
     if (cached) check_cache(c);
 }
 
@@ -496,6 +546,7 @@ void test_quantised() {
     i64 rows = a.batch * a.heads * a.queries, step = std::max<i64>(1, rows / 200);
     for (i64 row = (i64)(random_bits() % (unsigned)step); row < rows; row += step)
         check_row(c, row / a.queries / a.heads, row / a.queries % a.heads, row % a.queries);
+    check_mass(c);
 }
 
 }  // namespace
