@@ -3,8 +3,8 @@
     python -m benchmarks.eviction                              # results/eviction.{json,md}
     python -m benchmarks.eviction --models demo --passages 16
 
-Texts are as long as the model's context. They are read 16 tokens at a time, so that tokens leave about as often as in
-decoding, and every token is predicted from what the cache holds then: half as many tokens as a text, or a quarter.
+Texts are as long as the model's context. They are read a few tokens at a time, as many as leave a cache with eviction
+together, and every token is predicted from what the cache holds then: half as many tokens as a text, or a quarter.
 Beside eviction stand plain truncation to the newest tokens, and the newest with 4 sinks (StreamingLLM).
 """
 
@@ -27,10 +27,11 @@ sys.path.insert(0, str(ROOT))
 
 import slim  # noqa: E402
 from slim import KVCacheConfig  # noqa: E402
+from slim.runtime.eviction import Eviction  # noqa: E402
 from slim.runtime.perplexity import pieces, windows  # noqa: E402
 
 SHARED, DEMO = ROOT.parent / "shared", ROOT / "examples" / "demo_model"
-SHARES, PIECE, SINKS = (2, 4), 16, 4
+SHARES, SINKS = (2, 4), 4
 MODELS = {
     "stories260K": SHARED / "models" / "stories260K", "stories260K-mha": SHARED / "models" / "stories260K-mha",
     "babyllama361": SHARED / "models" / "babyllama361", "demo": DEMO,
@@ -58,12 +59,12 @@ def caches(budget: int) -> dict[str, KVCacheConfig]:
     }
 
 
-def losses(folder: Path, config: KVCacheConfig, tokens: Tensor) -> Tensor:
-    """Nats of each predicted token, [B, T - 1]."""
+def losses(folder: Path, config: KVCacheConfig, tokens: Tensor, piece: int) -> Tensor:
+    """Nats of each predicted token, [B, T - 1]; ``piece`` tokens are read at a time."""
     model = slim.compile(folder, target="cpu", verify=False, kv_cache=config)
     cache, found = model.new_cache(tokens.shape[0]), []
-    for start in range(0, tokens.shape[1] - 1, PIECE):
-        part, wanted = tokens[:, start : start + PIECE], tokens[:, start + 1 : start + 1 + PIECE]
+    for start in range(0, tokens.shape[1] - 1, piece):
+        part, wanted = tokens[:, start : start + piece], tokens[:, start + 1 : start + 1 + piece]
         logits = model(part, past_key_values=cache).logits[:, : wanted.shape[1]].float()
         found.append(torch.nn.functional.cross_entropy(logits.transpose(1, 2), wanted, reduction="none"))
     return torch.cat(found, 1)
@@ -71,12 +72,13 @@ def losses(folder: Path, config: KVCacheConfig, tokens: Tensor) -> Tensor:
 
 def measure(folder: Path, most: int) -> dict[str, Any]:
     tokens = texts(folder, most)
-    whole = losses(folder, KVCacheConfig(), tokens)
+    whole = losses(folder, KVCacheConfig(), tokens, 64)
     context = tokens.shape[1]
     rows = []
     for share in SHARES:
+        piece = Eviction("h2o", context // share).at_once
         for name, config in caches(context // share).items():
-            nats, late = losses(folder, config, tokens), slice(context // share, None)
+            nats, late = losses(folder, config, tokens, piece), slice(context // share, None)
             rows.append({
                 "cache": name, "budget": context // share, "perplexity": math.exp(float(nats.mean())),
                 "cost": math.expm1(float((nats - whole).mean())),

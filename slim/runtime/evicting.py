@@ -150,8 +150,7 @@ class EvictingKVCache(KVCache):
             chosen.append(self.held(index).gather(2, places))
             for tensor in held.values():
                 tensor[:, :, :kept] = _picked(tensor[:, :, :length], places)
-            if self.eviction.votes:  # the next choice is that of the queries to come
-                held["mass"].zero_()
+            held["mass"] *= self.eviction.fades
         self.mask[:, :kept] = real.gather(1, places[:, 0])  # padding comes first, in every head as much
         self.mask[:, kept:] = True
         self._chosen, self.length = chosen, kept

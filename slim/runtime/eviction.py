@@ -15,7 +15,9 @@ from torch import Tensor, fx
 from slim.compiler.rules import argument
 from slim.runtime.cache import KVCacheConfig
 
-_VOTERS, _POOL = 32, 5  # of SnapKV: the queries that vote, and the tokens that share a vote
+_VOTERS = 32  # of SnapKV
+_POOL = 5  # tokens that share what they got
+_FADES = 0.7  # what is left of a count after a choice, of H2O
 _MOST_AT_ONCE = 64  # tokens that leave together
 
 
@@ -23,10 +25,10 @@ _MOST_AT_ONCE = 64  # tokens that leave together
 class Eviction:
     """A rule of eviction over ``budget`` tokens of each head.
 
-    "h2o" (Zhang et al. 2023, H2O): half of what is kept is the newest, half is what has got most attention, summed over
-    all queries since it came. "snapkv" (Li et al. 2024, SnapKV): what is kept is the newest 32, and what the last 32
-    queries of a prompt look at most, later those since the last choice; a token's votes are those of the five tokens
-    around it on average.
+    "h2o" (Zhang et al. 2023, H2O): what is kept is the newest, 5 in 8, and what has got most attention, summed over all
+    queries since it came; a sum fades to 0.7 each time some leave, which costs less than sums that do not (docs).
+    "snapkv" (Li et al. 2024, SnapKV): what is kept is the newest 32, and what the last 32 queries of a prompt look at
+    most, later those since the last choice. Both take what the five tokens around one got, on average.
     """
 
     kind: str
@@ -45,7 +47,7 @@ class Eviction:
     @property
     def at_once(self) -> int:
         """Tokens that leave together, so that choosing is rare."""
-        return max(1, min(_MOST_AT_ONCE, self.budget // 8))
+        return max(1, min(_MOST_AT_ONCE, self.budget // 32))
 
     @property
     def kept(self) -> int:
@@ -55,7 +57,12 @@ class Eviction:
     @property
     def newest(self) -> int:
         """Of those, the newest."""
-        return min(_VOTERS, self.kept // 2) if self.votes else self.kept // 2
+        return min(_VOTERS, self.kept // 2) if self.votes else 5 * self.kept // 8
+
+    @property
+    def fades(self) -> float:
+        """What is left of a count after a choice."""
+        return 0.0 if self.votes else _FADES
 
     def choose(self, mass: Tensor, real: Tensor) -> Tensor:
         """The places of what stays, int64 [B, G, kept], padding first and then from old to new.
@@ -65,7 +72,7 @@ class Eviction:
             real: bool [B, T], False at padding, which leaves first.
         """
         tokens = mass.shape[2]
-        score = _averaged(mass) / _averaged(real[:, None].float()) if self.votes else mass
+        score = _averaged(mass) / _averaged(real[:, None].float())
         score = score.index_fill(2, torch.arange(tokens - self.newest, tokens, device=mass.device), torch.inf)
         score = score.masked_fill(~real[:, None], -1.0)
         chosen = score.topk(self.kept, dim=2).indices
