@@ -25,6 +25,8 @@ from slim.runtime import calls, generation
 from slim.runtime.architecture import counts_real_tokens, rebuild_generation_config
 from slim.runtime.binding import bind_cache, cache_slots, check_cacheable
 from slim.runtime.cache import KVCache, KVCacheConfig, Slot
+from slim.runtime.evicting import EvictingKVCache
+from slim.runtime.eviction import Eviction
 from slim.runtime.explain import Explanation, explain
 from slim.runtime.loop import Plan
 from slim.runtime.paged import PagedKVCache, paging
@@ -72,7 +74,7 @@ class CompiledModel:
         self.pipeline = pipeline
         self.target = select(target) if isinstance(target, str) else target
         self.kv_cache = kv_cache or KVCacheConfig()
-        self._paging = paging(self.kv_cache)
+        self._paging, self._eviction = paging(self.kv_cache), Eviction.of(self.kv_cache)
         self._steps: dict[tuple[bool, bool], Step | PagedStep] = {}
         self.executables: dict[str, Executable] = {}
         if report is not None:  # it may have been saved by another target
@@ -161,9 +163,9 @@ class CompiledModel:
     @functools.cached_property
     def slots(self) -> tuple[Slot, ...]:
         """What a KV cache of this model holds; raises CacheUnsupported where it can have none."""
-        check_cacheable(self.program, self._paging)
+        check_cacheable(self.program, self._paging, self._eviction)
         self._check_format()
-        return cache_slots(self.program, self.kv_cache.bits)
+        return cache_slots(self.program, self.kv_cache.bits, self._eviction is not None)
 
     def _check_format(self) -> None:
         """Raises where the cache is asked to hold other numbers than the Program rounds to."""
@@ -291,7 +293,7 @@ class CompiledModel:
             checked = bool(self.slots)  # or it raises
             bound = bind_cache(
                 self.program, masked=key[0], last_only=last_only, checked=checked, bits=self.kv_cache.bits,
-                paging=self._paging,
+                paging=self._paging, eviction=self._eviction,
             )  # fmt: skip
             name = "step" + "_masked" * key[0] + "_last" * last_only
             kind = Step if self._paging is None else PagedStep
@@ -309,6 +311,8 @@ class CompiledModel:
             raise errors.PromptTooLong(length=tokens, capacity=limit)
         if self._paging is not None:
             return PagedKVCache(self.slots, batch, max(1, tokens), self.kv_cache, self.device)
+        if self._eviction is not None:
+            return EvictingKVCache(self.slots, batch, max(1, tokens), self._eviction, limit, self.device)
         return KVCache(self.slots, batch, max(1, tokens), limit, self.device)
 
     def decoder(self, plan: Plan) -> Decoder:
@@ -339,8 +343,9 @@ class CompiledModel:
         if plan.cache is None:
             return self.new_cache(batch, min(run, length + _ROOM))
         calls.check_cache(plan.cache, self, batch)
-        if plan.cache.length >= length:
-            reason = f"the prompt must go on beyond the {plan.cache.length} tokens of past_key_values, and has {length}"
+        past = plan.cache.get_seq_length()
+        if past >= length:
+            reason = f"the prompt must go on beyond the {past} tokens of past_key_values, and has {length}"
             raise errors.BadInput(argument="input_ids", reason=reason)
         return plan.cache
 

@@ -36,9 +36,9 @@ class Rotation:
 @handles(*_ATTENTION)
 def attention(lowering: Lowering, node: fx.Node) -> Value:
     """slim.attention, slim.cached_attention and slim.paged_attention."""
-    if not lowering.wants.attends(node):
-        nearer = " and sees its first keys nearer than they are" if argument(node, "q_first") is not None else ""
-        raise Unsupported(f"this target has no kernel for attention that keeps {argument(node, 'pattern')}{nearer}")
+    objection = lowering.wants.objection(node)
+    if objection is not None:
+        raise Unsupported(f"this target has no kernel for attention {objection}")
     shape, dtype = lowering.type(node)
     batch, heads, queries, width = shape
     keys, offset, values, bits = _sources(node)
@@ -68,6 +68,7 @@ def attention(lowering: Lowering, node: fx.Node) -> Value:
             region.q_first = None if first is None else lowering.rows(first, lowering.floats)
         else:
             region.start = lowering.size(argument(node, "start"))
+            region.mass, region.votes = _given(lowering, node, "mass"), argument(node, "votes")
     if region.k_bounds is None and region.pattern is not None and region.pattern.top is not None:
         region.k_bounds = _bounds_of_the_run(lowering, region, region.pattern.top.size)
     lowering.emit(region)
