@@ -13,19 +13,17 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-import slim
+from benchmarks.passes import measured
 from benchmarks.quality_peers.cases import CASES, Case
 from slim.compiler.patterns import DENSE
 from slim.compiler.patterns.picture import kept_by_head, sees
 from slim.compiler.program import Program
 from slim.compiler.rules import argument
-from slim.runtime.perplexity import score
 
 RESULTS = Path(__file__).resolve().parent / "results" / "sparse_attention.json"
 BLOCK = 64
@@ -69,15 +67,10 @@ def main() -> None:
 
 
 def _measured(case: Case, options: str) -> dict[str, Any]:
-    start = time.perf_counter()
-    passes = f"sparse_attention({options})" if options else ""
-    compiled = slim.compile(case.model, passes, calibration=case.tensors(), verify=False)
-    found, length = score(compiled, case.passages), max(len(passage.tokens) for passage in case.passages)
+    compiled, found = measured(case, f"sparse_attention({options})" if options else "")
+    length = max(len(passage.tokens) for passage in case.passages)
     keys, blocks = kept(compiled.program, length)
-    return {
-        "nats": found.nats, "tokens": found.tokens, "passes": passes, "keys": keys, "blocks": blocks, "length": length,
-        "target": compiled.target.name, "seconds": round(time.perf_counter() - start, 1),
-    }  # fmt: skip
+    return {**found, "keys": keys, "blocks": blocks, "length": length}
 
 
 def kept(program: Program, tokens: int) -> tuple[float, float]:
