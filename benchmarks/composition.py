@@ -118,7 +118,10 @@ def _told(found: dict[str, Any], text: str) -> str:
 
 
 def _lost(found: dict[str, Any], text: str) -> str:
-    return f"{found[text]['nats'] - found['']['nats']:+.4f}" if "nats" in found.get(text, {}) else "refused"
+    value = found[text]
+    if "nats" in value:
+        return f"{value['nats'] - found['']['nats']:+.4f}"
+    return "order" if "cannot run here" in value["refused"] else "nothing"
 
 
 def _tables(model: str, found: dict[str, Any]) -> str:
@@ -133,8 +136,9 @@ def _tables(model: str, found: dict[str, Any]) -> str:
     for text in LONGER:
         if "bytes" in found.get(text, {}):
             lines.append(f"| `{text}` | {_lost(found, text)} | {found[text]['bytes'] / 1e6:.2f} |")
-    lines += ["", "Refused:", ""]
-    lines += [f"- `{text}`: {value['refused']}" for text, value in found.items() if "refused" in value]
+    lines += ["", "What was refused, and the first pipeline that was for that reason:", ""]
+    reasons = {value["refused"]: text for text, value in reversed(found.items()) if "refused" in value}
+    lines += [f"- `{text}`: {reason}" for reason, text in reversed(reasons.items())]
     return "\n".join(lines) + "\n"
 
 
