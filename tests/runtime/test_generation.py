@@ -338,7 +338,7 @@ def test_a_model_without_a_bos_token_needs_a_prompt():
 
 
 def test_where_there_can_be_no_cache_generation_goes_on_and_says_so(caplog, monkeypatch):
-    def refuse(program, paging=None):
+    def refuse(program, paging=None, eviction=None):
         raise errors.CacheUnsupported(reason="tokens are mixed")
 
     monkeypatch.setattr("slim.runtime.compiled.check_cacheable", refuse)
