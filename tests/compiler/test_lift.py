@@ -460,6 +460,14 @@ def test_dropout_is_gone_and_batch_norm_is_in_evaluation():
     torch.testing.assert_close(program.run(x)[0], model.eval()(x).detach())
 
 
+def test_sizes_that_weights_fix_stay_those_of_the_example_and_rows_may_be_any():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(2), nn.Linear(36, 4)).eval()
+    program = lift(model, torch.randn(2, 3, 8, 8))
+    assert program.facts.notes == ["it takes inputs of the sizes of example_inputs, but for their first dimension"]
+    x = torch.randn(5, 3, 8, 8)
+    torch.testing.assert_close(program.run(x)[0], model(x).detach())
+
+
 # -- what cannot be lifted ---------------------------------------------------------------------------------------------
 
 

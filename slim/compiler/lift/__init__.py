@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,23 @@ def _lift_module(model: nn.Module, example_inputs: Any) -> Program:
         kwargs = example_inputs
     else:
         args = tuple(example_inputs) if isinstance(example_inputs, (tuple, list)) else (example_inputs,)
-    shapes = pytree.tree_map(_all_dynamic, (args, kwargs))
+
+    def attempt(sizes: Callable[[Any], Any], *notes: str) -> Program:
+        shapes = pytree.tree_map(sizes, (args, kwargs))
+        facts = Facts(kind="module", architecture=type(model).__name__, notes=list(notes))
+        return export(model, args, kwargs, _shapes(model, *shapes), facts)
+
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
-        facts = Facts(kind="module", architecture=type(model).__name__)
-        return export(model, args, kwargs, _shapes(model, *shapes), facts)
+        return attempt(_all_dynamic)
+    except errors.LiftFailed as failure:
+        try:
+            return attempt(
+                _first_dynamic, "it takes inputs of the sizes of example_inputs, but for their first dimension"
+            )
+        except errors.LiftFailed:
+            raise failure from None
     finally:
         for module in training:
             module.training = True
@@ -88,6 +100,13 @@ def _lift_module(model: nn.Module, example_inputs: Any) -> Program:
 
 def _all_dynamic(value: Any) -> Any:
     return dict.fromkeys(range(value.dim()), Dim.AUTO) if isinstance(value, torch.Tensor) else None
+
+
+def _first_dynamic(value: Any) -> Any:
+    """For models whose weights fix the sizes: a linear over a flattened picture."""
+    if not isinstance(value, torch.Tensor):
+        return None
+    return {dim: Dim.STATIC if dim else Dim.AUTO for dim in range(value.dim())}
 
 
 def _shapes(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -55,7 +55,8 @@ def export(
             raise errors.LiftFailed(module=module, line=line, reason=_first_lines(error)) from error
     facts.in_spec = pytree.treespec_dumps(exported.call_spec.in_spec)
     facts.out_spec = pytree.treespec_dumps(exported.call_spec.out_spec)
-    return _Builder(model, exported, facts).build()
+    with _quiet():
+        return _Builder(model, exported, facts).build()
 
 
 @contextmanager
