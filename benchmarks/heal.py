@@ -20,7 +20,7 @@ from benchmarks.quality_peers.cases import CASES, Case
 from slim.runtime.perplexity import score
 
 RESULTS = Path(__file__).resolve().parent / "results" / "heal.json"
-LOSSY = ("prune(0.2)", "prune(0.5)", "gqa(1)", "low_rank(0.6)", 'quantize("int3")')
+LOSSY = ("prune(0.2)",)
 
 
 def main() -> None:
@@ -28,7 +28,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     kept: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
     for name in options.models:
-        case = CASES[name]()
+        case = CASES[name](calibration=options.sequences)
         found = kept.setdefault(name, {})
         healing = f"heal({options.steps})"
         for text in ["", *(each for lossy in options.lossy for each in (lossy, f"{lossy}, {healing}"))]:
@@ -46,6 +46,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--lossy", nargs="+", default=list(LOSSY), help="pipelines to heal")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--sequences", type=int, default=512, help="of calibration (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="measure what the file holds anew")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -31,13 +31,15 @@ ROWS = {  # name -> options beside the share, and what it is
     "svd": (', method="svd"', "of the weights alone"),
     "unweighed": (', importance="none"', "the default without gradients: the same share everywhere"),
     "factors": (', storage="factors"', "the default held as two factors"),
+    "and tables": (", embeddings=True, head=True", "the default, with the embedding and the head tied to it"),
+    "tables": (', embeddings=True, head=True, exclude=["*layers*"]', "embedding and head alone"),
 }
 FLOAT = "float"
 HEADER = """# Low rank, without training
 
 Written by `python -m benchmarks.low_rank`: nats a held-out token above floating point, in brackets the share of
-SVD-LLM's loss. All rows hold the same share of the numbers of the model's linears (head and embeddings are left alone,
-the order of results is counted in).
+SVD-LLM's loss. All rows hold the same share of the numbers of the model's linears (the order of results is counted
+in); head and embeddings are left alone where a row does not say otherwise.
 """
 
 
@@ -79,7 +81,7 @@ def _keep(model: str, key: str, found: dict[str, Any], output: Path) -> None:
 
 def _table(model: str, found: dict[str, dict[str, Any]]) -> str:
     nats = {key: value["nats"] / value["tokens"] for key, value in found.items()}
-    keeps = sorted({key.split()[1] for key in found if key != FLOAT}, reverse=True)
+    keeps = sorted({key.rpartition(" ")[2] for key in found if key != FLOAT}, reverse=True)
     lines = [f"\n## {model}\n", f"Float: {nats[FLOAT]:.5f} nats a token, perplexity {math.exp(nats[FLOAT]):.4f}.\n"]
     lines += [f"| | {' | '.join(f'keep {keep}' for keep in keeps)} | |", "|---|" + "---|" * (len(keeps) + 1)]
     for row, (_, told) in ROWS.items():

@@ -1,6 +1,7 @@
 """Sixty-four prompts at once: continuous batching over a cache in pages, beside one after another.
 
-Run it as `python examples/serve.py` where slim is installed.
+Half of the requests take the likeliest token, half draw theirs by a seed of their own. The text of the first is printed
+as it comes, while all of them go on. Run it as `python examples/serve.py` where slim is installed.
 """
 
 import os
@@ -22,14 +23,22 @@ BEGINNINGS = (
 REQUESTS, NEW = 64, 48
 
 
+def sampling(number: int) -> slim.Sampling | None:
+    return slim.Sampling(temperature=0.8, top_p=0.95, seed=number) if number % 2 else None
+
+
 def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     compiled = slim.compile(MODEL, 'quantize("int8")', kv_cache=slim.KVCacheConfig(layout="paged"))
     prompts = [tokenizer(BEGINNINGS[i % len(BEGINNINGS)]).input_ids for i in range(REQUESTS)]
 
-    scheduler = slim.Scheduler(compiled, max_tokens=16384, max_batch=32, eos_token_id=[])
+    scheduler = slim.Scheduler(compiled, max_tokens=16384, max_batch=32, eos_token_id=[], tokenizer=tokenizer)
     start = time.perf_counter()
-    requests = [scheduler.submit(prompt, NEW) for prompt in prompts]
+    requests = [scheduler.submit(prompt, NEW, sampling(number)) for number, prompt in enumerate(prompts)]
+    print(BEGINNINGS[0], end="")
+    for piece in requests[0].stream():
+        print(piece, end="", flush=True)
+    print()
     scheduler.run()
     together = time.perf_counter() - start
 
@@ -38,10 +47,10 @@ def main() -> None:
         compiled.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, eos_token_id=None)
     alone = time.perf_counter() - start
 
-    for request in requests[: len(BEGINNINGS)]:
-        print(repr(tokenizer.decode(request.prompt + request.tokens))[:100])
+    for beginning, request in zip(BEGINNINGS, requests, strict=False):
+        print(repr(beginning + request.text)[:100])
     tokens = sum(len(request.tokens) for request in requests)
-    speeds = f"{tokens / together:,.0f} a second together, {tokens / alone:,.0f} one after another"
+    speeds = f"{tokens / together:,.0f} a second together, {tokens / alone:,.0f} one after another, all likeliest"
     print(f"{REQUESTS} requests, {tokens} new tokens: {speeds}")
 
 

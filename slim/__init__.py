@@ -18,17 +18,21 @@ if TYPE_CHECKING:
     from slim.runtime.artifact import load
     from slim.runtime.cache import KVCacheConfig
     from slim.runtime.compiled import CompiledModel
+    from slim.runtime.sampling import Sampling
     from slim.runtime.scheduler import Scheduler
 
 __version__ = "0.1.0"
 
-__all__ = ["CompiledModel", "KVCacheConfig", "Program", "Scheduler", "compile", "errors", "lift", "load", "passes"]
+__all__ = [
+    "CompiledModel", "KVCacheConfig", "Program", "Sampling", "Scheduler", "compile", "errors", "lift", "load", "passes",
+]  # fmt: skip
 
 # Imported when first used: `slim --help` need not wait for torch.
 _HOME = {
     "CompiledModel": "slim.runtime.compiled",
     "KVCacheConfig": "slim.runtime.cache",
     "Program": "slim.compiler.program",
+    "Sampling": "slim.runtime.sampling",
     "Scheduler": "slim.runtime.scheduler",
     "compile": "slim.api",
     "lift": "slim.compiler.lift",

@@ -110,15 +110,24 @@ class Piece:
                 raise errors.WeightsChanged
 
 
-_told: dict[str, int] = {}  # reason of a graph break -> how many have been told of
+_told = 0  # how many of Dynamo's graph breaks have been told of
 
 
 def _tell_breaks() -> None:
-    """Warns of the graph breaks that came since it was last asked; Dynamo counts from 0 again when it is reset."""
-    from torch._dynamo.utils import counters
+    """Warns of the graph breaks that came since it was last asked; Dynamo forgets them when it is reset."""
+    global _told
+    from torch._dynamo.utils import graph_break_reasons
 
-    for reason, count in counters["graph_break"].items():
-        if count != _told.get(reason):
-            _told[reason] = count
-            first = reason.strip().partition("\n")[0]
-            log.warning("graph break (%d): PyTorch runs what lies between two graphs: %s", count, first)
+    _told = min(_told, len(graph_break_reasons))
+    for number, found in enumerate(graph_break_reasons[_told:], _told + 1):
+        log.warning("graph break %d%s: PyTorch runs what lies between two graphs: %s", number, _at(found), _why(found))
+    _told = len(graph_break_reasons)
+
+
+def _at(found: Any) -> str:
+    return f" at {found.user_stack[-1].filename}:{found.user_stack[-1].lineno}" if found.user_stack else ""
+
+
+def _why(found: Any) -> str:
+    first: str = found.reason.strip().partition("\n")[0]
+    return "a branch depends on the numbers in a tensor" if first.startswith("generic_jump") else first

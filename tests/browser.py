@@ -127,6 +127,12 @@ class Browser:
         self.click(selector)
         self.send("Input.insertText", text=text)
 
+    def press(self, key: str) -> None:
+        """One key: "Enter", "Tab", "/"."""
+        more = {"text": "\r" if key == "Enter" else key} if key == "Enter" or len(key) == 1 else {}
+        self.send("Input.dispatchKeyEvent", type="keyDown", key=key, **more)
+        self.send("Input.dispatchKeyEvent", type="keyUp", key=key)
+
     def text(self, selector: str) -> str:
         """What the first element that ``selector`` finds says."""
         return str(self.run(f"document.querySelector({json.dumps(selector)}).innerText"))

@@ -76,12 +76,24 @@ def test_a_plain_module_equals_eager(name: str, target: str) -> None:
         close(compiled(model, target=target)(x), model(x))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
-def test_a_language_model_equals_eager(name: str) -> None:
-    model, tokens = zoo.build(name), torch.randint(3, 90, (2, 9))
+def test_a_language_model_equals_eager() -> None:
+    model, tokens = zoo.build("gpt2"), torch.randint(3, 90, (2, 9))
     with torch.no_grad():
         ours = compiled(model)(input_ids=tokens, use_cache=False).logits
         close(ours, model(input_ids=tokens, use_cache=False).logits)
+
+
+def test_generated_code_of_a_language_model_takes_other_sizes_at_one_recompile() -> None:
+    model = zoo.build("llama")
+    counter = CompileCounterWithBackend(
+        lambda module, examples: slim_backend(module, examples, options={"target": "cpu"})
+    )
+    fast = torch.compile(model, backend=counter)
+    with torch.no_grad():
+        for shape in ((2, 9), (3, 7), (4, 11), (2, 7)):
+            tokens = torch.randint(3, 90, shape)
+            close(fast(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
+    assert counter.frame_count == 2
 
 
 def test_an_encoder_equals_eager_with_padding() -> None:
@@ -121,12 +133,14 @@ def test_fullgraph_works_and_a_graph_break_is_named(caplog: pytest.LogCaptureFix
         def forward(self, x: Tensor) -> Tensor:
             x = super().forward(x)
             print("between two graphs")
-            return super().forward(x)
+            return super().forward(x) if x.sum() > 0 else x
 
-    model, x = Breaking().eval(), torch.randn(2, 5, 16)
+    model, x = Breaking().eval(), torch.randn(2, 5, 16).abs()
     with torch.no_grad(), caplog.at_level(logging.WARNING, logger="slim.backend"):
         close(compiled(model)(x), model(x))
-    assert "graph break" in caplog.text
+    assert "graph break 1 at " in caplog.text
+    assert "print" in caplog.text
+    assert "a branch depends on the numbers in a tensor" in caplog.text
     with torch.no_grad():
         whole = Gated().eval()
         close(torch.compile(whole, backend=slim_backend, fullgraph=True)(x), whole(x))

@@ -6,6 +6,7 @@ import json
 import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,30 +58,30 @@ def read(path: Path) -> tuple[list[list[int]], list[Passage]]:
     return told["calibration"], [Passage(tuple(tokens), nbytes) for tokens, nbytes in told["passages"]]
 
 
-def demo() -> Case:
+def demo(calibration: int = CALIBRATION) -> Case:
     """The demo model on its held-out text, calibrated on other modules of Python's library."""
     tokenizer = _tokenizer(DEMO)
     library = Path(sysconfig.get_path("stdlib"))
     text = "\n\n".join((library / f"{name}.py").read_text() for name in _MODULES)
-    other = windows(text, tokenizer, 512, max_tokens=512 * CALIBRATION)
+    other = windows(text, tokenizer, 512, max_tokens=512 * calibration)
     held_out = windows((DEMO / "heldout.txt").read_text(), tokenizer, 512)
     return _case("demo", DEMO, (), other, held_out)
 
 
-def shared(name: str, odd: tuple[str, ...] = ()) -> Case:
-    """A model of ../shared on 200 stories, calibrated on the 128 after them."""
+def shared(name: str, odd: tuple[str, ...] = (), calibration: int = CALIBRATION) -> Case:
+    """A model of ../shared on 200 stories, calibrated on those after them."""
     model = SHARED / "models" / name
     tokenizer = _tokenizer(model)
     context = json.loads((model / "config.json").read_text())["max_position_embeddings"]
     text = (SHARED / "text" / "tinystories_val.txt").read_text()
-    found = pieces(text, tokenizer, context, "Once upon a time", 200 + CALIBRATION)
+    found = pieces(text, tokenizer, context, "Once upon a time", 200 + calibration)
     return _case(name, model, odd, found[200:], found[:200])
 
 
-CASES: dict[str, Callable[[], Case]] = {
+CASES: dict[str, Callable[..., Case]] = {
     "demo": demo,
-    "babyllama361": lambda: shared("babyllama361"),
-    "stories260K": lambda: shared("stories260K", odd=("*.down_proj.weight",)),
+    "babyllama361": partial(shared, "babyllama361"),
+    "stories260K": partial(shared, "stories260K", ("*.down_proj.weight",)),
 }
 
 

@@ -35,7 +35,11 @@ _NEW_TOKENS, _ROUNDS = 33, 3  # of the measurement for the roofline
 @click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to cost it for.")
 @charts_option
 @click.option("--html", metavar="FILE", help="Write a report to look at in a browser, and print nothing of the IR.")
-@click.option("--measure", is_flag=True, help="With --html: time the model and the machine, for the roofline.")
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="With --html: time the model, its layers and the machine, for bars and the roofline.",
+)
 @click.option("--sensitivity", is_flag=True, help="With --html: measure what compressing each layer alone does.")
 @target_option
 @debug_option
@@ -135,7 +139,8 @@ def _measure(story: Story, tokens: int, measured: bool, sensitive: bool, steps: 
     if not measured:
         return
     from slim.cli.models import require_generative
-    from slim.inspection.machine import measure_machine
+    from slim.compiler.machine import measure_machine
+    from slim.inspection.times import time_layers
     from slim.runtime.speed import measure, random_prompt
 
     compiled = story.compiled
@@ -145,6 +150,8 @@ def _measure(story: Story, tokens: int, measured: bool, sensitive: bool, steps: 
     prompt = random_prompt(int(compiled.vocabulary or 2), tokens)
     story.speed = measure({"model": compiled}, prompt, _NEW_TOKENS, _ROUNDS, steps)["model"]
     story.machine = measure_machine()
+    steps.stage("timing layers")
+    story.seconds = time_layers(compiled, tokens)
 
 
 def _write(story: Story, html: str, steps: Steps) -> None:

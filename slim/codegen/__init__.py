@@ -17,14 +17,14 @@ import torch
 from slim import errors
 from slim.codegen import build, eager
 from slim.codegen.cpp.executable import CppExecutable
-from slim.codegen.executables import Bound, Ends, Executable, Feedback, GreedySteps
+from slim.codegen.executables import Bound, Ends, Executable, Feedback, GreedySteps, Timed
 from slim.codegen.triton import device
 from slim.codegen.triton.elsewhere import AheadExecutable
 from slim.codegen.triton.executable import TritonExecutable
 from slim.codegen.triton.tuning import Tuner
 from slim.compiler.program import Program
 
-__all__ = ["TARGETS", "Bound", "Ends", "Executable", "Feedback", "GreedySteps", "Target", "select"]
+__all__ = ["TARGETS", "Bound", "Ends", "Executable", "Feedback", "GreedySteps", "Target", "Timed", "select"]
 
 log = logging.getLogger(__name__)
 

@@ -141,7 +141,7 @@ class _Lowering:
         target = node.target
         if target in _READERS and self._quantised(node):
             return
-        if target in (slim.attention.default, slim.cached_attention.default) and argument(node, "pattern") is None:
+        if target in (slim.attention.default, slim.cached_attention.default) and _is_plain(node):
             self._attention(node)
         elif target is slim.rope.default:
             self._rope(node)
@@ -200,6 +200,11 @@ class _Lowering:
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         self.graph.erase_node(node)
+
+
+def _is_plain(node: fx.Node) -> bool:
+    """Whether attention keeps everything, and counts nothing."""
+    return argument(node, "pattern") is None and argument(node, "mass") is None
 
 
 def _is_per_row(weight: Any) -> bool:

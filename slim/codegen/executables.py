@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -91,4 +92,16 @@ class Executable(Protocol):
 
     def bind(self, *inputs: Tensor) -> Bound:
         """The same call, to be repeated."""
+        ...
+
+
+@runtime_checkable
+class Timed(Protocol):
+    """An executable whose regions can be timed."""
+
+    def timed(self) -> AbstractContextManager[list[float]]:
+        """Inside, calls run region by region, all threads waiting for the last after each.
+
+        Their seconds add up in what this gives, in the order of ``stages``.
+        """
         ...

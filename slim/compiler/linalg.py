@@ -38,13 +38,13 @@ def leading_directions(weight: Tensor, moments: Tensor, rank: int | None = None)
     singular.
 
     Args:
-        weight: W, [m, n], float64. moments: C = E[x x^T], [n, n], float64.
+        weight: W, [m, n], float64. moments: C = E[x x^T], [n, n], float64; [n] if it is diagonal.
         rank: r, how many directions there shall be; None, or more than there are, is min(m, n).
     """
     m, n = weight.shape
     rank = min(m, n) if rank is None else min(rank, m, n)
     if m <= n:
-        values, vectors = _eigen(weight @ moments @ weight.T)
+        values, vectors = _eigen((weight * moments if moments.dim() == 1 else weight @ moments) @ weight.T)
         return values, vectors[:, :rank]
     root = _root(moments)  # the same directions, from the smaller side
     values, vectors = _eigen(root.T @ weight.T @ weight @ root)
@@ -58,6 +58,8 @@ def _eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _root(matrix: Tensor) -> Tensor:
-    """R with ``R R^T = matrix``, which may be singular."""
+    """R with ``R R^T = matrix``, which may be singular, or is given as its diagonal."""
+    if matrix.dim() == 1:
+        return matrix.sqrt().diag()
     values, vectors = torch.linalg.eigh(matrix)
     return vectors * values.clamp_min(0).sqrt()

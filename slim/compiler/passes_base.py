@@ -92,11 +92,11 @@ class Pass(ABC):
         ...
 
     def __repr__(self) -> str:
-        """The pipeline text: the first option by position, then those that are not at their default."""
+        """The pipeline text: the first option by position, if it is given, then those that are not at their default."""
         parts: list[str] = []
         for index, option in enumerate(dataclasses.fields(self)):
             value = getattr(self, option.name)
-            if index == 0:
+            if index == 0 and value is not None:
                 parts.append(options.literal(value))
             elif option.default is dataclasses.MISSING or value != option.default:
                 parts.append(f"{option.name}={options.literal(value)}")

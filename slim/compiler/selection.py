@@ -54,7 +54,7 @@ def chosen_weights(program: Program, choice: Choice, report: Report) -> Iterator
             report.skipped.append(Skip(name, reason))
             continue
         if is_shared(node) and choice.embeddings is False:
-            report.notes.append(f"{name} is embedding and head at once, so the embedding is quantised with the head")
+            report.notes.append(f"{name} is embedding and head at once, so the embedding goes with the head")
         yield node
 
 

@@ -7,8 +7,8 @@ memory holds one tensor at a time.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, MutableMapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, MutableMapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -93,6 +93,10 @@ class Part:
         """Writes the part back into ``base``, in place."""
         cells = base.view(self.grid)[self._slices()]
         cells.copy_((part.transpose(-1, -2) if self.transposed else part).reshape(cells.shape))
+
+    def moved(self, base: str) -> Part:
+        """The same part of a weight of another name."""
+        return replace(self, base=base)
 
     @property
     def taken_shape(self) -> tuple[int, ...]:
@@ -204,6 +208,12 @@ class Weights(MutableMapping[str, Tensor]):
         other._checked = set(self._checked)
         other.masks = set(self.masks)
         return other
+
+    def rename(self, name: Callable[[str], str]) -> None:
+        """Gives every weight the name that ``name`` makes of its own; the order stays."""
+        self._values = {name(old): value for old, value in self._values.items()}
+        self._checked = set(map(name, self._checked))
+        self.masks = set(map(name, self.masks))
 
     def share(self, other: Weights) -> None:
         """Holds what ``other``, a copy of this mapping, holds under the same names: read from disk, or packed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from slim.compiler.program import Program
 from slim.compiler.rules import argument
 from slim.compiler.uses import ATTENTION, EMBEDDING, EXPERTS, LINEAR, stored_in, weight_nodes
 from slim.inspection.hybrid import Hybrid
+from slim.runtime.binding import head_of
 
 _NUMBERED = re.compile(r"(?:^|.*?\.)(\d+)(?:\.|$)")
 REST = "rest"  # what belongs to no numbered layer: embeddings, the last norm, the head
@@ -28,12 +29,10 @@ class Layers:
     Attributes:
         names: of the layers in order, "0", "1", ..., and "rest".
         metrics: what is measured, with its unit -> a number a layer; None where a layer has none.
-        masks: layer -> what its attention sees: causal, window, and further options as text.
     """
 
     names: list[str]
     metrics: dict[str, list[float | None]] = field(default_factory=dict)
-    masks: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 def layer_of(path: str) -> str:
@@ -48,6 +47,14 @@ def names_of(programs: Sequence[Program]) -> list[str]:
     return [*sorted(found - {REST}, key=int), REST]
 
 
+def calls(tokens: int) -> dict[str, dict[str, int]]:
+    """What costs are for, of one row: reading ``tokens`` tokens, and writing the last of as many."""
+    return {
+        f"to read {tokens} tokens": {"B": 1, "S": tokens, "T": tokens},
+        "to write one": {"B": 1, "S": 1, "T": tokens},
+    }
+
+
 def measure_layers(program: Program, names: Sequence[str], tokens: int) -> Layers:
     """Sizes, and costs of one row: of reading ``tokens`` tokens, and of writing the last of as many."""
     layers = Layers(list(names))
@@ -55,19 +62,26 @@ def measure_layers(program: Program, names: Sequence[str], tokens: int) -> Layer
     for weight in weight_nodes(program):
         name = str(weight.target)
         add("weights, bytes", layer_of(name), program.weights.nbytes(name))
-    prefill = {"B": 1, "S": tokens, "T": tokens}
+    (reading, prefill), (writing, decode) = calls(tokens).items()
     for node, work in node_work(program):
-        layer = _layer(node)
-        add(f"FLOPs to read {tokens} tokens", layer, number(work.flops, prefill))
-        add("bytes moved to write one", layer, number(work.nbytes, {"B": 1, "S": 1, "T": tokens}))
+        layer = layer_of_node(node)
+        add(f"FLOPs {reading}", layer, number(work.flops, prefill))
+        add(f"bytes moved {writing}", layer, number(work.nbytes, decode))
     _formats(program, add)
     for node in program.nodes(*ATTENTION):
-        layer = _layer(node)
+        layer = layer_of_node(node)
         query, key = (argument(node, name).meta["val"] for name in ("q", "k"))
         add("query heads", layer, int(query.shape[1]))
         add("key and value heads", layer, int(key.shape[1]))
-        layers.masks.setdefault(layer, _mask(node))
     return layers
+
+
+def generation_work(program: Program, sizes: dict[str, int]) -> Iterator[tuple[fx.Node, int, int]]:
+    """(node, FLOPs, bytes moved) of a call as ``generate`` makes it: the head runs on the last token alone."""
+    head = head_of(program) if program.facts.kind == "causal_lm" else None
+    for node, work in node_work(program):
+        own = {**sizes, "S": 1} if node is head else sizes
+        yield node, number(work.flops, own), number(work.nbytes, own)
 
 
 class _Adder:
@@ -106,19 +120,9 @@ def _formats(program: Program, add: _Adder) -> None:
         add("narrowest linear (rank)", layer, min(ranks))
 
 
-def _layer(node: fx.Node) -> str:
+def layer_of_node(node: fx.Node) -> str:
+    """The number of the layer that a node was lifted from."""
     return layer_of(str(node.meta.get("module", "")))
-
-
-def _mask(node: fx.Node) -> dict[str, Any]:
-    """What an attention sees, from its attributes."""
-    known = {"layer", "scale", "causal", "window", "softcap"}
-    more = {key: str(value) for key, value in node.kwargs.items() if key not in known and not _has_nodes(value)}
-    return {"causal": bool(argument(node, "causal")), "window": argument(node, "window"), "more": more}
-
-
-def _has_nodes(value: Any) -> bool:
-    return isinstance(value, fx.Node) or (isinstance(value, (list, tuple)) and any(map(_has_nodes, value)))
 
 
 def sensitivity(before: Program, after: Program, names: Sequence[str]) -> list[float | None]:
@@ -127,5 +131,5 @@ def sensitivity(before: Program, after: Program, names: Sequence[str]) -> list[f
     outputs = probe.run(before)
     held: Mapping[str, set[str]] = defaultdict(set)
     for name in hybrid.touched:
-        held[_layer(hybrid.node(0, name))].add(name)
+        held[layer_of_node(hybrid.node(0, name))].add(name)
     return [probe.error(outputs, hybrid.run(probe.inputs, held[name])) if name in held else None for name in names]

@@ -58,7 +58,7 @@ class Heal(Pass):
     loss: Literal["forward", "reverse"] = "forward"
     temperature: float = 1.0
     mix: float = 0.0
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     tokens: int = 2048
     patience: int = 4
     seed: int = 0

@@ -15,7 +15,8 @@ from slim.compiler.statistics import calibration_of
 from slim.passes.factoring.forms import Storage
 from slim.passes.factoring.pictures import charts
 from slim.passes.factoring.ranks import Budget, Group, chosen_ranks, share
-from slim.passes.factoring.sites import Linear, Site, by_rows, find_linears
+from slim.passes.factoring.sites import Linear, Site, Table, by_rows, find_sites
+from slim.passes.factoring.tables import factor_tables
 from slim.passes.factoring.work import factor, factor_as_published, spectra, weigh
 
 
@@ -52,7 +53,9 @@ class LowRank(Pass):
         multiple: what ranks are multiples of; None is 32 for matrices of 256 rows and columns or more, less for
             smaller ones, and 1 where every linear holds the same share.
         least_saving: bytes that a linear must save; others stay as they are, for a second product takes time too.
-        head: factor the head of a language model too.
+        head: factor the head of a language model too. One that is tied to the embedding takes the embedding with it.
+        embeddings: factor tables of embeddings too, as rows of r numbers [V, r] and what widens them [n, r]. Errors of
+            a row count as often as it is looked up in the calibration data.
         exclude: patterns of weight names to leave alone (``"*.down_proj.weight"``); each must match one.
 
     Sources: the directions: Wang et al., SVD-LLM, 2024, without its inverse; rows and coefficients: Zhao et al., PIFA,
@@ -70,6 +73,7 @@ class LowRank(Pass):
     multiple: int | None = None
     least_saving: int = 0
     head: bool = False
+    embeddings: bool = False
     exclude: tuple[str, ...] = ()
 
     requires = frozenset({FLOAT_WEIGHTS, STATISTICS})
@@ -87,9 +91,15 @@ class LowRank(Pass):
             raise errors.ContradictoryOptions(
                 a=f'method="{self.method}"', b='importance="fisher"', reason="the published methods weigh no results"
             )
+        if self.embeddings and self._even:
+            self._refuse_tables("embeddings=True")
 
     def _refuse(self, option: str, reason: str) -> NoReturn:
         raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason)
+
+    def _refuse_tables(self, asked: str) -> NoReturn:
+        even = f'method="{self.method}"' if self._published else 'importance="none"'
+        raise errors.ContradictoryOptions(a=asked, b=even, reason="tables are weighed by gradients")
 
     @property
     def _published(self) -> bool:
@@ -109,17 +119,16 @@ class LowRank(Pass):
         report = Report()
         multiple = 1 if self._even and self.multiple is None else self.multiple
         budget = Budget(self.keep, self._storage, multiple, self.least_saving)
-        linears = list(
-            find_linears(program, Choice(self.name, None, self.head or None, self.exclude), report, multiple)
-        )
-        sites = self._with_ranks(program, ctx, linears, budget) if linears else []
+        choice = Choice(self.name, self.embeddings, self.head or None, self.exclude)
+        sites = list(find_sites(program, choice, report, multiple))
+        sites = self._with_ranks(program, ctx, sites, budget) if sites else []
         chosen = [site for site in sites if site.rank is not None]
         report.notes += self._few(program, ctx, chosen)
         for site in sites:
             if site.rank is None:
                 report.skipped += [Skip(linear.name, self._whole(site, budget)) for linear in site.linears]
         if chosen and self.method == "whitened":
-            factor(program, ctx, chosen, self._storage, repr(self), report)
+            self._factor(program, ctx, chosen, report)
         elif chosen:
             factor_as_published(program, ctx, chosen, self._storage, self.method, repr(self), report)
         report.matched += [linear.name for site in chosen for linear in site.linears]
@@ -129,21 +138,36 @@ class LowRank(Pass):
         report.charts = charts(chosen)
         return report
 
-    def _with_ranks(self, program: Program, ctx: Context, linears: Sequence[Linear], budget: Budget) -> list[Site]:
+    def _factor(self, program: Program, ctx: Context, chosen: Sequence[Site], report: Report) -> None:
+        """Replaces tables, which all else comes behind, and then linears by what their rows have become."""
+        tables = [site for site in chosen if isinstance(site, Table)]
+        meant = program.copy() if tables else None
+        factor_tables(program, tables, report)
+        linears = [site for site in chosen if site not in tables]
+        if linears:
+            factor(program, ctx, linears, self._storage, repr(self), report, meant)
+
+    def _with_ranks(self, program: Program, ctx: Context, alone: list[Site], budget: Budget) -> list[Site]:
         """Every linear in a site with its rank, or None, and with what it will lose, where that is known."""
-        alone = [Site((linear,)) for linear in linears]
+        tables = [site for site in alone if isinstance(site, Table)]
+        if tables and self._even:
+            self._refuse_tables(f"head=True (it is the table {tables[0].name} too)")
         if self._published:
             for site in alone:
                 site.rank = budget.even(site)
             return alone
         whole = [site for site in alone if not budget.ranks(site)]
-        linears = [site.linears[0] for site in alone if site not in whole]
-        if not linears:
+        alone = [site for site in alone if site not in whole]
+        if not alone:
             return whole
+        tables = [site for site in tables if site in alone]
+        linears = [site.linears[0] for site in alone if site not in tables]
         if not self._even:
-            weigh(program, ctx, linears, repr(self))
+            weigh(program, ctx, linears, tables, repr(self))
         groups = [Group([Site((linear,))], None) for linear in linears] if self._even else _groups(linears)
         lost = spectra(program, ctx, [site for group in groups for site in group.sites], repr(self))
+        lost |= {table.name: table.lost for table in tables if table.lost is not None}
+        groups += [Group([table], None) for table in tables]
         apart = [site for group in groups for site in group.apart]
         plan = [(site, budget.even(site)) for site in apart] if self._even else chosen_ranks(groups, lost, budget)
         if plan is None:

@@ -1,7 +1,8 @@
-"""Takes neurons and attention heads out of a model, without training."""
+"""Takes neurons, attention heads or whole blocks out of a model, without training."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,14 +12,20 @@ from torch import Tensor, fx
 
 from slim import errors
 from slim.compiler.dependencies import Dependencies, Kind
+from slim.compiler.machine import measure_machine
 from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, KNOWN_HEADS, STATISTICS, Context, Pass
 from slim.compiler.program import Program
-from slim.compiler.report import Report
+from slim.compiler.report import Report, Skip
+from slim.compiler.stack import find_blocks, take_out
 from slim.compiler.statistics import SiteStatistics, calibration_of, collect
-from slim.passes.pruning import gradients, scores
+from slim.compiler.statistics.gradients import output_moments
+from slim.passes.pruning import depth as depths
+from slim.passes.pruning import experts, gradients, scores
 from slim.passes.pruning.budget import Budget, Counts, TooMuch, spaced
 from slim.passes.pruning.measure import Comparison
+from slim.passes.pruning.prices import Load, Measure, Prices
 from slim.passes.pruning.sites import Site, block_parameters, find_sites
+from slim.passes.pruning.spread import by_scores, by_surgeon, spread
 from slim.passes.pruning.work import Choice, Result, Work, at_once, lowest
 from slim.passes.pruning.write import can_say_heads, write_config
 
@@ -26,7 +33,14 @@ _KINDS = {
     "both": (Kind.NEURON, Kind.KV_HEAD),
     "neurons": (Kind.NEURON,),
     "heads": (Kind.KV_HEAD,),
+    "query heads": (Kind.QUERY_HEAD,),
+    "experts": (Kind.EXPERT,),
 }
+_GOALS = ("ratio", "parameters", "bytes", "flops", "latency", "depth")
+_OF_UNITS = ("criterion", "units", "multiple", "refit", "bias", "reload", "scope", "rounds")
+_MEASURES: tuple[Measure, ...] = ("parameters", "bytes", "flops", "latency")
+_OF_EXPERTS = ("obs", "magnitude", "random")
+_COMPARED = ("obs", "taylor", "fisher")  # criteria whose scores are changes of the model's loss
 _ROUNDS = 2  # of Gauss-Newton; the third gains nothing on tokens that were not seen
 
 
@@ -49,13 +63,22 @@ class Prune(Pass):
     in plain transformers where the architecture lets its configuration say so. An even number of kv heads stays even
     (or becomes one), so that GQA behind this pass still finds groups.
 
+    How much goes is said in one way: by ``ratio``; by what the whole model may hold or cost afterwards, ``parameters``,
+    ``bytes``, ``flops`` or ``latency``, at most; or by ``depth``.
+
+    With ``depth`` whole blocks go, and nothing is fitted: what reads a block's output reads its input. Blocks are what
+    the model repeats, wherever one value alone leads from one to the next. The number of layers in the configuration
+    follows, lists that speak of each layer too, and so do the layers of the KV cache.
+
     Args:
         ratio: of the parameters of the blocks (the matrices that are neither embedding nor head), the share that goes;
             at least that, as numbers of neurons are rounded.
         criterion: "obs" is the above. Baselines, which choose by a score and fit nothing: "wanda", "flap" (which adds
             a bias for what is lost on average), "taylor", "fisher" (both need gradients), "magnitude" and "random"
             (which need no calibration). They take the same share of heads as of neurons.
-        units: what may go: "both", "neurons" or "heads".
+        units: what may go: "both" is "neurons" and "heads", which are kv heads with the queries that read them. "query
+            heads" are one of every kv head at a time, and keys and values stay. "experts" of mixtures go with their
+            place at the router; nothing is fitted, and "obs" is then the energy of what an expert adds to the stream.
         protect: patterns of weight names; a site that any of its weights matches is left alone.
         multiple: what the number of neurons left is divisible by; None is 128, or less for narrow layers.
         refit: fit what reads the units that are left; None is True for "obs" and False for the baselines.
@@ -63,36 +86,106 @@ class Prune(Pass):
             for it.
         reload: take only such numbers of heads that plain transformers can build the model of; some architectures
             leave no choice but to take neurons alone.
+        scope: "global" lets every layer lose a number of its own: those units go whose loss, estimated from the fit
+            and the curvature of the model's loss, costs least for what it saves; a quarter of each site stays. For
+            "obs", "taylor" and "fisher", whose costs layers can be compared by. Needs ``reload=False``: no
+            configuration of transformers holds such a model.
+        parameters: numbers that the whole model holds afterwards, at most.
+        bytes: the same in bytes of its weights as they are stored, before any quantisation behind this pass.
+        flops: floating-point operations to write one token behind ``context`` - 1 others, one row at a time (to read
+            ``context`` tokens, for models that do not write).
+        latency: the same in milliseconds of a roofline: what each matrix and attention moves, or computes, by the
+            bandwidth and speed that are measured on this machine's CPU as the pass begins.
+        context: tokens, for ``flops`` and ``latency``.
+        depth: whole blocks instead: how many, or which share of them (rounded, one at least).
+        blocks: which of them, for ``depth``: "loss" takes one after the other the block without which the output moves
+            least on some 4,000 calibration tokens; "influence" those that turn what they read least.
         rounds: of Gauss-Newton over an MLP's linears, those that make neurons and the one that reads them, from where
             the closed form for the latter leaves them. None is two where anything is fitted. 0 is much faster.
 
     Source: units and costs follow Hassibi & Stork, 1993 and ZipLM (Kurtic et al., 2023); the fit is the closed form
-    that FLAP (An et al., 2024) approximates by a bias.
+    that FLAP (An et al., 2024) approximates by a bias. Blocks: Song et al., SLEB, 2024; Men et al., ShortGPT, 2024.
 
     Example:
         >>> slim.compile(model, passes=[Prune(0.2)], calibration=texts)
+        >>> slim.compile(model, passes=[Prune(depth=4), Prune(0.1)], calibration=texts)
     """
 
-    ratio: float
+    ratio: float | None = None
     criterion: Literal["obs", "wanda", "flap", "taylor", "fisher", "magnitude", "random"] = "obs"
-    units: Literal["both", "neurons", "heads"] = "both"
+    units: Literal["both", "neurons", "heads", "query heads", "experts"] = "both"
     protect: tuple[str, ...] = ()
     multiple: int | None = None
     refit: bool | None = None
     bias: bool = False
     reload: bool = True
+    scope: Literal["layer", "global"] = "layer"
+    parameters: int | None = None
+    bytes: int | None = None
+    flops: int | None = None
+    latency: float | None = None
+    context: int = 512
+    depth: int | float | None = None
+    blocks: Literal["loss", "influence"] = "loss"
     rounds: int | None = None
 
     requires = frozenset({FLOAT_WEIGHTS, FLOAT_KV, KNOWN_HEADS, STATISTICS})
 
     def check(self) -> None:
-        """Refuses shares that leave all or nothing."""
-        if not 0.0 < self.ratio < 1.0:
+        """Refuses shares that leave all or nothing, and options that nothing would read."""
+        given = [name for name in _GOALS if getattr(self, name) is not None]
+        if not given:
+            self._refuse("ratio", f"how much is to go must be said: prune(0.2), or one of {', '.join(_GOALS[1:])}")
+        if len(given) > 1:
+            reason = "each says how much is to go; two passes, one after the other, do both"
+            raise errors.ContradictoryOptions(a=f"{given[0]}=", b=f"{given[1]}=", reason=reason)
+        if self.ratio is not None and not 0.0 < self.ratio < 1.0:
             self._refuse("ratio", f"a share of the parameters lies between 0 and 1, and {self.ratio} does not")
+        for name in ("parameters", "bytes", "flops", "latency", "context"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                self._refuse(name, f"it is greater than zero, and {value} is not")
+        if self.context != 512 and given[0] not in ("flops", "latency"):
+            self._refuse("context", f"{given[0]}= does not depend on how many tokens there are")
+        self._check_experts()
+        self._check_scope()
         if self.multiple is not None and self.multiple < 1:
             self._refuse("multiple", f"a number is divisible by 1 at least, and not by {self.multiple}")
         if self.rounds is not None and (self.rounds < 0 or not (self.criterion == "obs" or self.refit)):
             self._refuse("rounds", "it is a number of rounds of fitting, and needs refit=True")
+        if self.depth is not None:
+            self._check_depth(self.depth)
+        elif self.blocks != "loss":
+            self._refuse("blocks", "it says which whole blocks go, and without depth= none do")
+
+    def _check_experts(self) -> None:
+        if self.units != "experts":
+            return
+        if self.criterion not in _OF_EXPERTS:
+            self._refuse("criterion", f"experts are chosen by {', '.join(_OF_EXPERTS)}, and not by {self.criterion}")
+        for option in ("refit", "bias"):
+            if getattr(self, option):
+                self._refuse(option, "nothing reads one expert alone, so that nothing could be fitted")
+        if self.scope == "global":
+            self._refuse("scope", "layers of mixtures lose as many experts as the others")
+
+    def _check_scope(self) -> None:
+        if self.scope == "layer":
+            return
+        if self.reload and self.depth is None:
+            reason = "layers of different sizes are not what any configuration of transformers describes"
+            raise errors.ContradictoryOptions(a='scope="global"', b="reload=True", reason=reason)
+        if self.criterion not in _COMPARED:
+            known = " and ".join(_COMPARED)
+            self._refuse("scope", f"scores of {self.criterion} say nothing across layers; those of {known} do")
+
+    def _check_depth(self, depth: int | float) -> None:
+        if isinstance(depth, int) and depth < 1:
+            self._refuse("depth", f"one block at least goes, and not {depth}")
+        if isinstance(depth, float) and not 0.0 < depth < 1.0:
+            self._refuse("depth", f"it is a number of blocks, or a share of them between 0 and 1, and not {depth}")
+        for option in dataclasses.fields(self):
+            if option.name in _OF_UNITS and getattr(self, option.name) != option.default:
+                self._refuse(option.name, "it is for neurons and heads, and depth= takes whole blocks")
 
     def _refuse(self, option: str, reason: str) -> NoReturn:
         raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason)
@@ -100,13 +193,22 @@ class Prune(Pass):
     def run(self, program: Program, ctx: Context) -> Report:
         """Changes the shapes of weights, what reads them, and ``facts.config``."""
         report = Report()
-        found = Dependencies(program)
-        sites, report.skipped = find_sites(program, found, self.protect, _KINDS[self.units])
-        others = [site for site in find_sites(program, found)[0] if site.group not in {one.group for one in sites}]
+        if self.depth is not None:
+            self._shorten(program, ctx, report, self.depth)
+            return report
+        kinds = _KINDS[self.units]
+        found = Dependencies(program, "query" if self.units == "query heads" else "kv")
+        sites, report.skipped = find_sites(program, found, self.protect, kinds)
+        others = [
+            site
+            for site in find_sites(program, found, kinds=kinds)[0]
+            if site.group not in {one.group for one in sites}
+        ]
         if not sites:
             return report
         before = block_parameters(program)
-        counts = self._counts(program, ctx, sites, before)
+        counts = self._counts(program, ctx, sites, report)
+        sites = list(counts)
         result = self._pruned(program, ctx, counts, report)
         found.remove({site.group: units for site, units in result.gone.items() if len(units)})
         program.clean()
@@ -118,21 +220,84 @@ class Prune(Pass):
         report.notes.append(f"{gone:,} of the {before:,} parameters of blocks are gone, {gone / before:.1%}")
         return report
 
+    # -- whole blocks --------------------------------------------------------------------------------------------------
+
+    def _shorten(self, program: Program, ctx: Context, report: Report, depth: int | float) -> None:
+        every = find_blocks(program)
+        if not every:
+            report.skipped.append(Skip("the graph", "it repeats no block that one value alone leads into and out of"))
+            return
+        blocks, report.skipped = depths.may_go(every, self.protect)
+        count = depth if isinstance(depth, int) else max(1, round(depth * len(every)))
+        if count > min(len(blocks), len(every) - 1):
+            held = f", {len(every) - len(blocks)} of which are protected" if report.skipped else ""
+            self._refuse("depth", f"{count} blocks cannot go of {len(every)}{held}; one at least is left")
+        choose = depths.by_loss if self.blocks == "loss" else depths.by_influence
+        gone = choose(program, blocks, count, calibration_of(program, ctx, repr(self)).batches, ctx)
+        said = None if program.facts.config is None else depths.shortened(program, every, gone)
+        before, told = program.parameters, {str(block): cost for block, cost in gone.items()}
+        take_out(program, [block for block in every if block in gone])
+        what = "the output is moved by" if self.blocks == "loss" else "influence"
+        report.matched = list(told)
+        report.notes += [f"{name} is gone: {what} {cost:.4f}" for name, cost in told.items()]
+        report.notes.append(f"{len(every)} blocks to {len(every) - count}, {before - program.parameters:,} parameters")
+        if isinstance(said, str):
+            report.notes.append(f"the configuration cannot say so ({said}): slim saves it, transformers cannot hold it")
+        elif said is not None:
+            program.facts.config = said
+
     # -- how many ------------------------------------------------------------------------------------------------------
 
-    def _counts(self, program: Program, ctx: Context, sites: Sequence[Site], parameters: int) -> Counts:
-        budget = Budget(sites, self.ratio * parameters, self.multiple, partial(self._allowed, program))
+    def _wanted(self, program: Program, ctx: Context, sites: list[Site], report: Report) -> tuple[list[Site], float]:
+        """The sites with what a unit of each holds of what is to become less, and how much of that is to go."""
+        if self.ratio is not None:
+            return sites, self.ratio * block_parameters(program)
+        measure: Measure = next(name for name in _MEASURES if getattr(self, name) is not None)
+        most = getattr(self, measure)
+        ctx.progress("measuring the machine", 0, 1)
+        prices = Prices(measure, Load.of(program, self.context), measure_machine() if measure == "latency" else None)
         try:
+            held = prices.total(program)
+        except TypeError as error:
+            self._refuse(measure, f"the cost of this model depends on more than its tokens: {error}")
+        if held <= most:
+            self._refuse(measure, f"the model is at {held:,.6g} {prices.unit} already, and may be at {most:,.6g}")
+        report.notes.append(f"{held:,.6g} {prices.unit} are to become {most:,.6g} at most")
+        return prices.priced(program, sites), held - most
+
+    def _counts(self, program: Program, ctx: Context, sites: list[Site], report: Report) -> Counts:
+        sites, wanted = self._wanted(program, ctx, sites, report)
+        budget = Budget(sites, wanted, self.multiple, partial(self._allowed, program))
+        try:
+            if self.scope == "global":
+                return spread(self._costs(program, ctx, sites), wanted, self.multiple)
             ways = spaced(budget.ways()) if self.criterion == "obs" else [budget.even()]
         except TooMuch:
-            held = sum(site.cost * site.units for site in sites)
-            self._refuse("ratio", f"the units that can go hold {held:,} of the {parameters:,} parameters of blocks")
+            self._too_much(program, sites, wanted)
         if len(ways) == 1:
             return ways[0]
         statistics = self._collected(program, ctx, sites)
         most = {site: max(way[site] for way in ways) for site in sites}
         compared = Comparison(program, statistics, calibration_of(program, ctx, repr(self)).batches, most)
         return min(ctx.track("sharing the budget", ways), key=compared.loss)
+
+    def _too_much(self, program: Program, sites: Sequence[Site], wanted: float) -> NoReturn:
+        held = sum(site.cost * site.units for site in sites)
+        if self.ratio is not None:
+            of = f"{block_parameters(program):,} parameters of blocks"
+            self._refuse("ratio", f"the units that can go hold {held:,} of the {of}")
+        measure = next(name for name in _MEASURES if getattr(self, name) is not None)
+        reason = f"{wanted:,.6g} must go, and the units that can go, some of which must stay, hold {held:,.6g}"
+        self._refuse(measure, reason)
+
+    def _costs(self, program: Program, ctx: Context, sites: Sequence[Site]) -> dict[Site, Tensor]:
+        """[units] of each: nats lost by the first 0, 1, 2, ... units that go."""
+        known = self._known_scores(program, ctx, sites)
+        if known is not None:
+            return {site: by_scores(scores) for site, scores in known.items()}
+        statistics = self._collected(program, ctx, sites)
+        moments = output_moments(program, [site.linear for site in sites], ctx, asked_by=repr(self))
+        return {site: by_surgeon(program, statistics, moments, site) for site in ctx.track("weighing units", sites)}
 
     def _allowed(self, program: Program, lost: Counts) -> bool:
         return not self.reload or can_say_heads(program, lost)
@@ -144,7 +309,10 @@ class Prune(Pass):
 
     def _pruned(self, program: Program, ctx: Context, counts: Counts, report: Report) -> Result:
         """Chooses units, and fits what is left where that is asked for."""
-        fits = self.criterion == "obs" if self.refit is None else self.refit
+        if self.units == "experts" and self.criterion == "obs":
+            batches = calibration_of(program, ctx, repr(self)).batches
+            return at_once(program, counts, experts.saliency(program, batches, list(counts), ctx).__getitem__)
+        fits = self.criterion == "obs" and self.units != "experts" if self.refit is None else self.refit
         known = self._known_scores(program, ctx, list(counts))
         if known is not None and not fits and not self.bias:
             return at_once(program, counts, known.__getitem__)

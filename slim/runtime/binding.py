@@ -19,6 +19,7 @@ from slim.compiler.rules import argument
 from slim.compiler.types import Input
 from slim.runtime import sinks
 from slim.runtime.cache import Slot, Tensors
+from slim.runtime.eviction import Eviction, objections
 from slim.runtime.tokenwise import check_tokenwise
 
 aten, slim = torch.ops.aten, torch.ops.slim
@@ -52,16 +53,17 @@ class Paging:
         return f"window({self.window})" + (f" | columns({self.sinks})" if self.sinks else "")
 
 
-def check_cacheable(program: Program, paging: Paging | None = None) -> None:
-    """Returns where a cached step of ``program`` computes what the whole would, but for what ``paging`` leaves out.
+def check_cacheable(program: Program, paging: Paging | None = None, eviction: Eviction | None = None) -> None:
+    """Returns where a cached step of ``program`` computes what the whole would, but for what is left out or evicted.
 
     Raises:
         CacheUnsupported: naming the node and the reason.
     """
     if not program.attention_nodes():
         raise errors.CacheUnsupported(reason="the model has no attention that slim recognises")
+    unevictable = {} if eviction is None else objections(program.attention_nodes())
     for node in program.attention_nodes():
-        reason = _objection(program, node) or (_no_pages(node, paging) if paging is not None else None)
+        reason = _objection(program, node) or (_no_pages(node, paging) if paging is not None else unevictable.get(node))
         if reason:
             reason = f"attention of layer {node.kwargs['layer']} {reason}"
             raise errors.CacheUnsupported(reason=reason, where=where(node))
@@ -115,6 +117,7 @@ def bind_cache(
     checked: bool = False,
     bits: int = 0,
     paging: Paging | None = None,
+    eviction: Eviction | None = None,
 ) -> Program:
     """The Program of a step over a KV cache: S new tokens after ``T - S`` that the cache holds.
 
@@ -129,6 +132,8 @@ def bind_cache(
     of each row, and ``lengths`` int64 [B], how many tokens it holds; the caches are [N, heads, page size, width], and
     no token is padding.
 
+    With ``eviction`` there is also ``mass_i`` [B, heads, C], to which a step adds what each key gets of attention.
+
     Args:
         masked: whether there may be padding; without it ``key_mask`` only says how long T is, and attention is faster.
         last_only: compute the first output for the last token alone, [B, 1, V], which is all that generation needs.
@@ -139,20 +144,23 @@ def bind_cache(
         CacheUnsupported: where a cached step would not be the same function; see ``check_cacheable``.
     """
     if not checked:
-        check_cacheable(program, paging)
-    bound = _Binder(program.copy(), masked, bits, paging).bind()
+        check_cacheable(program, paging, eviction)
+    bound = _Binder(program.copy(), masked, bits, paging, eviction).bind()
     if last_only:
         _keep_last(bound)
     return bound
 
 
 class _Binder:
-    def __init__(self, program: Program, masked: bool, bits: int, paging: Paging | None) -> None:
+    def __init__(
+        self, program: Program, masked: bool, bits: int, paging: Paging | None, eviction: Eviction | None
+    ) -> None:
         self.program = program
         self.masked = masked
         self.paging = paging
+        self.eviction = eviction
         self.nearer: sinks.Nearer | None = None
-        self.slots = cache_slots(program, bits)
+        self.slots = cache_slots(program, bits, eviction is not None)
         self.pairs: dict[tuple[fx.Node, fx.Node], int] = {}
 
     def bind(self) -> Program:
@@ -241,6 +249,8 @@ class _Binder:
         if self.paging is not None:
             target, places = slim.paged_attention.default, (_placeholder(bound, TABLE), _placeholder(bound, LENGTHS))
             options |= self._paged_options(bound, node)
+        if self.eviction is not None:
+            options |= {"mass": held["mass"], "votes": self.eviction.votes}
         new = bound.insert(node, target, argument(node, "q"), k, v, *caches, *places, *more, like=node, **options)
         new.meta["stands_for"] = node.name
         node.replace_all_uses_with(new)
@@ -276,11 +286,12 @@ def _start(program: Program) -> fx.Node:
     return program.insert(first, operator.sub, keys, new, like=mask)
 
 
-def cache_slots(program: Program, bits: int = 0) -> tuple[Slot, ...]:
+def cache_slots(program: Program, bits: int = 0, mass: bool = False) -> tuple[Slot, ...]:
     """What the cache of a Program holds, bound or not: a slot for every pair of keys and values.
 
     Args:
         bits: of numbers where the Program does not round its keys and values itself.
+        mass: whether a Program that is not bound is to count what each key gets of attention.
 
     Raises:
         CacheUnsupported: for 4 bits and heads of odd width.
@@ -288,12 +299,13 @@ def cache_slots(program: Program, bits: int = 0) -> tuple[Slot, ...]:
     pairs: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
     for node in program.attention_nodes():
         pairs.setdefault((argument(node, "k"), argument(node, "v")), node)
-    return tuple(_slot(node, bits) for node in pairs.values())
+    return tuple(_slot(node, bits, mass) for node in pairs.values())
 
 
-def _slot(node: fx.Node, bits: int) -> Slot:
+def _slot(node: fx.Node, bits: int, mass: bool) -> Slot:
     k, v = (argument(node, name).meta["val"] for name in ("k", "v"))
     if node.target is not slim.attention.default:
+        mass = argument(node, "mass") is not None
         sides = tuple(bits_of(argument(node, f"{name}_cache").meta["val"].dtype) for name in ("k", "v"))
     else:
         sides = pair_bits(node)
@@ -301,7 +313,7 @@ def _slot(node: fx.Node, bits: int) -> Slot:
     pattern = argument(node, "pattern")
     top = None if pattern is None else read_pattern(pattern).top
     widths, bounds = (int(k.shape[3]), int(v.shape[3])), 0 if top is None else top.size
-    slot = Slot(int(k.shape[1]), *widths, k.dtype, sides[0], sides[1], bounds)
+    slot = Slot(int(k.shape[1]), *widths, k.dtype, sides[0], sides[1], bounds, mass)
     for width, each in ((slot.key_width, slot.key_bits), (slot.value_width, slot.value_bits)):
         if each == 4 and width % 2:
             reason = f"int4 keeps two numbers in a byte, and heads of layer {node.kwargs['layer']} are {width} wide"
@@ -314,7 +326,7 @@ def _slot(node: fx.Node, bits: int) -> Slot:
 
 def _keep_last(program: Program) -> None:
     """Drops all tokens but the last ahead of the head: the linear that the first output is made of."""
-    head = _head(program)
+    head = head_of(program)
     if head is None:
         return  # then all tokens are computed, and the caller takes the last
     tokens = _placeholder(program, "input_ids")
@@ -328,7 +340,7 @@ def _keep_last(program: Program) -> None:
         node = next(iter(node.users), None)
 
 
-def _head(program: Program) -> fx.Node | None:
+def head_of(program: Program) -> fx.Node | None:
     """The linear over [B, S, width] that only the first output depends on, through nothing but pointwise operations."""
     node: Any = program.graph.output_node().args[0][0]  # type: ignore[index]
     while isinstance(node, fx.Node) and len(node.users) == 1:

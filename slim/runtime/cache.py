@@ -12,7 +12,10 @@ from torch import Tensor
 
 from slim import errors
 
-_LATER = "{option}={value!r} comes with a later version of slim"
+_LEAST_BUDGET = 8
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "layout": ("contiguous", "paged"), "dtype": (None, "int8", "int4"), "eviction": (None, "h2o", "snapkv"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,13 @@ class KVCacheConfig:
         window: keep only so many newest tokens, in pages that are written anew in turns: memory stays what it is
             however long the text gets. Windows of the model's own are its attention's business.
         sinks: first tokens to keep beside a window.
-        eviction: which tokens to drop when full (to come).
+        eviction: which tokens leave when ``budget`` tokens are held: "h2o" keeps the newest and those that got most
+            attention, "snapkv" what the newest look at. Each head keeps tokens of its own. See docs/kv_cache.md.
+        budget: tokens that a head holds, with ``eviction``.
         max_tokens: the most tokens a sequence may have, prompt included; None for no limit but the model's own.
 
     Raises:
-        CacheUnsupported: for what is to come. BadInput, ContradictoryOptions: for what makes no sense.
+        BadInput, ContradictoryOptions: for what makes no sense.
 
     Example:
         >>> KVCacheConfig(max_tokens=4096)
@@ -41,14 +46,15 @@ class KVCacheConfig:
     dtype: Literal["int8", "int4"] | None = None
     window: int | None = None
     sinks: int = 0
-    eviction: str | None = None
+    eviction: Literal["h2o", "snapkv"] | None = None
     max_tokens: int | None = None
+    budget: int | None = None
 
     def __post_init__(self) -> None:
-        for option, choices in (("layout", ("contiguous", "paged")), ("dtype", (None, "int8", "int4"))):
+        for option, choices in _CHOICES.items():
             if getattr(self, option) not in choices:
                 raise errors.BadInput(argument=option, reason=f"{getattr(self, option)!r} is not one of {choices}")
-        for option in ("window", "max_tokens", "sinks"):
+        for option in ("window", "max_tokens", "sinks", "budget"):
             value = getattr(self, option)
             if value is not None and (
                 not isinstance(value, int) or isinstance(value, bool) or value < (option != "sinks")
@@ -58,8 +64,23 @@ class KVCacheConfig:
             raise errors.ContradictoryOptions(
                 a=f"sinks={self.sinks}", b="window=None", reason="without a window all tokens are kept"
             )
-        if self.eviction is not None:
-            raise errors.CacheUnsupported(reason=_LATER.format(option="eviction", value=self.eviction))
+        self._check_eviction()
+
+    def _check_eviction(self) -> None:
+        eviction, budget = f"eviction={self.eviction!r}", f"budget={self.budget}"
+        if self.eviction is None:
+            if self.budget is not None:
+                raise errors.ContradictoryOptions(a=budget, b=eviction, reason="a budget is for what evicts")
+            return
+        if self.budget is None or self.budget < _LEAST_BUDGET:
+            reason = f"eviction needs one, of {_LEAST_BUDGET} tokens at least, and it is {self.budget}"
+            raise errors.BadInput(argument="budget", reason=reason)
+        if self.window is not None:
+            reason = "a window has said already which tokens are kept"
+            raise errors.ContradictoryOptions(a=eviction, b=f"window={self.window}", reason=reason)
+        if self.layout == "paged":
+            reason = "heads keep tokens of their own choice, and all heads of a page hold the same tokens"
+            raise errors.ContradictoryOptions(a=eviction, b="layout='paged'", reason=reason)
 
     @property
     def bits(self) -> int:
@@ -85,6 +106,7 @@ class Slot:
         key_bits, value_bits: 8 where int8 numbers are held, 4 where there are two in a byte, both with a float32 scale
             [B, heads, T]; 0 where they are held as they are.
         bounds: tokens of the blocks whose lowest and highest keys are held as well; 0 for none.
+        mass: whether it is counted what each key gets of attention.
     """
 
     heads: int
@@ -94,15 +116,17 @@ class Slot:
     key_bits: int = 0
     value_bits: int = 0
     bounds: int = 0
+    mass: bool = False
 
     @property
     def tensors(self) -> tuple[Tensors, ...]:
-        """Keys, values, the scales of those that have them, and the bounds of blocks of keys."""
+        """Keys, values, the scales of those that have them, the bounds of blocks of keys, and their mass."""
         sides = (("k", self.key_width, self.key_bits), ("v", self.value_width, self.value_bits))
         numbers = [Tensors(f"{name}_cache", *self._numbers(width, bits)) for name, width, bits in sides]
         scales = [Tensors(f"{name}_scale", (), torch.float32) for name, _, bits in sides if bits]
         bounds = [Tensors("k_bounds", (2, self.key_width), torch.float32, self.bounds)] if self.bounds else []
-        return (*numbers, *scales, *bounds)
+        mass = [Tensors("mass", (), torch.float32)] if self.mass else []
+        return (*numbers, *scales, *bounds, *mass)
 
     def _numbers(self, width: int, bits: int) -> tuple[tuple[int, ...], torch.dtype]:
         if bits == 4:
@@ -162,9 +186,22 @@ class KVCache:
         """Memory of the keys and values and of their scales, in bytes, room to grow included."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
+    @property
+    def columns(self) -> Tensor:
+        """Which of the tokens so far are no padding: bool [B, tokens]."""
+        return self.mask[:, : self.length]
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """``length``, under the name that transformers' caches have for it."""
         return self.length
+
+    def remask(self, mask: Tensor) -> None:
+        """Says anew which of the tokens so far are padding."""
+        self.mask[:, : self.length] = mask
+
+    def pieces(self, tokens: int) -> list[int]:
+        """In how many tokens at a time ``tokens`` are to be run."""
+        return [tokens]
 
     def reserve(self, tokens: int) -> None:
         """Makes room for ``tokens`` more, doubling: in new tensors, and with a new mask.

@@ -74,7 +74,7 @@ def call_language_model(
         check_cache(cache, model, tokens.shape[0])
     elif use_cache:
         cache = model.new_cache(tokens.shape[0], tokens.shape[1])
-    past = 0 if cache is None else cache.length
+    past = 0 if cache is None else cache.get_seq_length()
     mask = _mask(tokens, attention_mask, cache)
     inputs = {
         "input_ids": tokens,
@@ -92,11 +92,11 @@ def call_language_model(
 
 
 def _mask(tokens: Tensor, given: Tensor | None, cache: KVCache | PagedKVCache | None) -> Tensor:
-    past = 0 if cache is None else cache.length
+    past = 0 if cache is None else cache.get_seq_length()
     if given is not None:
         return checked_mask(given, tokens, past)
     new = torch.ones_like(tokens)
-    return new if cache is None else torch.cat([cache.mask[:, :past].long(), new], dim=1)
+    return new if cache is None else torch.cat([cache.columns.long(), new], dim=1)
 
 
 def _positions(model: CompiledModel, tokens: Tensor, mask: Tensor, positions: Any, given: bool) -> Tensor:
@@ -118,13 +118,10 @@ def _cached(
     model: CompiledModel, cache: KVCache | PagedKVCache, mask: Tensor, inputs: dict[str, Tensor]
 ) -> tuple[Any, ...]:
     masked = bool((mask == 0).any())
-    held, new = mask[:, : cache.length].bool(), mask[:, cache.length :].bool()
+    past = cache.get_seq_length()
     step: Any = model.step(masked=masked)
-    if isinstance(cache, KVCache):
-        cache.mask[:, : cache.length] = held
-    elif not torch.equal(held, cache.mask):
-        reason = "it hides tokens that the cache holds, or shows padding, which pages do not keep"
-        raise errors.BadInput(argument="attention_mask", reason=reason)
+    cache.remask(mask[:, :past].bool())
+    new = mask[:, past:].bool()
     outputs: tuple[Any, ...] = step(cache, new, inputs)
     return outputs
 

@@ -25,6 +25,8 @@ from slim.runtime import calls, generation
 from slim.runtime.architecture import counts_real_tokens, rebuild_generation_config
 from slim.runtime.binding import bind_cache, cache_slots, check_cacheable
 from slim.runtime.cache import KVCache, KVCacheConfig, Slot
+from slim.runtime.evicting import EvictingKVCache
+from slim.runtime.eviction import Eviction
 from slim.runtime.explain import Explanation, explain
 from slim.runtime.loop import Plan
 from slim.runtime.paged import PagedKVCache, paging
@@ -45,6 +47,7 @@ class CompiledModel:
         pipeline: the passes, as text.
         kv_cache: how keys and values of past tokens are kept.
         target: what the Program was lowered to.
+        executables: name -> what generated code was made for so far: "whole", "step_last", ...
 
     Example:
         >>> compiled = slim.compile("path/to/model", passes='quantize("int8")')
@@ -71,9 +74,9 @@ class CompiledModel:
         self.pipeline = pipeline
         self.target = select(target) if isinstance(target, str) else target
         self.kv_cache = kv_cache or KVCacheConfig()
-        self._paging = paging(self.kv_cache)
+        self._paging, self._eviction = paging(self.kv_cache), Eviction.of(self.kv_cache)
         self._steps: dict[tuple[bool, bool], Step | PagedStep] = {}
-        self._executables: dict[str, Executable] = {}
+        self.executables: dict[str, Executable] = {}
         if report is not None:  # it may have been saved by another target
             report.error = report.error if report.target == self.target.name else None
             report.target, report.forms = self.target.name, {}
@@ -101,7 +104,7 @@ class CompiledModel:
         start = time.perf_counter()
         executable: Executable = self.target.lower(program)
         self.program.weights.share(program.weights)  # all forms read one copy, in the layout that their kernels want
-        self._executables[name] = executable
+        self.executables[name] = executable
         if self.report is not None:
             self.report.forms[name] = replace(executable.form, seconds=time.perf_counter() - start)
         return executable
@@ -160,9 +163,9 @@ class CompiledModel:
     @functools.cached_property
     def slots(self) -> tuple[Slot, ...]:
         """What a KV cache of this model holds; raises CacheUnsupported where it can have none."""
-        check_cacheable(self.program, self._paging)
+        check_cacheable(self.program, self._paging, self._eviction)
         self._check_format()
-        return cache_slots(self.program, self.kv_cache.bits)
+        return cache_slots(self.program, self.kv_cache.bits, self._eviction is not None)
 
     def _check_format(self) -> None:
         """Raises where the cache is asked to hold other numbers than the Program rounds to."""
@@ -290,7 +293,7 @@ class CompiledModel:
             checked = bool(self.slots)  # or it raises
             bound = bind_cache(
                 self.program, masked=key[0], last_only=last_only, checked=checked, bits=self.kv_cache.bits,
-                paging=self._paging,
+                paging=self._paging, eviction=self._eviction,
             )  # fmt: skip
             name = "step" + "_masked" * key[0] + "_last" * last_only
             kind = Step if self._paging is None else PagedStep
@@ -308,6 +311,8 @@ class CompiledModel:
             raise errors.PromptTooLong(length=tokens, capacity=limit)
         if self._paging is not None:
             return PagedKVCache(self.slots, batch, max(1, tokens), self.kv_cache, self.device)
+        if self._eviction is not None:
+            return EvictingKVCache(self.slots, batch, max(1, tokens), self._eviction, limit, self.device)
         return KVCache(self.slots, batch, max(1, tokens), limit, self.device)
 
     def decoder(self, plan: Plan) -> Decoder:
@@ -338,8 +343,9 @@ class CompiledModel:
         if plan.cache is None:
             return self.new_cache(batch, min(run, length + _ROOM))
         calls.check_cache(plan.cache, self, batch)
-        if plan.cache.length >= length:
-            reason = f"the prompt must go on beyond the {plan.cache.length} tokens of past_key_values, and has {length}"
+        past = plan.cache.get_seq_length()
+        if past >= length:
+            reason = f"the prompt must go on beyond the {past} tokens of past_key_values, and has {length}"
             raise errors.BadInput(argument="input_ids", reason=reason)
         return plan.cache
 
@@ -348,13 +354,13 @@ class CompiledModel:
     @property
     def code(self) -> dict[str, str | bytes]:
         """Name -> source (or binary) of everything generated so far; forms over a cache come when first used."""
-        made = self._executables.items()
+        made = self.executables.items()
         return {f"{name}/{file}": source for name, executable in made for file, source in executable.code.items()}
 
     @property
     def stages(self) -> dict[str, Sequence[Stage]]:
         """Executable -> its regions in the order they run, each with its nodes, its weights and its kernels."""
-        return {name: executable.stages for name, executable in self._executables.items()}
+        return {name: executable.stages for name, executable in self.executables.items()}
 
     def explain(self, node: str | fx.Node) -> Explanation:
         """From which line of the model, through which passes, into which kernel; ``print`` it.

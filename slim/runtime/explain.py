@@ -194,6 +194,8 @@ def _origins(nodes: Sequence[fx.Node]) -> list[Origin]:
 
 def _unknown(name: str, known: Sequence[str]) -> errors.BadInput:
     near = difflib.get_close_matches(name, known, n=_NEAR, cutoff=0.5)
-    near += [other for other in known if name and name in other and other not in near][: _NEAR - len(near)]
+    parts = difflib.get_close_matches(name, {part for other in known for part in other.split(".")}, n=_NEAR, cutoff=0.7)
+    near += [other for other in known if (name and name in other) or any(part in other.split(".") for part in parts)]
+    near = list(dict.fromkeys(near))[:_NEAR]
     hint = f"; near it are {', '.join(near)}" if near else ""
     return errors.BadInput(argument="node", reason=f"there is no node and no weight '{name}'{hint}")

@@ -110,6 +110,17 @@ class PagedKVCache:
         """``length``, under the name that transformers' caches have for it."""
         return self.length
 
+    @property
+    def columns(self) -> Tensor:
+        """``mask``, under the name that it has in other caches."""
+        return self.mask
+
+    def remask(self, mask: Tensor) -> None:
+        """Refuses another mask than that of before."""
+        if not torch.equal(mask, self.mask):
+            reason = "it hides tokens that the cache holds, or shows padding, which pages do not keep"
+            raise errors.BadInput(argument="attention_mask", reason=reason)
+
     def stats(self) -> Stats:
         """Pages, free and shared ones, tokens, bytes, copies made on writing, tokens that a ring has overwritten."""
         return stats(self.pool, self.rows, self._overwritten)

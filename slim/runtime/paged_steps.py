@@ -12,6 +12,7 @@ from slim.codegen import Bound, Ends, Executable, Feedback, GreedySteps
 from slim.compiler.program import Program
 from slim.runtime.binding import LENGTHS, TABLE, cache_slots
 from slim.runtime.paged import PagedKVCache
+from slim.runtime.steps import joined
 
 
 class PagedStep:
@@ -65,11 +66,7 @@ class PagedStep:
             piece = {name: value[:, start : start + most] for name, value in inputs.items()}
             parts.append(self.executable(*self.arguments(piece, cache.table[rows], lengths, cache.tensors)))
             lengths += piece["input_ids"].shape[1]
-        if len(parts) == 1:
-            return parts[0]
-        if parts[0][0].shape[1] == 1:  # of the last token alone
-            return parts[-1]
-        return tuple(torch.cat(values, 1) for values in zip(*parts, strict=True))
+        return joined(parts)
 
     def _row_by_row(self, cache: PagedKVCache, mask: Tensor, inputs: dict[str, Tensor]) -> tuple[Any, ...]:
         outputs: list[Tensor] = []

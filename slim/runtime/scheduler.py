@@ -19,11 +19,12 @@ from torch import Tensor
 
 from slim import errors
 from slim.codegen import Ends, GreedySteps
-from slim.compiler.inputs import checked_tokens
+from slim.runtime.detokenize import Detokenizer
 from slim.runtime.paged_steps import PagedStep
 from slim.runtime.pages import PAGE, PagePool, Row, Stats, stats
 from slim.runtime.prefixes import Prefixes
-from slim.runtime.request import Request
+from slim.runtime.request import Request, prompt_tokens
+from slim.runtime.sampling import Sampling, drawn
 
 if TYPE_CHECKING:
     from slim.runtime.compiled import CompiledModel
@@ -47,7 +48,7 @@ class _Batch:
 
 
 class Scheduler:
-    """Serves requests over one pool of pages, greedily.
+    """Serves requests over one pool of pages.
 
     Args:
         model: compiled with ``KVCacheConfig(layout="paged")``.
@@ -56,6 +57,7 @@ class Scheduler:
         chunk: tokens of prompts that are run between two bursts of decoding.
         share_prefixes: whether prompts that begin alike share pages.
         eos_token_id: what ends a request; None takes the model's own, an empty list none.
+        tokenizer: of transformers; with one, ``request.stream()`` gives text, which a thread makes beside the work.
 
     Raises:
         CacheUnsupported: where the model's cache is not in pages, or keeps a window alone.
@@ -76,6 +78,7 @@ class Scheduler:
         chunk: int = 256,
         share_prefixes: bool = True,
         eos_token_id: int | Sequence[int] | None = None,
+        tokenizer: Any = None,
     ) -> None:
         for name, value in (("max_tokens", max_tokens), ("max_batch", max_batch), ("chunk", chunk)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -90,6 +93,7 @@ class Scheduler:
         limit = max(1, max_tokens // PAGE)
         self.pool = PagePool(model.slots, min(limit, 4 * max_batch), limit, model.device)
         self.prefixes = Prefixes(self.pool) if share_prefixes else None
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
         self._ends = _ends(model, eos_token_id)
         self._last = frozenset(self._ends.tolist())
         self._waiting: deque[Request] = deque()
@@ -100,35 +104,39 @@ class Scheduler:
 
     # -- what users do -----------------------------------------------------------------------------------------------
 
-    def submit(self, input_ids: Tensor | Sequence[int], max_new_tokens: int) -> Request:
+    def submit(
+        self, input_ids: Tensor | Sequence[int], max_new_tokens: int, sampling: Sampling | None = None
+    ) -> Request:
         """Adds a request, from any thread; it starts when its turn comes and there is room.
 
         Args:
             input_ids: of one prompt, [S] or [1, S].
+            sampling: how its tokens are drawn; None takes the likeliest.
 
         Raises:
             EmptyPrompt, TokenOutOfRange, BadInput. PromptTooLong: where it could never fit.
         """
-        given = _as_tensor(input_ids)
-        tokens = checked_tokens(given[None] if given.dim() == 1 else given, self.model.vocabulary)
-        if tokens.shape[0] != 1:
-            raise errors.BadInput(
-                argument="input_ids", reason=f"a request is one prompt, and these are {tokens.shape[0]}"
-            )
+        prompt = prompt_tokens(input_ids, self.model.vocabulary)
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise errors.BadInput(argument="sampling", reason=f"it must be a slim.Sampling, not {sampling!r:.40}")
         if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
             raise errors.BadInput(argument="max_new_tokens", reason=f"{max_new_tokens!r} is no number of tokens")
-        total = tokens.shape[1] + max_new_tokens - 1  # the last token is returned, and never run
+        total = len(prompt) + max_new_tokens - 1  # the last token is returned, and never run
         assert self.pool.limit is not None
         for limit in (self.pool.limit * PAGE, self.model.position_limit, self.model.kv_cache.max_tokens):
             if limit is not None and total > limit:
                 raise errors.PromptTooLong(length=total, capacity=limit)
         with self._lock:
-            request = Request(self, next(self._numbers), tokens[0].tolist(), max_new_tokens)
+            request = Request(self, next(self._numbers), prompt, max_new_tokens, sampling)
+            self._begin_text(request)
             self._waiting.append(request)
         return request
 
-    def fork(self, request: Request) -> Request:
+    def fork(self, request: Request, sampling: Sampling | None = None) -> Request:
         """Another request that goes on from where one is, over the same pages.
+
+        Args:
+            sampling: how its tokens are drawn; None takes the likeliest, however those so far were drawn.
 
         Raises:
             BadInput: for one that is done.
@@ -136,8 +144,10 @@ class Scheduler:
         with self._lock:
             if request.done:
                 raise errors.BadInput(argument="request", reason=f"{request} does not go on")
-            twin = Request(self, next(self._numbers), list(request.prompt), request.limit)
+            twin = Request(self, next(self._numbers), list(request.prompt), request.limit, sampling)
             twin.tokens = list(request.tokens)
+            self._begin_text(twin)
+            self._write(twin, twin.tokens)
             if request.row is not None and request in self._running and len(self._running) < self.max_batch:
                 twin.row, twin.state = request.row.fork(), "running"
                 self._running.append(twin)
@@ -215,6 +225,8 @@ class Scheduler:
 
     def _leave(self, request: Request, state: str) -> None:
         request.state = state
+        if request.done:
+            self._write(request, [])
         if request.row is not None:
             request.row.free()
             request.row = None
@@ -254,7 +266,7 @@ class Scheduler:
         if row.length == len(known):
             if self.prefixes is not None:
                 self.prefixes.learn(known, row)
-            self._take(request, [int(logits[0].float().argmax())])
+            self._take(request, _next([request], logits).tolist())
         return count
 
     def _call(self, rows: list[Row], tokens: Tensor, first: Tensor) -> Tensor:
@@ -318,16 +330,17 @@ class Scheduler:
         inputs = {"input_ids": tokens, "position_ids": positions, "attention_mask": torch.ones_like(tokens)}
         bound = self._step.executable.bind(*self._step.arguments(inputs, table, lengths, self.pool.tensors))
         ends = Ends(self._ends, torch.zeros(len(ready), dtype=torch.bool, device=device), 0)
-        greedy = bound.greedy(self._step.feedback, None, ends)
+        likeliest = all(request.sampler is None for request in ready)
+        greedy = bound.greedy(self._step.feedback, None, ends) if likeliest else None
         return _Batch(ready, tokens, positions, table, lengths, ends, greedy, bound, layout)
 
     def _chosen(self, batch: _Batch, steps: int) -> Tensor:
-        """Tokens [steps, B]: by generated code in one call, or step by step where the target has no such thing."""
+        """Tokens [steps, B]: by generated code in one call, or step by step where it cannot choose them."""
         if batch.greedy is not None:
             return batch.greedy(steps, 0).cpu()
         chosen = []
         for _ in range(steps):
-            tokens = batch.bound()[0][:, -1].argmax(-1)
+            tokens = _next(batch.requests, batch.bound()[0][:, -1])
             chosen.append(tokens.cpu())
             batch.tokens[:, 0] = tokens
             batch.positions += 1
@@ -336,21 +349,34 @@ class Scheduler:
 
     def _take(self, request: Request, tokens: list[int]) -> None:
         """Hands new tokens on; what came after the end is dropped, with the places it took."""
-        for token in tokens:
+        for count, token in enumerate(tokens, start=1):
             request.tokens.append(token)
             if token in self._last or len(request.tokens) >= request.limit:
+                self._write(request, tokens[:count])
                 self._leave(request, "finished")
                 return
+        self._write(request, tokens)
+
+    # -- text --------------------------------------------------------------------------------------------------------
+
+    def _begin_text(self, request: Request) -> None:
+        if self._detokenizer is not None:
+            request.writing = self._detokenizer.begin(request.prompt)
+
+    def _write(self, request: Request, tokens: Sequence[int]) -> None:
+        """Has the text of ``tokens`` written; it is complete where the request is done."""
+        if self._detokenizer is not None and request.writing is not None:
+            self._detokenizer.add(request.writing, list(tokens), request.done)
 
 
-def _as_tensor(tokens: Tensor | Sequence[int]) -> Tensor:
-    if isinstance(tokens, Tensor):
-        return tokens
-    listed = isinstance(tokens, Sequence) and not isinstance(tokens, str)
-    if not listed or not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
-        reason = f"it must be a tensor or a list of token ids, not {tokens!r:.40}"
-        raise errors.BadInput(argument="input_ids", reason=reason)
-    return torch.tensor(tokens, dtype=torch.int64)
+def _next(requests: Sequence[Request], logits: Tensor) -> Tensor:
+    """The next token of each request, [B], by logits [B, V]."""
+    tokens = logits.float().argmax(-1)
+    draws = {row: request.sampler for row, request in enumerate(requests) if request.sampler is not None}
+    if draws:
+        rows = list(draws)
+        tokens[rows] = torch.tensor(drawn(list(draws.values()), logits[rows]), device=tokens.device)
+    return tokens
 
 
 def _places(rows: Sequence[Row], spare: int = 0) -> tuple[Tensor, Tensor]:

@@ -40,11 +40,22 @@ class Step:
 
     def __call__(self, cache: KVCache, mask: Tensor | None, inputs: dict[str, Tensor]) -> tuple[Any, ...]:
         """Runs the new tokens ``inputs`` [B, S] and adds them to the cache; ``mask`` [B, S] is False at padding."""
-        tokens = inputs["input_ids"].shape[1]
-        key_mask = cache.prepare(tokens, mask)
-        outputs = self.executable(*self.arguments(cache, key_mask, inputs))
-        cache.advance(tokens)
-        return outputs
+        parts, start = [], 0
+        for count in cache.pieces(inputs["input_ids"].shape[1]):
+            piece = slice(start, start + count)
+            key_mask = cache.prepare(count, None if mask is None else mask[:, piece])
+            own = {name: value[:, piece] for name, value in inputs.items()}
+            parts.append(self.executable(*self.arguments(cache, key_mask, own)))
+            cache.advance(count)
+            start += count
+        return joined(parts)
+
+
+def joined(parts: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The outputs of tokens that were run one piece after another: of all, or of the last where the Program says so."""
+    if len(parts) == 1 or parts[0][0].shape[1] == 1:  # of the last token alone
+        return parts[-1]
+    return tuple(torch.cat(values, 1) for values in zip(*parts, strict=True))
 
 
 class Decoder(Protocol):
@@ -78,8 +89,8 @@ class CachedDecoder:
 
     def prefill(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """Runs what of ``tokens`` [B, S] the cache does not hold yet, ``chunk`` tokens at a time."""
-        first, stop = self.cache.length, tokens.shape[1]
-        self.cache.mask[:, :first] = mask[:, :first].bool()
+        first, stop = self.cache.get_seq_length(), tokens.shape[1]
+        self.cache.remask(mask[:, :first].bool())
         logits = tokens
         for start in range(first, stop, self._chunk or stop):
             part = slice(start, min(stop, start + (self._chunk or stop)))
@@ -125,7 +136,7 @@ class CachedDecoder:
         else:
             self._bound.set(self._step.mask_index, cache.mask[:, :end])
         logits: Tensor = self._bound()[0]
-        cache.length = end
+        cache.advance(1)
         return logits[:, -1]
 
     def greedy(self, tokens: Tensor, steps: int, ends: Ends) -> Tensor | None:
@@ -138,7 +149,7 @@ class CachedDecoder:
                 return None
         self._token[:, 0] = tokens
         chosen = self._greedy(min(steps, cache.capacity - cache.length), cache.length)
-        cache.length += len(chosen)
+        cache.advance(len(chosen))
         return chosen
 
 

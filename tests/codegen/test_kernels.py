@@ -11,6 +11,7 @@ import pytest
 from slim.codegen import build
 
 SOURCES = Path(__file__).parent / "kernels"
+TESTS = ["linear_test", "attention_test", "attention_kept_test", "greedy_test"]
 pytestmark = pytest.mark.skipif(build.missing() is not None, reason=f"no C++ code here: {build.missing()}")
 
 SANITIZED = ("-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
@@ -28,7 +29,8 @@ def version(command: str) -> str:
 
 def compiled(name: str, command: str, flags: tuple[str, ...], sources: Sequence[Path], *objects: Path) -> Path:
     """A program, or an object of several sources, in the cache: tests of the same kernels share it."""
-    texts = [path.read_bytes() for path in (*sources, *sorted(build.KERNELS.glob("*.h")))]
+    headers = [path for folder in (build.KERNELS, SOURCES) for path in sorted(folder.glob("*.h"))]
+    texts = [path.read_bytes() for path in (*sources, *headers)]
     key = build.key(version(command), flags, [path.name for path in objects], *texts)
     target = build.cache_folder() / "tests" / f"{name}-{key}"
 
@@ -60,7 +62,7 @@ def runs_here(isa: build.Isa) -> bool:
     return isa.needs <= build._features()
 
 
-@pytest.mark.parametrize("name", ["linear_test", "attention_test", "greedy_test"])
+@pytest.mark.parametrize("name", TESTS)
 @pytest.mark.parametrize("isa", ["avx512_vnni", "avx2", "scalar"])
 def test_kernels_compute_what_doubles_do(name: str, isa: str):
     """Those of this machine as they are shipped, of others as they are quickly built."""
@@ -70,13 +72,13 @@ def test_kernels_compute_what_doubles_do(name: str, isa: str):
     passes([str(driver(name, "g++", "-O1", *build.ISAS[isa].flags, kernels=shipped)), "3", "30"])
 
 
-@pytest.mark.parametrize("name", ["linear_test", "attention_test", "greedy_test"])
+@pytest.mark.parametrize("name", TESTS)
 def test_kernels_touch_no_memory_that_is_not_theirs(name: str):
     isa = build.ISAS["avx2" if runs_here(build.ISAS["avx2"]) else "scalar"]
     passes([str(driver(name, "g++", *SANITIZED, *isa.flags)), "5", "25"])
 
 
-@pytest.mark.parametrize("name", ["linear_test", "attention_test", "greedy_test"])
+@pytest.mark.parametrize("name", TESTS)
 def test_kernels_are_right_on_arm(name: str):
     if shutil.which(AARCH64) is None or shutil.which("qemu-aarch64") is None:
         pytest.skip("needs g++-aarch64-linux-gnu and qemu-user")

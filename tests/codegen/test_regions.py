@@ -9,6 +9,7 @@ from slim.codegen.regions.lower import lower
 from slim.compiler.lift import lift
 from slim.runtime.binding import bind_cache
 from tests.compiled import check_golden, pair
+from tests.programs import program
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "mixtral"])
@@ -34,6 +35,18 @@ def test_a_norm_that_others_read_too_is_stored_once():
     found = lines(Shared(), torch.randn(3, 8))
     assert [line.split()[0] for line in found] == ["layer", "linear"]
     assert "{add, add}" in found[1]
+
+
+def test_rows_of_a_batch_may_turn_by_one_table():
+    text = """
+        q = slim.rope.default(x, weights["cos"], weights["sin"])
+        k = slim.rope.default(y, weights["cos"], weights["sin"])
+        z = slim.attention.default(q, k, x, causal=True, layer=0, scale=0.5)
+        return (z,)
+    """
+    tables = {"cos": torch.rand(1, 5, 2), "sin": torch.rand(1, 5, 2)}
+    region, _ = lower(program(text, tables, "x: f32[2, 4, 5, 4], y: f32[2, 4, 5, 4]")).regions
+    assert [table.strides for table in region.rope[:2]] == [(0, 2, 1)] * 2
 
 
 def test_linears_over_the_same_rows_are_one_sweep_unless_one_needs_the_other():

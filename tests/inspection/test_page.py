@@ -1,7 +1,9 @@
 """The report in HTML holds what was compiled, needs nothing from outside, and does what is clicked."""
 
 import json
+import os
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,16 +16,22 @@ from slim.codegen.cpp.emit import WANTS, emit
 from slim.codegen.regions.lower import lower
 from slim.codegen.regions.provenance import Kernel, stages
 from slim.compiler.lift import lift
-from slim.inspection.layers import layer_of, measure_layers, names_of
-from slim.inspection.machine import Machine
+from slim.compiler.machine import Machine
+from slim.compiler.patterns.picture import share_kept
+from slim.inspection.layers import calls, layer_of, measure_layers, names_of
+from slim.inspection.masks import CELLS
 from slim.inspection.page import collect, render, write_page
 from slim.inspection.tell import tell
+from slim.inspection.times import predict_layers
 from slim.runtime.compiled import CompiledModel
 from slim.runtime.speed import Speed
 from tests import browser
 from tests.programs import model, program
 
+HEADS = "0-1: dense; 2-3: window(4) | columns(1)"
 PASSES = 'fold_norms, quantize("int8")'
+SPARSE = f'sparse_attention("{HEADS}", layers=[0])'
+PATTERN = f"causal, {HEADS}"
 NEEDS_BROWSER = pytest.mark.skipif(browser.find() is None, reason="needs a Chromium: apt-get install chromium")
 
 
@@ -41,8 +49,9 @@ def with_code(story):
 
 @pytest.fixture(scope="module")
 def story():
-    made = with_code(tell("tiny", model("llama"), PASSES, target="eager"))
+    made = with_code(tell("tiny", model("llama"), f"{PASSES}, {SPARSE}", target="eager"))
     made.machine, made.speed = Machine(2e10, 5e10, 1), Speed([1000.0], [100.0])
+    made.seconds = {call: {"0": 1e-4, "1": 2e-4} for call in calls(made.tokens)}
     made.sensitive = True
     return made
 
@@ -62,7 +71,7 @@ def embedded(file):
 
 def test_every_stage_reads_as_its_program_does(story, page):
     data = embedded(page)
-    assert [ir["name"] for ir in data["irs"]] == ["lift", "fold_norms()", 'quantize("int8")']
+    assert [ir["name"] for ir in data["irs"]] == ["lift", "fold_norms()", 'quantize("int8")', SPARSE]
     for ir, made in zip(data["irs"], story.programs, strict=True):
         texts = [data["lines"][number][0] for number in ir["lines"]]
         body = str(made)
@@ -154,12 +163,36 @@ def test_layers_add_up_to_the_program(story):
 
 
 def test_layers_know_bits_heads_and_masks(story):
-    metrics = {metric["title"]: metric for metric in embedded_layers(story)["metrics"]}
-    assert metrics["bits a number"]["before"][:2] == [32.0, 32.0]
-    assert all(8 < bits < 10 for bits in metrics["bits a number"]["after"][:2])
-    assert metrics["key and value heads"]["after"] == [2, 2, None]
-    assert all(moved > 0 for moved in metrics["output moved where this layer alone is compressed"]["after"][:2])
-    assert [mask[2]["causal"] for mask in embedded_layers(story)["masks"]] == [True, True]
+    metrics = {metric["title"]: metric["series"] for metric in embedded_layers(story)["metrics"]}
+    assert metrics["bits a number"]["as lifted"][:2] == [32.0, 32.0]
+    assert all(8 < bits < 10 for bits in metrics["bits a number"]["now"][:2])
+    assert metrics["key and value heads"] == {"now": [2, 2, None]}  # no pass changed them: one series
+    assert all(moved > 0 for moved in metrics["output moved where this layer alone is compressed"]["now"][:2])
+    assert [(layer, mask["text"]) for layer, mask in embedded_layers(story)["masks"]] == [
+        ("0", PATTERN),
+        ("1", "causal"),
+    ]
+
+
+def test_time_by_layer_is_predicted_from_the_machine_and_drawn_beside_what_was_measured(story):
+    metrics = {metric["title"]: metric["series"] for metric in embedded_layers(story)["metrics"]}
+    roof = predict_layers(story.programs[-1], story.machine, story.tokens)
+    for call, seconds in roof.items():
+        assert metrics[f"seconds {call}"]["predicted, float32 roof"] == [seconds[name] for name in ("0", "1", "rest")]
+        assert metrics[f"seconds {call}"]["measured"] == [1e-4, 2e-4, None]
+    heavy, light = (sum(seconds.values()) for seconds in roof.values())
+    assert heavy > light
+
+
+def test_a_mask_s_picture_holds_what_each_head_keeps(story):
+    (_, mask), _ = embedded_layers(story)["masks"]
+    assert [(heads["first"], heads["last"]) for heads in mask["heads"]] == [(0, 1), (2, 3)]
+    dense, window = (embedded_layers(story)["pictures"][heads["picture"]] for heads in mask["heads"])
+    cell = mask["tokens"] // CELLS
+    assert dense[-CELLS:] == "9" * (CELLS - 1) + str(-(-9 * (cell + 1) // (2 * cell)))  # the last row: half of its last
+    assert window[-CELLS:].count("0") == CELLS - 3  # of the first cell the sink, of the last two the window
+    assert mask["heads"][0]["share"] == 1.0
+    assert mask["heads"][1]["share"] == share_kept("window(4) | columns(1)", mask["tokens"])
 
 
 def embedded_layers(story):
@@ -194,6 +227,14 @@ def test_options_of_the_report_are_refused_without_it(tmp_path):
 
 
 @pytest.fixture(scope="module")
+def shots(tmp_path_factory):
+    """Where screenshots are kept: the folder that SLIM_SCREENSHOTS names, as CI does."""
+    folder = Path(os.environ.get("SLIM_SCREENSHOTS") or tmp_path_factory.mktemp("shots"))
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def chromium(page, tmp_path_factory):
     with browser.Browser(tmp_path_factory.mktemp("profile")) as one:
         one.open(page)
@@ -202,7 +243,7 @@ def chromium(page, tmp_path_factory):
 
 
 @NEEDS_BROWSER
-def test_search_and_stages_and_kernels_can_be_clicked_through(chromium, tmp_path_factory):
+def test_search_and_stages_and_kernels_can_be_clicked_through(chromium, shots):
     assert chromium.text("h1") == "tiny"
     chromium.click('#pipeline table [data-step="2"]')  # from the pipeline to what that pass did
     assert chromium.count("#ir .row.made") > 0
@@ -222,27 +263,41 @@ def test_search_and_stages_and_kernels_can_be_clicked_through(chromium, tmp_path
     assert chromium.count("#details") == 0
     chromium.click("#code details [data-node]")
     assert "lift made it" in chromium.text("#details")
-    file = tmp_path_factory.mktemp("shots") / "kernel.png"
-    chromium.screenshot(file)
-    assert file.read_bytes().startswith(b"\x89PNG")
+    chromium.screenshot(shots / "kernel.png")
+    assert (shots / "kernel.png").read_bytes().startswith(b"\x89PNG")
 
 
 @NEEDS_BROWSER
-def test_layers_and_the_roofline_are_drawn(chromium):
+def test_a_node_is_found_by_the_keyboard_alone(chromium):
+    chromium.run("document.activeElement.blur()")
+    chromium.press("/")
+    chromium.send("Input.insertText", text="rms_norm")
+    chromium.press("Enter")
+    assert chromium.text("#details h2").startswith("rms_norm")
+    chromium.press("Escape")
+    assert chromium.count("#details") == 0
+
+
+@NEEDS_BROWSER
+def test_layers_and_the_roofline_are_drawn(chromium, shots):
     chromium.click("#tab-layers")
     assert chromium.count("#layers figure svg rect") > 20
-    assert chromium.count("#layers .masks svg") == 2
+    assert chromium.count("#layers .masks canvas") == 3
+    ink = "Math.max(...document.querySelector('canvas').getContext('2d').getImageData(0, 31, 1, 1).data)"
+    assert chromium.run(ink) == 255  # the last query of the first heads sees the first key
+    chromium.screenshot(shots / "layers.png")
     chromium.click("#tab-roofline")
     assert chromium.count("#roofline circle.measured") == 2
     assert "%" in chromium.text("#roofline table")
 
 
 @NEEDS_BROWSER
-def test_it_fits_a_phone_in_the_dark(page, tmp_path):
+def test_it_fits_a_phone_in_the_dark(page, tmp_path, shots):
     with browser.Browser(tmp_path / "profile", width=390, height=800, dark=True) as phone:
         phone.open(page)
         for tab in ("pipeline", "ir", "layers", "code", "roofline"):
             phone.click(f"#tab-{tab}")
             assert phone.run("document.documentElement.scrollWidth") <= 390, tab
+            phone.screenshot(shots / f"phone-{tab}.png")
         assert phone.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
         assert phone.faults == []

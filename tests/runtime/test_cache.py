@@ -9,11 +9,6 @@ from slim.runtime.cache import KVCache, KVCacheConfig, Slot
 SLOTS = (Slot(heads=2, key_width=4, value_width=6, dtype=torch.float32),) * 3
 
 
-def test_what_is_to_come_is_refused_and_named():
-    with pytest.raises(errors.CacheUnsupported, match="comes with a later version"):
-        KVCacheConfig(eviction="h2o")
-
-
 @pytest.mark.parametrize(
     "options", [{"layout": "heap"}, {"dtype": "int7"}, {"max_tokens": 0}, {"max_tokens": 2.5}, {"window": -1}], ids=str
 )

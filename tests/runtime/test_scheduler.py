@@ -1,14 +1,18 @@
 """Continuous batching: whatever comes, goes, forks or is cancelled, each request gets the tokens it gets alone."""
 
 import random
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from slim import KVCacheConfig, Scheduler, errors
+from slim import KVCacheConfig, Sampling, Scheduler, errors
 from slim.runtime.compiled import CompiledModel
 from slim.runtime.pages import PAGE
 from slim.runtime.request import Request
+from slim.runtime.sampling import Sampler, drawn
 from tests.compiled import pair
 
 EOS = 7
@@ -17,6 +21,18 @@ EOS = 7
 @pytest.fixture(scope="module")
 def model() -> CompiledModel:
     return CompiledModel(pair("llama")[1].program.copy(), "auto", kv_cache=KVCacheConfig(layout="paged"))
+
+
+class Letters:
+    """A letter a token, as a tokenizer."""
+
+    def __init__(self, fails_at: int | None = None) -> None:
+        self.fails_at = fails_at
+
+    def decode(self, tokens: list[int], **_: Any) -> str:
+        if self.fails_at is not None and len(tokens) >= self.fails_at:
+            raise RuntimeError("no such letter")
+        return "".join(chr(0x4E00 + token) for token in tokens)
 
 
 def alone(model: CompiledModel, prompt: list[int], limit: int) -> list[int]:
@@ -123,6 +139,94 @@ def test_a_thousand_random_schedules_leak_nothing_and_change_nobody_s_tokens(mod
         assert not any(scheduler.pool.references)
 
 
+HOT = Sampling(temperature=1.3, top_k=40, top_p=0.95, seed=3)
+
+
+def test_what_is_drawn_hangs_on_the_seed_and_on_nothing_that_runs_beside_it(model: CompiledModel) -> None:
+    by_itself = Scheduler(model, max_tokens=2048, eos_token_id=EOS).submit([9, 10, 11], 40, HOT).result()
+    rng = random.Random(4)
+    for tokens, chunk in ((2048, 32), (4 * PAGE, 200)):  # the second has too few pages for all
+        scheduler = Scheduler(model, max_tokens=tokens, max_batch=4, chunk=chunk, eos_token_id=EOS)
+        others = [scheduler.submit(make_prompt(rng, 60), 50) for _ in range(2)]
+        drawn = scheduler.submit([9, 10, 11], 40, HOT)
+        hot = [scheduler.submit(make_prompt(rng, 60), 50, Sampling(seed=seed)) for seed in range(2)]
+        scheduler.run()
+        assert drawn.tokens == by_itself
+        assert [r.tokens for r in others] == [alone(model, r.prompt, 50) for r in others]
+        assert len({tuple(r.tokens) for r in hot}) == 2
+    assert by_itself != alone(model, [9, 10, 11], 40)
+    again = Scheduler(model, max_tokens=2048, eos_token_id=EOS).submit([9, 10, 11], 40, replace(HOT, seed=4))
+    assert again.result() != by_itself
+
+
+def test_tokens_are_drawn_as_often_as_transformers_would(model: CompiledModel) -> None:
+    scores = torch.randn(30, generator=torch.Generator().manual_seed(0)) * 2
+    processors = [TemperatureLogitsWarper(1.3), TopKLogitsWarper(12), TopPLogitsWarper(0.8)]
+    wanted = scores[None]
+    for processor in processors:
+        wanted = processor(None, wanted)
+    sampler = Sampler(Sampling(temperature=1.3, top_k=12, top_p=0.8, seed=0))
+    counts = torch.bincount(torch.tensor([drawn([sampler], scores[None])[0] for _ in range(4000)]), minlength=30)
+    assert ((counts / 4000 - wanted.softmax(-1)[0]).abs() < 0.03).all()
+    assert counts[wanted[0].isinf()].sum() == 0
+
+
+def test_one_token_to_choose_from_is_the_likeliest(model: CompiledModel) -> None:
+    scheduler = Scheduler(model, max_tokens=2048, eos_token_id=EOS)
+    request = scheduler.submit([9, 10], 20, Sampling(top_k=1))
+    assert request.result() == alone(model, [9, 10], 20)
+    assert request.sampler is not None
+    assert request.sampler.seed >= 0
+
+
+def test_a_fork_draws_by_its_own_seed(model: CompiledModel) -> None:
+    scheduler = Scheduler(model, max_tokens=2048, eos_token_id=[])
+    request = scheduler.submit([9, 10], 40, HOT)
+    next(iter(request))
+    begun = list(request.tokens)
+    twins = [scheduler.fork(request, Sampling(temperature=1.3, seed=seed)) for seed in (1, 2)]
+    scheduler.run()
+    assert all(twin.tokens[: len(begun)] == begun for twin in twins)
+    assert len({tuple(r.tokens) for r in (request, *twins)}) == 3
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0}, {"temperature": float("nan")}, {"temperature": "hot"}, {"top_k": 0}, {"top_k": 2.0},
+        {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}, {"seed": True},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sampling_that_makes_no_sense_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(errors.BadInput, match=next(iter(options))):
+        Sampling(**options)
+
+
+def test_text_comes_in_pieces_while_others_are_written(model: CompiledModel) -> None:
+    scheduler = Scheduler(model, max_tokens=2048, eos_token_id=[], tokenizer=Letters())
+    requests = [scheduler.submit([9 + n, 10], 30 + n) for n in range(3)]
+    cancelled = scheduler.submit([12], 50)
+    pieces = []
+    for piece in requests[0].stream():
+        pieces.append(piece)
+        cancelled.cancel()
+    assert len(pieces) > 1
+    assert "".join(pieces) == Letters().decode(requests[0].tokens)
+    for request in (*requests, cancelled):
+        assert request.text == Letters().decode(request.tokens)
+    assert cancelled.state == "cancelled"
+
+
+def test_a_tokenizer_that_fails_is_reported_where_text_is_read(model: CompiledModel) -> None:
+    scheduler = Scheduler(model, max_tokens=2048, eos_token_id=[], tokenizer=Letters(fails_at=15))
+    bad, good = scheduler.submit([9], 30), scheduler.submit([10], 5)
+    with pytest.raises(RuntimeError, match="no such letter"):
+        bad.text  # noqa: B018
+    assert len(good.text) == 5
+    assert len(bad.result()) == 30
+
+
 def test_bad_requests_are_refused_and_disturb_nobody(model: CompiledModel) -> None:
     scheduler = Scheduler(model, max_tokens=2 * PAGE, eos_token_id=EOS)
     good = scheduler.submit([9, 10], 4)
@@ -133,6 +237,10 @@ def test_bad_requests_are_refused_and_disturb_nobody(model: CompiledModel) -> No
     ):  # fmt: skip
         with pytest.raises(error):
             scheduler.submit(prompt, limit)
+    with pytest.raises(errors.BadInput, match="sampling"):
+        scheduler.submit([9], 4, {"temperature": 1.0})  # type: ignore[arg-type]
+    with pytest.raises(errors.BadInput, match="tokenizer"):
+        next(good.stream())
     scheduler.run()
     assert good.tokens == alone(model, [9, 10], 4)
     with pytest.raises(errors.BadInput, match="does not go on"):

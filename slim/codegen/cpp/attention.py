@@ -54,8 +54,12 @@ def _attention(writer: Writer, region: Attention) -> list[str]:
         fields |= _place(writer, "q_first", region.q_first, "qf", ("batch", "head", "token"))
     lines, choices = _pattern(writer, region)
     fields |= choices | _place(writer, "k_bounds", region.k_bounds, "kb", ("batch", "head"))
+    fields |= _place(writer, "mass", region.mass, "mass", ("batch", "head"))
+    if region.mass is not None:
+        fields["votes"] = str(region.votes)
     fields["scratch"] = writer.arguments.text(None)
-    scratch = (*(fields[name] for name in _SCRATCH), choices.get("top", "0"), choices.get("slash_columns", "0"))
+    more = (choices.get("top", "0"), choices.get("slash_columns", "0"), str(int(region.mass is not None)))
+    scratch = (*(fields[name] for name in _SCRATCH), *more)
     writer.scratch.append(f"attention_scratch({', '.join(scratch)}, threads)")
     assigned = [f"a.{name} = {value};" for name, value in fields.items()]
     return [*lines, "slim::Attention a{};", *assigned, "attention(t, a);"]

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
@@ -54,6 +57,7 @@ class CppExecutable:
         self._touched = {b for region in self.schedule.regions for b in (*region.reads(), *region.writes())}
         self._describe_inputs()
         self._lock = threading.Lock()  # the arena belongs to one call at a time
+        self._seconds: list[float] | None = None  # of each region, while they are timed
 
     def __del__(self) -> None:
         if getattr(self, "_state", None):
@@ -90,16 +94,27 @@ class CppExecutable:
     def run(self, io: Any, dims: Any, inputs: list[Tensor]) -> None:
         """Runs all segments: ``io`` are the addresses of what the call brings, ``dims`` its sizes."""
         with self._lock:
-            segments = self._unit.segments
-            if len(segments) == 1:
-                self._run(io, dims, *segments[0])  # type: ignore[misc]
-                return
-            results: dict[Buffer, Tensor] = {}
-            for segment in segments:
-                if isinstance(segment, Foreign):
-                    self._run_foreign(segment, io, inputs, dict(zip(self._unit.dims, dims, strict=False)), results)
-                else:
-                    self._run(io, dims, *segment)
+            if self._seconds is not None:
+                self._run_timed(io, dims, inputs, self._seconds)
+            elif len(self._unit.segments) == 1:
+                self._run(io, dims, *self._unit.segments[0])  # type: ignore[misc]
+            else:
+                results: dict[Buffer, Tensor] = {}
+                for segment in self._unit.segments:
+                    self._run_segment(segment, io, dims, inputs, results)
+
+    def _run_segment(
+        self,
+        segment: tuple[int, int] | Foreign,
+        io: Any,
+        dims: Any,
+        inputs: list[Tensor],
+        results: dict[Buffer, Tensor],
+    ) -> None:
+        if isinstance(segment, Foreign):
+            self._run_foreign(segment, io, inputs, dict(zip(self._unit.dims, dims, strict=False)), results)
+        else:
+            self._run(io, dims, *segment)
 
     def _run(self, io: Any, dims: Any, first: int, last: int) -> None:
         self._check(self._library.slim_run(self._state, io, dims, first, last, torch.get_num_threads()), dims)
@@ -115,6 +130,31 @@ class CppExecutable:
             raise MemoryError(f"no memory for activations of {dict(zip(self._unit.dims, dims, strict=False))}")
         if status == 2:
             raise errors.BadInput(argument="indices", reason="one is outside of the table that it picks from")
+
+    # -- timing --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def timed(self) -> Iterator[list[float]]:
+        """Inside, calls run region by region; see ``executables.Timed``."""
+        seconds = self._seconds = [0.0] * len(self.schedule.regions)
+        try:
+            yield seconds
+        finally:
+            self._seconds = None
+
+    @property
+    def is_timed(self) -> bool:
+        return self._seconds is not None
+
+    def _run_timed(self, io: Any, dims: Any, inputs: list[Tensor], seconds: list[float]) -> None:
+        results: dict[Buffer, Tensor] = {}
+        stages = itertools.count()
+        self._run(io, dims, 0, 0)  # lays out the arena
+        for number, region in enumerate(self.schedule.regions):
+            segment = region if isinstance(region, Foreign) else ((stage := next(stages)), stage + 1)
+            start = time.perf_counter()
+            self._run_segment(segment, io, dims, inputs, results)
+            seconds[number] += time.perf_counter() - start
 
     # -- with PyTorch between segments ---------------------------------------------------------------------------------
 
@@ -199,8 +239,8 @@ class BoundCall:
         return outputs
 
     def greedy(self, feedback: Feedback, mask: Tensor | None, ends: Ends) -> GreedyCall | None:
-        """The call as a loop of decoding steps; None where it cannot be one."""
-        return greedy_call(self, feedback, mask, ends)
+        """The call as a loop of decoding steps; None where it cannot be one, and while regions are timed."""
+        return None if self.executable.is_timed else greedy_call(self, feedback, mask, ends)
 
     def _take(self, index: int) -> None:
         """Notes where an input lies, once it is what generated code trusts it to be."""

@@ -36,9 +36,9 @@ class Rotation:
 @handles(*_ATTENTION)
 def attention(lowering: Lowering, node: fx.Node) -> Value:
     """slim.attention, slim.cached_attention and slim.paged_attention."""
-    if not lowering.wants.attends(node):
-        nearer = " and sees its first keys nearer than they are" if argument(node, "q_first") is not None else ""
-        raise Unsupported(f"this target has no kernel for attention that keeps {argument(node, 'pattern')}{nearer}")
+    objection = lowering.wants.objection(node)
+    if objection is not None:
+        raise Unsupported(f"this target has no kernel for attention {objection}")
     shape, dtype = lowering.type(node)
     batch, heads, queries, width = shape
     keys, offset, values, bits = _sources(node)
@@ -68,6 +68,7 @@ def attention(lowering: Lowering, node: fx.Node) -> Value:
             region.q_first = None if first is None else lowering.rows(first, lowering.floats)
         else:
             region.start = lowering.size(argument(node, "start"))
+            region.mass, region.votes = _given(lowering, node, "mass"), argument(node, "votes")
     if region.k_bounds is None and region.pattern is not None and region.pattern.top is not None:
         region.k_bounds = _bounds_of_the_run(lowering, region, region.pattern.top.size)
     lowering.emit(region)
@@ -164,7 +165,7 @@ def rope(lowering: Lowering, node: fx.Node) -> Value:
     """slim.rope: left to the attention that reads it, or two pointwise regions over halves of the channels."""
     shape, dtype = lowering.type(node)
     x = lowering.rows(node.args[0], lowering.floats)
-    cos, sin = (lowering.rows(angle, lowering.floats) for angle in node.args[1:3])
+    cos, sin = (_angles(lowering.rows(angle, lowering.floats), shape) for angle in node.args[1:3])
     interleaved = bool(argument(node, "interleaved"))
     if _attention_rotates(lowering, node):
         return Value(Lane(Rotation(x, cos, sin, interleaved)), shape, dtype)
@@ -181,6 +182,12 @@ def rope(lowering: Lowering, node: fx.Node) -> Value:
         kept = [view.slice(3, 2 * half, rest) for view in (x, out)]
         lowering.emit(Pointwise(node, kept[1], Load(kept[0])))
     return Value(Load(out), shape, dtype)
+
+
+def _angles(table: View, shape: tuple[Any, ...]) -> View:
+    """cos or sin as [B, S, R/2]; all rows of a batch may have one table in common."""
+    whole: View = table.expand((shape[0], shape[2], table.shape[-1]))
+    return whole
 
 
 def _channels(view: View, half: Any, interleaved: bool) -> tuple[View, View]:

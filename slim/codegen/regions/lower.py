@@ -75,6 +75,7 @@ class Wants:
         own_steps: whether it finds the step of such a row, where that is slim.token_scale of the row, as it loads it.
         terms: of patterns, those by which attention visits no more keys than are kept.
         first: whether attention looks at the first keys with queries of their own.
+        mass: whether attention counts what each key gets of it.
         pitched: masks among the inputs, bool [B, T], are read where they lie, rows as far apart as they are.
     """
 
@@ -86,14 +87,22 @@ class Wants:
     own_steps: bool = False
     terms: frozenset[type[Term]] = frozenset()
     first: bool = False
+    mass: bool = False
     pitched: bool = False
 
     def attends(self, node: fx.Node) -> bool:
         """Whether there is a kernel for what the heads of attention keep, and how they look at it."""
+        return self.objection(node) is None
+
+    def objection(self, node: fx.Node) -> str | None:
+        """What of attention there is no kernel for; None for nothing."""
         text = argument(node, "pattern")
-        if argument(node, "q_first") is not None and not self.first:
-            return False
-        return text is None or {type(term) for term in read_pattern(text).terms} <= self.terms
+        if argument(node, "mass") is not None and not (self.mass and text is None):
+            return "that counts what each key gets of it"
+        nearer = argument(node, "q_first") is not None
+        if (not nearer or self.first) and (text is None or {type(t) for t in read_pattern(text).terms} <= self.terms):
+            return None
+        return f"that keeps {text}" + " and sees its first keys nearer than they are" * nearer
 
 
 class Unsupported(Exception):

@@ -346,6 +346,7 @@ class Attention(Region):
         skip: the share of a row's attention that may be left out; 0 for none.
         k_bounds: float32 [B or pages, G, blocks, 2, D], for a pattern with ``top``: the lowest and the highest number
             of each channel in each block of keys.
+        mass, votes: float32 [B, G, C], to which is added what keys get of the last ``votes`` queries, 0 for all.
     """
 
     node: fx.Node
@@ -376,19 +377,23 @@ class Attention(Region):
     pattern: Pattern | None = None
     skip: float = 0.0
     k_bounds: View | None = None
+    mass: View | None = None
+    votes: int = 0
 
     def reads(self) -> Iterator[Buffer]:
         rope = self.rope[:2] if self.rope else ()
-        cache = (self.k_cache, self.v_cache, self.k_scale, self.v_scale, self.k_bounds, self.pages, self.lengths)
-        optional = (*cache, self.k_offset, self.q_first, self.key_mask, self.bias, self.sinks, self.slopes)
-        for view in (self.q, self.k, self.v, *rope, *optional):
+        optional = (self.pages, self.lengths, self.k_offset, self.q_first, self.key_mask, self.bias)
+        for view in (self.q, self.k, self.v, *rope, *self._cache, *optional, self.sinks, self.slopes):
             if view is not None:
                 yield view.buffer
 
     def writes(self) -> Iterator[Buffer]:
         yield self.out.buffer
-        cache = (self.k_cache, self.v_cache, self.k_scale, self.v_scale, self.k_bounds)
-        yield from (view.buffer for view in cache if view is not None)
+        yield from (view.buffer for view in self._cache if view is not None)
+
+    @property
+    def _cache(self) -> tuple[View | None, ...]:
+        return self.k_cache, self.v_cache, self.k_scale, self.v_scale, self.k_bounds, self.mass
 
 
 @dataclass(eq=False)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slim.compiler.dialect._register import define
-from slim.compiler.dialect.kv import gathered, held, hold, pages_of, scattered
+from slim.compiler.dialect.kv import add_mass, gathered, held, hold, pages_of, scattered
 from slim.compiler.patterns.mask import note_bounds, pattern_mask
 
 
@@ -194,6 +194,7 @@ def _cached_attention(
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
     k_bounds: Tensor | None = None,
+    mass: Tensor | None = None,
     *,
     layer: int,
     scale: float,
@@ -202,37 +203,35 @@ def _cached_attention(
     softcap: float | None = None,
     pattern: str | None = None,
     skip: float | None = None,
+    votes: int = 0,
     q_first: Tensor | None = None,
     first: int = 0,
 ) -> Tensor:
+    """``attention`` over the tokens that the caches hold, the new ones written at ``start`` first.
+
+    ``mass`` float32 [B, G, C] counts what each key gets: softmax's weights, of the queries that read its head, of the
+    last ``votes`` of a call or, for 0, all. New keys begin at 0; so do all where ``votes`` queries or more come.
+    """
     end = start + q.shape[2]
     hold(k, k_cache, k_scale, start)
     hold(v, v_cache, v_scale, start)
     if k_bounds is not None:
         note_bounds(pattern, held(k_cache, k_scale, 0, end, torch.float32), key_mask, k_bounds)
     begin = 0
-    if window is not None and pattern is None and start - window + 1 > 0:  # what no query can see is not read
+    if window is not None and pattern is None and mass is None and start - window + 1 > 0:  # no query sees those before
         begin = start - window + 1
         key_mask = None if key_mask is None else key_mask[:, begin:]
     keys = held(k_cache, k_scale, begin, end, k.dtype)
     if q_first is not None:  # keys as pairs of which each query meets one: k, 0 and 0, k for the first of them
         there = (torch.arange(end, device=k.device) < first)[:, None]
         q, keys = torch.cat([q, q_first], -1), torch.cat([keys.masked_fill(there, 0.0), keys * there], -1)
-    return attend(
-        q,
-        keys,
-        held(v_cache, v_scale, begin, end, v.dtype),
-        key_mask,
-        None,
-        sinks,
-        slopes,
-        scale=scale,
-        causal=causal,
-        window=window,
-        softcap=softcap,
-        pattern=pattern,
-        offset=start - begin,
-    ).contiguous()
+    look: dict[str, Any] = {"scale": scale, "causal": causal, "window": window, "softcap": softcap, "pattern": pattern}
+    look["offset"] = start - begin
+    if mass is not None:  # over unit vectors as values, attention is its weights
+        units = torch.eye(end, dtype=keys.dtype, device=keys.device).expand(*keys.shape[:2], end, end)
+        add_mass(mass, attend(q, keys, units, key_mask, None, sinks, slopes, **look), start, votes)
+    values = held(v_cache, v_scale, begin, end, v.dtype)
+    return attend(q, keys, values, key_mask, None, sinks, slopes, **look).contiguous()
 
 
 def _paged_attention(
@@ -318,7 +317,8 @@ define(
 define(
     "cached_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt start, "
     "Tensor? key_mask=None, Tensor? sinks=None, Tensor? slopes=None, Tensor(c!)? k_scale=None, "
-    f"Tensor(d!)? v_scale=None, Tensor(e!)? k_bounds=None, *, int layer, float scale, {_LOOK}) -> Tensor",
+    f"Tensor(d!)? v_scale=None, Tensor(e!)? k_bounds=None, Tensor(f!)? mass=None, *, int layer, float scale, {_LOOK}, "
+    "int votes=0) -> Tensor",
     _cached_attention,
     _attention_fake,
     differentiable=False,

@@ -41,6 +41,17 @@ def held(cache: Tensor, scale: Tensor | None, first: int, end: int, dtype: torch
     return (numbers.float() * scale[:, :, first:end, None]).to(dtype)
 
 
+def add_mass(mass: Tensor, weights: Tensor, start: int, votes: int) -> None:
+    """Adds to mass [B, G, C] what keys get of ``weights`` [B, H, S, T], of the last ``votes`` queries or, for 0, all.
+
+    Keys from ``start`` on are new, and begin at nothing; so do all where there are ``votes`` queries or more.
+    """
+    _, _, queries, keys = weights.shape
+    counted = weights[:, :, max(0, queries - votes) if votes else 0 :].float()
+    mass[:, :, 0 if 0 < votes <= queries else start : keys] = 0.0
+    mass[:, :, :keys] += counted.unflatten(1, (mass.shape[1], -1)).sum((2, 3))
+
+
 # -- pages -------------------------------------------------------------------------------------------------------------
 
 

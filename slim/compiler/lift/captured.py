@@ -200,7 +200,9 @@ class _Capture:
             fake = node.meta["example_value"]
             node.target = node.name = _unique(_input_name(node.name), names)
             examples.append(self.examples[place].detach())
-            shapes.append({d: Dim.AUTO if isinstance(s, torch.SymInt) else None for d, s in enumerate(fake.shape)})
+            shapes.append(
+                {d: Dim.AUTO if isinstance(s, torch.SymInt) else Dim.STATIC for d, s in enumerate(fake.shape)}
+            )
         graph.lint()
         self.module.recompile()
         facts = Facts(kind="module", architecture="the captured graph")

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._guards import tracing
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
@@ -40,7 +41,8 @@ def export(
     Raises:
         LiftFailed: naming the module and the line of its source that cannot be exported.
     """
-    with torch.no_grad(), _quiet(), warnings.catch_warnings():
+    # Within torch.compile, guards of this export must not become guards of the graph that Dynamo is making.
+    with torch.no_grad(), tracing(None), _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns of its own internals, which no user can act upon
         try:
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)

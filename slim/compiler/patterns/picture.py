@@ -30,12 +30,23 @@ def picture(text: str, tokens: int = 32, head: int = 0, *, causal: bool = True) 
 def kept_keys(text: str, tokens: int, head: int = 0, *, causal: bool = True) -> torch.Tensor:
     """bool [tokens, tokens]: which keys each query of one head keeps."""
     last = max((last for _, last, _ in read_pattern(text).groups), default=0)
+    kept = kept_by_head(text, tokens, max(last, head) + 1, sees(tokens, causal=causal))
+    return kept[min(head, len(kept) - 1)]
+
+
+def sees(tokens: int, *, causal: bool = True, window: int | None = None) -> torch.Tensor:
+    """bool [tokens, tokens]: the keys that a model lets each query look at, whatever the pattern."""
+    back = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    seen = back >= 0 if causal else torch.ones_like(back, dtype=torch.bool)
+    return seen if window is None else seen & (back.abs() < window)
+
+
+def kept_by_head(text: str, tokens: int, heads: int, seen: torch.Tensor) -> torch.Tensor:
+    """bool [heads, tokens, tokens], or [1, tokens, tokens] where all are alike: what is left of ``seen``."""
     generator = torch.Generator().manual_seed(0)
-    q, k = (torch.randn(1, max(last, head) + 1, tokens, 8, generator=generator) for _ in range(2))
-    seen = torch.ones(tokens, tokens, dtype=torch.bool)
-    seen = (seen.tril() if causal else seen)[None, None]
-    kept = seen & pattern_mask(text, q, k, seen, None, scale=1.0, offset=0)
-    return kept[0, min(head, kept.shape[1] - 1)]
+    q, k = (torch.randn(1, heads, tokens, 8, generator=generator) for _ in range(2))
+    seen = seen[None, None]
+    return (seen & pattern_mask(text, q, k, seen, None, scale=1.0, offset=0))[0]
 
 
 def share_kept(text: str, tokens: int, head: int = 0) -> float:

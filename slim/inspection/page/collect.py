@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 
 from slim.codegen.regions.provenance import Stage
 from slim.compiler.cost import cost
+from slim.compiler.machine import Machine
 from slim.compiler.program import Program
 from slim.compiler.report import PipelineReport, Report, Size
 from slim.compiler.sources import source_line
 from slim.compiler.text import print_node
 from slim.compiler.types import show_shape
-from slim.inspection.layers import Layers, measure_layers, names_of, sensitivity
-from slim.inspection.machine import Machine
+from slim.compiler.uses import ATTENTION
+from slim.inspection.layers import calls, generation_work, layer_of_node, measure_layers, names_of, sensitivity
+from slim.inspection.masks import CELLS, Gallery
+from slim.inspection.times import LayerSeconds, predict_layers
 from slim.runtime.compiled import CompiledModel
 from slim.runtime.speed import Speed
 
@@ -33,6 +36,7 @@ class Story:
         compiled: the last of them, lowered; None where it was not.
         tokens: how many the costs are for.
         machine, speed: what was measured, for the roofline; None where nothing was.
+        seconds: what each layer takes, where that was measured.
         sensitive: whether to measure what each layer alone does to the output.
     """
 
@@ -43,6 +47,7 @@ class Story:
     tokens: int = 128
     machine: Machine | None = None
     speed: Speed | None = None
+    seconds: LayerSeconds = field(default_factory=dict)
     sensitive: bool = False
 
 
@@ -162,39 +167,65 @@ def _region(stage: Stage) -> dict[str, Any]:
 
 
 def _layers(story: Story) -> dict[str, Any]:
-    """Each metric before and after the pipeline."""
+    """Each metric as named series of a number a layer, and what attention sees."""
     first, last = story.programs[0], story.programs[-1]
     names = names_of([first, last])
-    after = measure_layers(last, names, story.tokens)
-    before = after if last is first else measure_layers(first, names, story.tokens)
+    after = measure_layers(last, names, story.tokens).metrics
+    before = after if last is first else measure_layers(first, names, story.tokens).metrics
     metrics = [
-        {"title": title, "before": before.metrics.get(title), "after": after.metrics.get(title)}
-        for title in dict.fromkeys([*before.metrics, *after.metrics])
+        _metric(title, {"as lifted": before.get(title), "now": after.get(title)}) for title in {**before, **after}
     ]
+    metrics += _times(story, names)
     if story.sensitive and last is not first:
         title = "output moved where this layer alone is compressed"
-        metrics.append({"title": title, "before": None, "after": sensitivity(first, last, names)})
-    return {"names": names, "metrics": metrics, "masks": _masks(before, after)}
+        metrics.append(_metric(title, {"now": sensitivity(first, last, names)}))
+    return {"names": names, "metrics": metrics, **_masks(last, story.tokens)}
 
 
-def _masks(before: Layers, after: Layers) -> list[list[Any]]:
-    """[layer, before, after] for every layer that has attention."""
-    return [[name, before.masks.get(name), after.masks[name]] for name in after.names if name in after.masks]
+_Values = list[float | None] | None
+
+
+def _metric(title: str, series: dict[str, _Values]) -> dict[str, Any]:
+    """Series that say the same are drawn once, and those that say nothing not at all."""
+    drawn: dict[str, _Values] = {}
+    for name, values in series.items():
+        drawn = {other: told for other, told in drawn.items() if told != values}
+        if values is not None:
+            drawn[name] = values
+    return {"title": title, "series": drawn}
+
+
+def _times(story: Story, names: list[str]) -> Iterator[dict[str, Any]]:
+    if story.machine is None:
+        return
+    for name, seconds in predict_layers(story.programs[-1], story.machine, story.tokens).items():
+        series = {"predicted, float32 roof": seconds, "measured": story.seconds.get(name)}
+        values = {
+            title: None if found is None else [found.get(layer) for layer in names] for title, found in series.items()
+        }
+        yield _metric(f"seconds {name}", values)
+
+
+def _masks(program: Program, tokens: int) -> dict[str, Any]:
+    """Pictures, and [layer, mask] for every attention in order; masks name pictures by their numbers."""
+    gallery = Gallery()
+    masks = [[layer_of_node(node), dataclasses.asdict(gallery.of(node, tokens))] for node in program.nodes(*ATTENTION)]
+    return {"masks": masks, "pictures": gallery.pictures, "cells": CELLS}
 
 
 def _roofline(story: Story) -> dict[str, Any] | None:
     """FLOPs and bytes of reading a prompt and of writing a token, and what was measured of both."""
     points = []
     for label, program in (("as lifted", story.programs[0]), ("compiled", story.programs[-1])):
-        found = cost(program)
-        if found.flops == 0 or (label == "as lifted" and len(story.programs) == 1):
+        if cost(program).flops == 0 or (label == "as lifted" and len(story.programs) == 1):
             continue
-        for kind, tokens in (("prefill", story.tokens), ("decode", 1)):
-            bound = found.bind(B=1, S=tokens, T=story.tokens)
+        for kind, sizes in zip(("prefill", "decode"), calls(story.tokens).values(), strict=True):
+            work = list(generation_work(program, sizes))
+            flops, moved = sum(each[1] for each in work), sum(each[2] for each in work)
             measured = None
             if story.speed is not None and label == "compiled":
                 rate = (story.speed.prefill if kind == "prefill" else story.speed.decode).best
-                measured = rate / tokens * bound.flops
-            points.append([f"{kind}, {label}", bound.flops, bound.bytes_moved, measured])
+                measured = rate / sizes["S"] * flops
+            points.append([f"{kind}, {label}", flops, moved, measured])
     machine = None if story.machine is None else dataclasses.asdict(story.machine)
     return {"machine": machine, "points": points} if points else None

@@ -2,6 +2,7 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const by = id => document.getElementById(id);
 const escape = text => String(text).replace(/[&<>"]/g, c => ({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}[c]));
+const plural = (number, what) => `${number} ${what}${number === 1 ? "" : "s"}`;
 const sum = values => values.reduce((a, b) => a + b, 0);
 
 // -- numbers as people read them ----------------------------------------------------------------------------------
@@ -10,9 +11,10 @@ const scaled = (value, units) => {
   for (const [size, unit] of units) if (Math.abs(value) >= size) return (value / size).toFixed(2) + unit;
   return Number.isInteger(value) ? String(value) : value.toPrecision(3);
 };
-const count = value => scaled(value, [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e4, " k"]]);
+const count = value => scaled(value, [[1e12, " T"], [1e9, " G"], [1e6, " M"], [1e3, " k"]]);
 const bytes = value => scaled(value, [[1e9, " GB"], [1e6, " MB"], [1e3, " kB"]]) + (Math.abs(value) < 1e3 ? " B" : "");
 const small = value => value == null ? "" : value === 0 ? "0" : value.toExponential(1);
+const briefly = value => value >= 1 ? value.toFixed(2) + " s" : value >= 1e-3 ? (value * 1e3).toPrecision(3) + " ms" : (value * 1e6).toPrecision(3) + " µs";
 const time = value => value >= 1 ? value.toFixed(1) + " s" : (value * 1000).toFixed(0) + " ms";
 
 // -- the IR ---------------------------------------------------------------------------------------------------------
@@ -60,7 +62,7 @@ function drawIR() {
   const choices = irs.map((ir, index) =>
     `<button data-stage="${index}" aria-pressed="${index === view.stage}">${index ? index + ". " : ""}${escape(ir.name)}</button>`);
   by("ir").innerHTML = `<div class="bar" id="stages">${choices.join("")}</div>
-    <div class="bar"><input type="search" id="search" placeholder="Search nodes, weights, modules, lines of source" value="${escape(view.query)}">
+    <div class="bar"><input type="search" id="search" placeholder="Search nodes, weights, modules, lines of source (/)" value="${escape(view.query)}">
     <button id="whole" aria-pressed="${view.whole}">all lines</button><span id="found" class="dim" role="status"></span></div>
     <p class="dim" id="said"></p><div class="rows" id="lines"></div>`;
   by("search").oninput = event => { view.query = event.target.value; drawLines(); };
@@ -90,18 +92,18 @@ function drawLines() {
     if (!shown[index]) { hidden++; return; }
     if (hidden && !query) parts.push(fold(hidden));
     hidden = 0;
-    parts.push(before ? pair(row, differs[index], touched[index]) : `<div class="row"><div data-line="${row[1]}">${spelled(lineOf(row[1]))}</div></div>`);
+    parts.push(before ? pair(row, differs[index], touched[index]) : `<div class="row"><div tabindex="0" data-line="${row[1]}">${spelled(lineOf(row[1]))}</div></div>`);
   });
   if (hidden && !query) parts.push(fold(hidden));
   by("lines").innerHTML = parts.join("");
 }
 const near = (flags, index) => { for (let d = -2; d <= 2; d++) if (flags[index + d]) return true; return false; };
-const fold = number => `<button class="fold">${number} equal lines</button>`;
+const fold = number => `<button class="fold">${plural(number, "equal line")}</button>`;
 
 function pair([a, b], differs, touched) {
   const kind = a == null ? "made" : b == null ? "gone" : differs ? "changed" : "same";
   const side = (number, other, cls) => number == null ? '<div class="gap"></div>'
-    : `<div class="${cls}" data-line="${number}">${marked(lineOf(number), other == null ? null : lineOf(other))}</div>`;
+    : `<div class="${cls}" tabindex="0" data-line="${number}">${marked(lineOf(number), other == null ? null : lineOf(other))}</div>`;
   const [left, right] = kind === "changed" ? ["changed", "changed"] : kind === "same" ? ["", ""] : ["gone", "made"];
   return `<div class="row ${kind}${touched ? " touched" : ""}">${side(a, b, left)}${side(b, a, right)}</div>`;
 }
@@ -204,7 +206,7 @@ function remarks(step) {
   const charts = (step.charts || []).map(drawChart).join("");
   if (!notes && !skipped && !charts) return "";
   return `<details ${charts || notes ? "open" : ""}><summary>${escape(step.name)}</summary><ul>${notes}</ul>
-    ${skipped ? `<details><summary>${step.skipped.length} sites left alone</summary><ul>${skipped}</ul></details>` : ""}<div class="grid">${charts}</div></details>`;
+    ${skipped ? `<details><summary>${plural(step.skipped.length, "site")} left alone</summary><ul>${skipped}</ul></details>` : ""}<div class="grid">${charts}</div></details>`;
 }
 
 function rules(title, counts) {
@@ -255,27 +257,44 @@ const figure = (title, series, picture) => `<figure><figcaption>${escape(title)}
   ? "<br>" + series.map(one => `<span style="color:${one.colour}">■</span> <span class="dim">${escape(one.name)}</span>`).join(" ") : ""}</figcaption>${picture}</figure>`;
 
 function drawLayers() {
-  const {names, metrics, masks} = data.layers, several = irs.length > 1;
-  const pictures = metrics.map(({title, before, after}) => {
-    const series = [];
-    if (before && several && after && JSON.stringify(before) !== JSON.stringify(after)) series.push({name: "as lifted", values: before, colour: "var(--before)"});
-    if (after || before) series.push({name: series.length ? "now" : title, values: after || before, colour: "var(--after)"});
-    return drawBars(title, names, series, title.includes("bytes") ? bytes : title.startsWith("output") ? small : count);
+  const {names, metrics, masks} = data.layers;
+  const pictures = metrics.map(({title, series}) => {
+    const told = Object.entries(series);
+    return drawBars(title, names, told.map(([name, values], row) =>
+      ({name: told.length > 1 ? name : title, values, colour: colours[told.length > 1 ? 1 - row : 0]})),
+    title.includes("bytes") ? bytes : title.startsWith("output") ? small : title.startsWith("seconds") ? briefly : count);
   });
   by("layers").innerHTML = `<p class="dim">By layer; "rest" is what belongs to none: embeddings, the last norm, the head.</p><div class="grid">${pictures.join("")}</div>
-    ${masks.length ? `<h2>What attention sees</h2><p class="dim">32 queries down, 32 keys across</p><div class="masks">${masks.map(drawMask).join("")}</div>` : ""}`;
+    ${masks.length ? `<h2>What attention sees</h2><p class="dim">Queries down, keys across; the darker, the more of them is kept. What is chosen by looking is shown for random queries and keys.</p>${alike(masks).map(drawMask).join("")}` : ""}`;
+  for (const canvas of by("layers").querySelectorAll("canvas")) paint(canvas, data.layers.pictures[canvas.dataset.picture]);
 }
 
-function drawMask([layer, , mask]) {
-  const rows = [];
-  for (let q = 0; q < 32; q++) {
-    const last = mask.causal ? q : mask.window == null ? 31 : Math.min(31, q + mask.window - 1);
-    const first = mask.window == null ? 0 : Math.max(0, q - mask.window + 1);
-    rows.push(`<rect x="${first}" y="${q}" width="${last - first + 1}" height="1" fill="var(--after)"/>`);
+/** [layers in words, mask]: those that follow each other and see the same are told once. */
+function alike(masks) {
+  const groups = [];
+  for (const [layer, mask] of masks) {
+    const last = groups[groups.length - 1];
+    if (last && JSON.stringify(last.mask) === JSON.stringify(mask)) last.layers.push(layer);
+    else groups.push({layers: [layer], mask});
   }
-  const kind = [mask.causal ? "causal" : "both ways", mask.window == null ? "" : `window ${mask.window}`, ...Object.entries(mask.more).map(([key, value]) => `${key}=${value}`)];
-  const words = kind.filter(Boolean).join(", ");
-  return `<figure title="${escape(words)}"><svg viewBox="0 0 32 32">${rows.join("")}</svg><span class="dim">${escape(layer)}: ${escape(words)}</span></figure>`;
+  return groups.map(({layers, mask}) => [span("layer", layers[0], layers[layers.length - 1]), mask]);
+}
+const span = (what, first, last) => first === last ? `${what} ${first}` : `${what}s ${first} to ${last}`;
+
+function drawMask([layers, mask]) {
+  const tiles = mask.heads.map(({first, last, picture, share}) => {
+    const words = `${mask.heads.length === 1 ? "all heads" : span("head", first, last)}: ${Math.round(100 * share)}%`;
+    return `<figure title="${escape(words)}"><canvas width="${data.layers.cells}" height="${data.layers.cells}" data-picture="${picture}" role="img"
+      aria-label="${escape(layers)}, ${escape(words)}"></canvas><span class="dim">${escape(words)}</span></figure>`;
+  });
+  return `<h3>${escape(layers)} <span class="dim">${escape(mask.text)}; ${mask.tokens} tokens</span></h3><div class="masks">${tiles.join("")}</div>`;
+}
+
+/** Digits 0 to 9 as shades. */
+function paint(canvas, digits) {
+  const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
+  for (let i = 0; i < digits.length; i++) image.data.set([43, 125, 224, Number(digits[i]) / 9 * 255], 4 * i);
+  context.putImageData(image, 0, 0);
 }
 
 function drawRoofline() {
@@ -297,12 +316,12 @@ function drawRoofline() {
     picture = figure("Roofline: rings are the roof at each intensity, dots what was measured", placed.map((p, row) => ({name: p.name, colour: colours[row % colours.length]})),
       `<svg viewBox="0 0 ${width} ${height}" role="img">${line}${dots.join("")}<text x="${width / 2}" y="${height - 6}" text-anchor="middle">FLOPs a byte moved</text>
        <text x="0" y="14">${count(10 ** hy)}FLOP/s</text><text x="0" y="${base}">${count(10 ** ly)}FLOP/s</text><text x="${left}" y="${base + 14}">${count(10 ** lx)}</text><text x="${width}" y="${base + 14}" text-anchor="end">${count(10 ** hx)}</text></svg>`) +
-      `<p class="dim">Measured here: ${bytes(machine.bandwidth)} a second read, ${count(machine.flops_rate)}FLOP/s of float32 products, ${machine.threads} thread${machine.threads > 1 ? "s" : ""}. Integer kernels may pass that roof.</p>`;
+      `<p class="dim">Measured here: ${bytes(machine.bandwidth)} a second read, ${count(machine.flops_rate)}FLOP/s of float32 products, ${plural(machine.threads, "thread")}. Integer kernels may pass that roof.</p>`;
   }
   by("roofline").innerHTML = picture + `<div class="scroll"><table><tr><th></th><th class="n">FLOPs</th><th class="n">bytes moved</th><th class="n">FLOPs a byte</th><th class="n">measured</th><th class="n">of the roof</th></tr>` +
     placed.map(p => `<tr><td>${escape(p.name)}</td><td class="n">${count(p.flops)}</td><td class="n">${bytes(p.moved)}</td><td class="n">${p.intensity.toPrecision(3)}</td>
       <td class="n">${p.measured ? count(p.measured) + "FLOP/s" : ""}</td><td class="n">${p.measured && p.bound ? Math.round(100 * p.measured / p.bound) + "%" : ""}</td></tr>`).join("") +
-    `</table></div><p class="dim">For one row: prefill reads ${data.tokens} tokens, decode writes the last of as many.</p>`;
+    `</table></div><p class="dim">For one row: prefill reads ${data.tokens} tokens, decode writes the last of as many; both make the logits of the last token alone.</p>`;
 }
 
 // -- generated code -------------------------------------------------------------------------------------------------
@@ -320,7 +339,7 @@ function drawCode() {
   const lines = data.code[shown.file].split("\n");
   const hit = shown.kernel ? lines.findIndex(line => new RegExp(`(void|def) ${shown.kernel}\\(`).test(line)) : -1;
   by("code").innerHTML = `<div class="bar">${files}</div>
-    <details ${shown.kernel ? "open" : ""}><summary>${regions.length} region${regions.length === 1 ? "" : "s"}${shown.kernel ? ` by ${escape(shown.kernel)}` : ""}</summary><div class="scroll"><table><tr><th class="n">#</th><th>kernel</th><th>what it is, and its nodes</th></tr>${list}</table></div></details>
+    <details ${shown.kernel ? "open" : ""}><summary>${plural(regions.length, "region")}${shown.kernel ? ` by ${escape(shown.kernel)}` : ""}</summary><div class="scroll"><table><tr><th class="n">#</th><th>kernel</th><th>what it is, and its nodes</th></tr>${list}</table></div></details>
     <pre class="source">${lines.map((line, index) => index === hit ? `<span class="hit" id="hit">${escape(line)}</span>` : escape(line) + "\n").join("")}</pre>`;
   if (hit >= 0) by("hit").scrollIntoView({block: "center"});
 }
@@ -363,7 +382,12 @@ document.addEventListener("click", event => {
 });
 document.addEventListener("keydown", event => {
   if (event.key === "Escape") by("details").hidden = true;
-  if (event.key === "/" && event.target.tagName !== "INPUT") { event.preventDefault(); open("ir"); by("search").focus(); }
+  if (event.key === "Enter" && event.target.dataset.line) showLine(Number(event.target.dataset.line));
+  if (event.key === "Enter" && event.target.id === "search") {  // the first that was found
+    const found = view.query && document.querySelector("#lines [data-line]");
+    if (found) { found.focus(); showLine(Number(found.dataset.line)); }
+  }
+  if (event.key === "/" && event.target.tagName !== "INPUT") { event.preventDefault(); open("ir"); by("search").focus(); by("search").select(); }
 });
 
 const first = data.steps[0], last = data.steps[data.steps.length - 1];

@@ -122,6 +122,37 @@ class Site:
         return f"{kept}; predicted: {self.predicted:.2%} of the results is lost{measured}"
 
 
+@dataclass(eq=False)
+class Table(Site):
+    """A table to factor; as a site it is W = E^T [n, V], whose results are rows.
+
+    Attributes:
+        lookups: the nodes that pick rows. heads: the linears that multiply with the table.
+        often: [V], how much an error of each row counts; ``importance`` says by which directions.
+    """
+
+    lookups: tuple[fx.Node, ...] = ()
+    heads: tuple[fx.Node, ...] = ()
+    often: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, n = self.linears[0].weight.shape
+        return int(n), int(rows)
+
+    @property
+    def importance(self) -> Importance:
+        return self.linears[0].importance
+
+    def load(self) -> Tensor:
+        return super().load().T
+
+    def cost(self, storage: Storage, rank: int | None) -> int:
+        """Rows of r numbers, what widens them, and what narrows the rows of a head; ``storage`` is for linears."""
+        n, rows = self.shape
+        return self.size if rank is None else rank * (rows + n * (1 + bool(self.heads)))
+
+
 def multiple_for(m: int, n: int) -> int:
     """What ranks of a matrix [m, n] are rounded to, where the user does not say."""
     return next(multiple for side, multiple in _MULTIPLES if min(m, n) >= side)
@@ -135,8 +166,8 @@ def by_rows(linears: Sequence[Linear]) -> list[list[Linear]]:
     return list(found.values())
 
 
-def find_linears(program: Program, choice: Choice, report: Report, multiple: int | None) -> Iterator[Linear]:
-    """The linears to factor; the others go into ``report`` with the reason.
+def find_sites(program: Program, choice: Choice, report: Report, multiple: int | None) -> Iterator[Site]:
+    """The linears and tables to factor, each alone; the others go into ``report`` with the reason.
 
     Args:
         multiple: what ranks are multiples of; None is ``multiple_for``.
@@ -150,9 +181,15 @@ def find_linears(program: Program, choice: Choice, report: Report, multiple: int
         if reason is not None:
             report.skipped.append(Skip(name, reason))
             continue
-        (linear,) = node.users
-        bias = program.weight_of(linear.args[2]) if len(linear.args) > 2 else None
-        yield Linear(name, linear, program.weights.raw(name), bias)
+        first, weight = next(iter(node.users)), program.weights.raw(name)
+        lookups, heads = (
+            tuple(use.node for use in uses(node) if use.role is role) for role in (Role.TABLE, Role.LINEAR)
+        )
+        if lookups:
+            yield Table((Linear(name, first, weight, None),), lookups=lookups, heads=heads)
+        else:
+            bias = program.weight_of(first.args[2]) if len(first.args) > 2 else None
+            yield Site((Linear(name, first, weight, bias),))
 
 
 def _refused(node: fx.Node, multiple: int | None) -> str | None:
@@ -160,13 +197,17 @@ def _refused(node: fx.Node, multiple: int | None) -> str | None:
     found = uses(node)
     if any(use.role is Role.EXPERTS for use in found):
         return "its experts are chosen a token, and factors of experts have no kernel"
+    linear = found[0].node
     if any(use.role is Role.TABLE for use in found):
-        return "it is looked up as a table too"
+        return _no_rank(node, multiple)
     if len(found) > 1:
         return f"{len(found)} linears share it"
-    linear = found[0].node
     if len(linear.args) > 2 and isinstance(linear.args[2], fx.Node) and linear.args[2].op != "get_attr":
         return "its bias is computed"
+    return _no_rank(node, multiple)
+
+
+def _no_rank(node: fx.Node, multiple: int | None) -> str | None:
     m, n = node.meta["val"].shape
     step = multiple or multiple_for(m, n)
     if min(m, n) < _FEW * step:

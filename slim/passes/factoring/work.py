@@ -16,7 +16,8 @@ from slim.compiler.statistics.gradients import output_moments
 from slim.compiler.statistics.paired import Paired
 from slim.passes.factoring.directions import Importance, Product, losses
 from slim.passes.factoring.forms import Factors, Pivoted, Storage
-from slim.passes.factoring.sites import Linear, Site
+from slim.passes.factoring.sites import Linear, Site, Table
+from slim.passes.factoring.tables import weigh as weigh_tables
 from slim.passes.factoring.write import Made, as_weights, install
 
 Method = Literal["whitened", "svd_llm", "asvd", "svd"]
@@ -24,11 +25,13 @@ Method = Literal["whitened", "svd_llm", "asvd", "svd"]
 _MEASURED = "loss of the results"  # among the results of a walk; no weight is called that
 
 
-def weigh(program: Program, ctx: Context, linears: Sequence[Linear], asked_by: str) -> None:
-    """Gives every linear the importance of its results, from gradients."""
-    moments = output_moments(program, [linear.node for linear in linears], ctx, asked_by=asked_by)
+def weigh(program: Program, ctx: Context, linears: Sequence[Linear], tables: Sequence[Table], asked_by: str) -> None:
+    """Gives every linear, and every table, the importance of its results, from gradients."""
+    nodes = [linear.node for linear in linears] + [node for table in tables for node in (*table.lookups, *table.heads)]
+    moments = output_moments(program, nodes, ctx, asked_by=asked_by)
     for linear in linears:
         linear.importance = Importance((moments[linear.node],))
+    weigh_tables(program, ctx, tables, moments, asked_by)
 
 
 def spectra(program: Program, ctx: Context, sites: Sequence[Site], asked_by: str) -> dict[str, Tensor]:
@@ -46,13 +49,23 @@ def spectra(program: Program, ctx: Context, sites: Sequence[Site], asked_by: str
 
 
 def factor(
-    program: Program, ctx: Context, sites: Sequence[Site], storage: Storage, asked_by: str, report: Report
+    program: Program,
+    ctx: Context,
+    sites: Sequence[Site],
+    storage: Storage,
+    asked_by: str,
+    report: Report,
+    meant: Program | None = None,
 ) -> None:
-    """Replaces every linear, each fitted to what it returned in the original on what its rows are by then."""
+    """Replaces every linear, each fitted to what it returned in the original on what its rows are by then.
+
+    Args:
+        meant: the original, where something has been changed already.
+    """
     by_rows = _by_rows(sites)
     blocks = walk(
         program, list(by_rows), ctx, asked_by=asked_by, gram=True, cross=True, dense=True, grain="site",
-        notes=report.notes,
+        meant=meant, notes=report.notes,
     )  # fmt: skip
     for block in blocks:
         for value in block.values:

@@ -39,17 +39,18 @@ def install(program: Program, site: Site, made: Mapping[str, Tensor]) -> None:
             program.weights[key] = made[key]
     target, args = _pivoted(program, first, site) if f"{name}_order" in made else _plain(program, first, site)
     if len(site.linears) == 1:
-        _become(program, first, target, args)
+        become(program, first, target, args)
         return
     whole = program.insert(first, target, *args, like=first)
     start, dim = 0, whole.meta["val"].dim() - 1
     for linear in site.linears:
-        _become(program, linear.node, aten.slice.Tensor, (whole, dim, start, start + linear.results))
+        become(program, linear.node, aten.slice.Tensor, (whole, dim, start, start + linear.results))
         start += linear.results
 
 
-def _become(program: Program, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
-    node.target, node.args = target, args
+def become(program: Program, node: fx.Node, target: Any, args: tuple[Any, ...]) -> None:
+    """Makes ``node`` another operation, whose result is read where its own was."""
+    node.target, node.args, node.kwargs = target, args, {}
     node.meta["val"] = program.typer.value(node, program.weights)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from slim.compiler.dependencies import Kind
 from slim.compiler.uses import EXPERTS
-from slim.passes.pruning.sites import Site
+from slim.passes.pruning.sites import HEADS, Site
 
 Counts = Mapping[Site, int]
 _ALIGNED = 8  # numbers of a row of an expert: kernels for groups of matrices read 16 bytes at a time
@@ -26,12 +26,15 @@ def multiple_of(width: int) -> int:
 
 def neurons_kept(site: Site, gone: int, multiple: int | None) -> int:
     """What is left of a site that is to lose ``gone`` neurons at least: a multiple, or as it was."""
-    if gone <= 0:
-        return site.units
+    return site.units if gone <= 0 else max(multiple_kept(site, site.units - gone, multiple), 0)
+
+
+def multiple_kept(site: Site, most: int, multiple: int | None) -> int:
+    """The largest number that may be left of a site and is no more than ``most``."""
     step = multiple_of(site.units) if multiple is None else multiple
-    if multiple is None and site.linear.target is EXPERTS and site.units > 2 * _ALIGNED:
-        step = max(step, _ALIGNED)
-    return max((site.units - gone) // step * step, 0)
+    narrow = site.kind is not Kind.NEURON or site.linear.target is not EXPERTS or site.units <= 2 * _ALIGNED
+    step = step if multiple is not None or narrow else max(step, _ALIGNED)
+    return most // step * step
 
 
 def stays_even(held: int, gone: int) -> bool:
@@ -45,7 +48,7 @@ class Budget:
     """How much is to go, of which sites.
 
     Attributes:
-        wanted: parameters.
+        wanted: in the measure that the sites' costs are in.
         multiple: what the neurons left are divisible by; None chooses.
         allowed: whether so many heads may go of each site.
     """
@@ -76,7 +79,8 @@ class Budget:
         most = max((site.units - 1 for site in self._heads), default=0)
         found: list[Counts] = []
         for lost in ({site: min(count, site.units - 1) for site in self._heads} for count in range(most + 1)):
-            if not self.allowed(lost) or not all(stays_even(site.units, count) for site, count in lost.items()):
+            even = all(stays_even(site.units, count) for site, count in lost.items() if site.kind is Kind.KV_HEAD)
+            if not even or not self.allowed(lost):
                 continue
             counts = self._filled(lost)
             if counts is not None and not (found and self._is_more(lost)):
@@ -93,11 +97,11 @@ class Budget:
 
     @property
     def _heads(self) -> list[Site]:
-        return [site for site in self.sites if site.kind is Kind.KV_HEAD]
+        return [site for site in self.sites if site.kind in HEADS]
 
     def _filled(self, lost: Counts) -> Counts | None:
         """With the neurons that are to go beside these heads; None where there are not so many."""
-        neurons = [site for site in self.sites if site.kind is not Kind.KV_HEAD]
+        neurons = [site for site in self.sites if site.kind not in HEADS]
         held = sum(site.cost * site.units for site in neurons)
         missing = max(self.wanted - sum(site.cost * count for site, count in lost.items()), 0.0)
         if missing >= held > 0 or (not held and missing > 0):

@@ -16,6 +16,7 @@ from slim.compiler.rules import argument
 from slim.compiler.uses import ATTENTION, EXPERTS, LINEAR, Role, uses, weight_nodes
 
 PRUNED = (Kind.NEURON, Kind.KV_HEAD)
+HEADS = (Kind.KV_HEAD, Kind.QUERY_HEAD)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,14 +25,14 @@ class Site:
 
     Attributes:
         linear: the node that reads them; ``aten.linear``, or ``slim.expert_linear`` with a matrix for each expert.
-        columns: int64 [n], the unit of each feature that it reads.
-        cost: parameters of a unit.
+        columns: int64 [n], the unit of each feature that it reads; none of experts, which read all.
+        cost: parameters of a unit, or what it holds of another measure.
     """
 
     group: Group
     linear: fx.Node
     columns: Tensor
-    cost: int
+    cost: float
 
     @property
     def value(self) -> fx.Node:
@@ -58,9 +59,9 @@ class Site:
     @property
     def width(self) -> int:
         """Channels of one head, as the values have them; 1 of neurons."""
-        if self.kind is not Kind.KV_HEAD:
+        if self.kind not in HEADS:
             return 1
-        return int(_attention(self.value).meta["val"].shape[-1])
+        return int(attention_of(self.value).meta["val"].shape[-1])
 
     def kept(self, gone: Tensor) -> Tensor:
         """int64: the features that are left without the units ``gone``."""
@@ -79,7 +80,7 @@ class Site:
         return self.group.site
 
 
-def _attention(value: fx.Node) -> fx.Node:
+def attention_of(value: fx.Node) -> fx.Node:
     """The attention whose results ``value`` is, moved."""
     while value.target not in ATTENTION:
         value = value.all_input_nodes[0]
@@ -95,10 +96,16 @@ def find_sites(
         reason = _reason(group, protect, kinds)
         if reason is None:
             cost = sum(_share(program, member.weight, member.dim, member.of(0)) for member in group.members)
-            sites.append(Site(group, group.linears[0], group.columns(group.linears[0]), cost))
+            sites.append(_site(group, cost))
         elif group.kind in kinds:
             skips.append(Skip(group.site, reason))
     return sites, skips
+
+
+def _site(group: Group, cost: float) -> Site:
+    if group.kind is Kind.EXPERT:  # the last of its linears, none of whose columns belong to one expert
+        return Site(group, group.linears[-1], torch.zeros(0, dtype=torch.long), cost)
+    return Site(group, group.linears[0], group.columns(group.linears[0]), cost)
 
 
 def _reason(group: Group, protect: Sequence[str], kinds: Sequence[Kind]) -> str | None:
@@ -108,6 +115,8 @@ def _reason(group: Group, protect: Sequence[str], kinds: Sequence[Kind]) -> str 
         return f"its units are of the kind {group.kind}"
     if named is not None:
         return f"{named!r} protects it"
+    if group.kind is Kind.EXPERT:
+        return None
     if len(group.linears) > 1:
         return f"{len(group.linears)} linears read its units"
     if not bool((group.columns(group.linears[0]) >= 0).all()):

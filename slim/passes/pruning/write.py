@@ -11,12 +11,13 @@ from slim.compiler.config import KV_HEADS, empty_model, is_valid
 from slim.compiler.dependencies import Kind
 from slim.compiler.program import Program
 from slim.compiler.uses import EXPERTS
-from slim.passes.pruning.sites import Site
+from slim.passes.pruning.sites import HEADS, Site
 
 # What configurations call the width between the linears of an MLP, of dense ones and of experts; the first that fits.
 _DENSE = ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "shared_expert_intermediate_size",
           "shared_intermediate_size", "d_ff", "dff", "hidden_dim")  # fmt: skip
 _EXPERTS = ("moe_intermediate_size", "expert_intermediate_size", "intermediate_size", "ffn_hidden_size")
+_NUMBER = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 _HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 _UNSAID = "which the configuration of the model cannot say: slim saves it, plain transformers cannot hold it"
 
@@ -80,8 +81,11 @@ def _families(sites: Sequence[Site]) -> list[list[Site]]:
 
 def _written(config: dict[str, Any], site: Site, left: int) -> dict[str, Any] | None:
     """A configuration of ``left`` units; None where it has no field for them."""
-    if site.kind is Kind.KV_HEAD:
+    if site.kind in HEADS:
         return _heads_written(config, site, left)
+    if site.kind is Kind.EXPERT:
+        counts = {name: left for name in _NUMBER if config.get(name) == site.units}
+        return {**config, **counts} if counts else None
     names = _EXPERTS if site.linear.target is EXPERTS else _DENSE
     name = next((name for name in names if config.get(name) == site.units), None)
     if name is None and config.get("n_inner", 0) is None:
@@ -95,6 +99,6 @@ def _heads_written(config: dict[str, Any], site: Site, left: int) -> dict[str, A
     queries = {name: heads // site.units * left for name in _HEADS if config.get(name) == heads}
     if not queries:
         return None
-    keys = {name: left for name in KV_HEADS if config.get(name) == site.units}
+    keys = {name: left for name in KV_HEADS if config.get(name) == site.units and site.kind is Kind.KV_HEAD}
     width = {"head_dim": site.width} if "num_attention_heads" in queries else {}
     return {**config, **queries, **keys, **width}

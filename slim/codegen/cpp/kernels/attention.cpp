@@ -2,10 +2,10 @@
 
 namespace slim {
 
-// Grows with the widths and the threads alone, unless a pattern chooses: what suits one number of keys suits all.
+// Grows with the widths and the threads alone, unless keys are chosen or weighed: what suits one number of keys suits all.
 i64 attention_scratch(i64 batch, i64 heads, i64 kv_heads, i64 queries, i64 most_keys, i64 key_width, i64 value_width,
-                      i64 top, i64 slash_columns, int threads) {
-    Layout layout(heads / kv_heads, key_width, value_width, most_keys, top, slash_columns);
+                      i64 top, i64 slash_columns, bool mass, int threads) {
+    Layout layout(heads / kv_heads, key_width, value_width, most_keys, top, slash_columns, mass);
     i64 floats = threads * (layout.thread + SLOTS * layout.slot);
     i64 votes = slash_columns ? heads * 2 * Choices::words_of_vote(most_keys) : 0;
     i64 tops = top ? heads * queries * Choices::words_of_top(most_keys, top) : 0;

@@ -130,16 +130,19 @@ struct Few {
     i64 q_row, out_row;
 };
 
-// Loads and rotates the queries.
+// Loads and rotates a query, for `dots`; `turned` holds key_width floats.
+inline void load_query(const Attention& a, i64 batch, const Row& row, float* turned, float* q) {
+    rotate_query(a, batch, row, turned);
+    for (i64 n = 0; n < vectors_of(a.key_width); n++) {
+        i64 at = vector_start(n, a.key_width);
+        for (i64 p = 0; p < LANES; p++) q[n * LANES + p] = at + p < n * LANES ? 0.0f : turned[at + p];
+    }
+}
+
 [[gnu::noinline]] void begin_few(const Attention& a, const Rows& rows, const Few& few) {
     list_rows(a, rows, few.rows);
     for (i64 r = 0; r < rows.count(); r++) {
-        rotate_query(a, rows.batch, few.rows[r], few.turned);
-        float* q = few.q + r * few.q_row;
-        for (i64 n = 0; n < vectors_of(a.key_width); n++) {
-            i64 at = vector_start(n, a.key_width);
-            for (i64 p = 0; p < LANES; p++) q[n * LANES + p] = at + p < n * LANES ? 0.0f : few.turned[at + p];
-        }
+        load_query(a, rows.batch, few.rows[r], few.turned, few.q + r * few.q_row);
         std::memset(few.out + r * few.out_row, 0, sizeof(float) * (size_t)few.out_row);
     }
 }

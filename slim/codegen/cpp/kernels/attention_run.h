@@ -2,6 +2,7 @@
 #pragma once
 #include "attention_few.h"
 #include "attention_many.h"
+#include "attention_mass.h"
 
 namespace slim {
 namespace {
@@ -11,7 +12,7 @@ namespace {
 struct Layout {
     i64 q, out, rows, keys, values, turned, weights, scores, thread, slot;
 
-    Layout(i64 group, i64 key_width, i64 value_width, i64 most_keys, i64 top, i64 slash_columns) {
+    Layout(i64 group, i64 key_width, i64 value_width, i64 most_keys, i64 top, i64 slash_columns, bool mass) {
         i64 choosing = top ? (group + 1) * (ceil_div(most_keys, top) + 4) : 0;
         q = 0;
         out = q + most(MANY_ROWS, top ? group : 0) * padded(key_width);
@@ -21,12 +22,13 @@ struct Layout {
         turned = values + KEY_BLOCK * padded(value_width);
         weights = turned + 4 * padded(key_width);
         scores = weights + FEW_ROWS * KEY_BLOCK;
-        thread = scores + padded(most(choosing, slash_columns ? (VOTERS + 3) * most_keys : 0));
+        i64 voting = slash_columns ? (VOTERS + 3) * most_keys : 0, weighing = mass ? FEW_ROWS * blocks_of(most_keys) : 0;
+        thread = scores + padded(most(most(choosing, voting), weighing));
         slot = padded(2 * FEW_ROWS) + FEW_ROWS * padded(value_width);
     }
 
     explicit Layout(const Attention& a)
-        : Layout(a.heads / a.kv_heads, a.key_width, a.value_width, a.most_keys, a.top, a.slash_columns) {}
+        : Layout(a.heads / a.kv_heads, a.key_width, a.value_width, a.most_keys, a.top, a.slash_columns, a.mass) {}
 };
 
 inline Choices choices_of(const Attention& a, u64* memory) {
@@ -222,6 +224,11 @@ void run(Thread& thread, const Attention& a, const Source<K, V>& source) {
     bool few = a.queries <= FEW_QUERIES && a.key_width >= LANES && a.value_width >= LANES && !source.turn;
     if (few) run_few(thread, a, source, choices, layout, own);
     else run_many(thread, a, source, choices, layout, own);
+    if (!a.mass) return;
+    thread.barrier();  // every key is in its place
+    Weighing weighing{own + layout.q, (Row*)(own + layout.rows), own + layout.weights, own + layout.turned,
+                      own + layout.scores, padded(a.key_width), blocks_of(a.most_keys)};
+    weigh_all(thread, a, source, weighing);
 }
 
 template <class K, class V = K>

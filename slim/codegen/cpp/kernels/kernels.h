@@ -121,6 +121,9 @@ struct Attention {
     i64 slash_columns, slashes;        // of its term `vertical_slash`; 0: no such term
     float* k_bounds;                   // with `top`: [batch or page, kv_heads, blocks, 2, key_width], lowest and highest
     i64 kb_batch, kb_head;
+    float* mass;                       // [batch, kv_heads, token] or null: to what keys get of attention is added here;
+    i64 mass_batch, mass_head;         // new keys begin at 0, and so do all where `votes` queries or more come at once
+    i64 votes;                         // the last queries, which count; 0: all of them
     float* out;                        // [batch, heads, queries, value_width]
     i64 out_batch, out_head, out_token;
     i64 most_keys;                     // that a row can have: what the choices of a pattern need room for
@@ -138,9 +141,9 @@ struct Attention {
     i64 within(i64 token) const { return table ? token & (page_size - 1) : token; }
 };
 
-// top and slash_columns as in Attention.
+// top and slash_columns as in Attention; mass: whether that is counted.
 i64 attention_scratch(i64 batch, i64 heads, i64 kv_heads, i64 queries, i64 most_keys, i64 key_width, i64 value_width,
-                      i64 top, i64 slash_columns, int threads);
+                      i64 top, i64 slash_columns, bool mass, int threads);
 void attention(Thread& thread, const Attention& args);
 
 }  // namespace slim

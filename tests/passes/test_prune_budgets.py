@@ -1,0 +1,194 @@
+"""Prune by what the model may hold or cost, with layers that differ, and by experts and query heads."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import slim
+from slim import errors
+from slim.compiler.cost import cost
+from slim.compiler.passes_base import Context
+from slim.compiler.program import Program
+from slim.compiler.report import Report
+from slim.compiler.verify import verify
+from slim.passes import Prune
+from tests.programs import lifted, model
+
+
+def tokens() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randint(3, 96, (2, 24), generator=generator) for _ in range(4)]
+
+
+def pruned(program: Program, pass_: Prune) -> tuple[Program, Report]:
+    report = pass_.run(program, Context(calibration=tokens()))
+    program.clean()
+    verify(program, repr(pass_))
+    return program, report
+
+
+# -- budgets -----------------------------------------------------------------------------------------------------------
+
+
+def flops(program: Program, context: int) -> int:
+    return cost(program).bind(B=1, S=1, T=context).flops
+
+
+@pytest.mark.parametrize(("name", "units"), [("llama", "both"), ("mixtral", "neurons")])
+@pytest.mark.parametrize("measure", ["parameters", "bytes", "flops"])
+def test_the_model_holds_or_costs_no_more_than_is_said_and_not_much_less(name: str, measure: str, units: str) -> None:
+    def held(program: Program) -> int:
+        return {"parameters": program.parameters, "bytes": program.nbytes, "flops": flops(program, 100)}[measure]
+
+    before = lifted(name)
+    most = int(0.85 * held(before))
+    options = {measure: most, "units": units, "criterion": "magnitude", "multiple": 1}
+    after, report = pruned(before.copy(), Prune(context=100 if measure == "flops" else 512, **options))  # type: ignore[arg-type]
+    assert 0.75 * held(before) < held(after) <= most
+    assert any("are to become" in note for note in report.notes)
+
+
+def test_latency_is_that_of_the_roofline_on_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from slim.compiler.machine import Machine
+    from slim.passes import prune
+
+    machine = Machine(bandwidth=1e9, flops_rate=1e11, threads=1)
+    monkeypatch.setattr(prune, "measure_machine", lambda: machine)
+
+    def milliseconds(program: Program) -> float:
+        sizes = dict.fromkeys(("B", "S"), 1) | {"T": 512}
+        expression = cost(program).roofline(machine.bandwidth, machine.flops_rate)
+        return 1e3 * float(expression.subs({symbol: sizes[str(symbol)] for symbol in expression.free_symbols}))
+
+    before = lifted("llama")
+    now = milliseconds(before)
+    after, _ = pruned(before.copy(), Prune(latency=0.9 * now, criterion="magnitude"))
+    assert 0.75 * now < milliseconds(after) <= 0.9 * now
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"parameters": 10**9}, "parameters already"),
+        ({"bytes": 20}, "some of which must stay"),
+        ({"flops": 0}, "greater than zero"),
+        ({"ratio": 0.1, "bytes": 1000}, "each says how much"),
+        ({"parameters": 1000, "context": 100}, "does not depend on"),
+    ],
+)
+def test_budgets_that_cannot_be_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(errors.SlimError, match=reason):
+        pruned(lifted("llama"), Prune(criterion="magnitude", **options))
+
+
+def test_a_plain_module_holds_no_more_parameters_than_is_said() -> None:
+    from torch import nn
+
+    plain = nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 4))
+    made = slim.compile(
+        plain, [Prune(parameters=300, criterion="magnitude")], example_inputs=(torch.randn(2, 8),), target="eager"
+    )
+    assert made.program.parameters <= 300
+
+
+# -- layers that differ ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("criterion", ["obs", "fisher"])
+def test_layers_lose_what_costs_least_and_the_result_is_saved(criterion: str, tmp_path: Path) -> None:
+    from slim.passes.pruning.sites import block_parameters
+
+    given = copy.deepcopy(model("llama"))
+    with torch.no_grad():
+        given.model.layers[0].mlp.down_proj.weight.mul_(1e-3)  # hardly anything of what these neurons make is heard
+    pass_ = Prune(0.2, criterion, scope="global", reload=False)  # type: ignore[arg-type]
+    made = slim.compile(given, [pass_], calibration=tokens(), target="eager")
+    before = block_parameters(lifted("llama"))
+    widths = [made.program.weights.shape(f"model.layers.{i}.mlp.up_proj.weight")[0] for i in range(2)]
+    assert widths[0] < widths[1]
+    assert block_parameters(made.program) <= 0.8 * before
+    made.save(tmp_path / "saved")
+    ids = tokens()[0]
+    again = slim.load(tmp_path / "saved", target="eager")
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=ids).logits, made(input_ids=ids).logits)
+    assert torch.equal(again.generate(ids, max_new_tokens=3), made.generate(ids, max_new_tokens=3))
+    with pytest.raises(errors.ExportUnsupported, match=r"model\.layers\.\d\.mlp"):
+        made.export(tmp_path / "out")
+
+
+def test_layers_that_differ_are_refused_where_transformers_is_to_load_them() -> None:
+    with pytest.raises(errors.ContradictoryOptions, match="any configuration of transformers"):
+        Prune(0.2, scope="global")
+    with pytest.raises(errors.BadPassOption, match="say nothing across layers"):
+        Prune(0.2, "wanda", scope="global", reload=False)
+
+
+# -- experts and query heads -------------------------------------------------------------------------------------------
+
+
+def mixture() -> Any:
+    """A Mixtral of one layer and eight experts, of which no token is sent to the third or the sixth."""
+    given = copy.deepcopy(model("mixtral", num_local_experts=8, num_experts_per_tok=2))
+    with torch.no_grad():
+        for layer in given.model.layers:
+            layer.post_attention_layernorm.weight.abs_()
+            layer.mlp.gate.weight[[2, 5]] = 0.0
+            layer.mlp.gate.weight[:2].mul_(4.0)
+            layer.mlp.experts.down_proj[[2, 5]] = 0.0
+    return given
+
+
+def test_the_experts_that_add_nothing_go_and_the_result_reloads_in_transformers(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    made = slim.compile(mixture(), [Prune(0.15, units="experts")], calibration=tokens(), target="eager")
+    config = made.program.facts.config
+    assert config is not None
+    assert config["num_local_experts"] == 6
+    assert made.program.weights.shape("model.layers.0.mlp.gate.weight")[0] == 6
+    made.export(tmp_path / "out")
+    there = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = tokens()[0]
+    with torch.no_grad():
+        assert torch.allclose(there(input_ids=ids).logits, made(input_ids=ids).logits, atol=1e-5)
+        gone = there.model.layers[0].mlp.experts.down_proj.flatten(1).abs().sum(1)
+    assert bool((gone > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"criterion": "wanda"}, "chosen by obs, magnitude, random"),
+        ({"refit": True}, "nothing could be fitted"),
+        ({"scope": "global", "reload": False}, "as many experts as the others"),
+    ],
+)
+def test_what_experts_have_no_use_for_is_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(errors.BadPassOption, match=reason):
+        Prune(0.2, units="experts", **options)
+
+
+def test_no_fewer_experts_are_left_than_a_token_asks() -> None:
+    with pytest.raises(errors.SlimError, match="picks 2 experts, and 1 would be left"):
+        pruned(lifted("mixtral"), Prune(0.75, "magnitude", units="experts"))
+
+
+@pytest.mark.parametrize("criterion", ["obs", "wanda"])
+def test_query_heads_go_from_every_kv_head_and_the_result_reloads(criterion: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    made = slim.compile(
+        model("qwen2"), [Prune(0.1, criterion, units="query heads")], calibration=tokens(), target="eager"  # type: ignore[arg-type]
+    )  # fmt: skip
+    config = made.program.facts.config
+    assert config is not None
+    assert (config["num_attention_heads"], config["num_key_value_heads"]) == (2, 2)
+    made.export(tmp_path / "out")
+    there = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = tokens()[0]
+    with torch.no_grad():
+        assert torch.allclose(there(input_ids=ids).logits, made(input_ids=ids).logits, atol=1e-5)
