@@ -150,8 +150,10 @@ class Prune(Pass):
         self._check_scope()
         if self.multiple is not None and self.multiple < 1:
             self._refuse("multiple", f"a number is divisible by 1 at least, and not by {self.multiple}")
-        if self.rounds is not None and (self.rounds < 0 or not (self.criterion == "obs" or self.refit)):
+        if self.rounds is not None and (self.rounds < 0 or not self._fits):
             self._refuse("rounds", "it is a number of rounds of fitting, and needs refit=True")
+        if self.rounds and self.units in ("heads", "query heads"):
+            self._refuse("rounds", "they are for neurons, and none go")
         if self.depth is not None:
             self._check_depth(self.depth)
         elif self.blocks != "loss":
@@ -186,6 +188,11 @@ class Prune(Pass):
         for option in dataclasses.fields(self):
             if option.name in _OF_UNITS and getattr(self, option.name) != option.default:
                 self._refuse(option.name, "it is for neurons and heads, and depth= takes whole blocks")
+
+    @property
+    def _fits(self) -> bool:
+        """Whether what is left is fitted."""
+        return self.criterion == "obs" and self.units != "experts" if self.refit is None else self.refit
 
     def _refuse(self, option: str, reason: str) -> NoReturn:
         raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason)
@@ -312,7 +319,7 @@ class Prune(Pass):
         if self.units == "experts" and self.criterion == "obs":
             batches = calibration_of(program, ctx, repr(self)).batches
             return at_once(program, counts, experts.saliency(program, batches, list(counts), ctx).__getitem__)
-        fits = self.criterion == "obs" and self.units != "experts" if self.refit is None else self.refit
+        fits = self._fits
         known = self._known_scores(program, ctx, list(counts))
         if known is not None and not fits and not self.bias:
             return at_once(program, counts, known.__getitem__)
