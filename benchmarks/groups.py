@@ -83,7 +83,7 @@ def measure(program: Program, rounds: int) -> dict[str, Any]:
     error = removal_error(program, "kv")
     queries = sum(g.units for g in Dependencies(program, "query").groups if g.kind is Kind.QUERY_HEAD)
     if queries:
-        units["query head of each kv head"] = queries
+        units["query head"] = queries
         error = max(error, removal_error(program, "query"))
     return {"seconds": round(seconds, 3), "nodes": len(program.graph.nodes), "units": dict(units), "error": error}
 
@@ -117,7 +117,7 @@ def table(kept: dict[str, Any]) -> str:
     lines = ["| model | nodes | seconds | units | error |", "|---|---|---|---|---|"]
     for name, found in kept.items():
         units = ", ".join(f"{count:,} {kind}s" for kind, count in found["units"].items())
-        lines.append(f"| {name} | {found['nodes']:,} | {found['seconds']:.2f} | {units} | {found['error']:.0e} |")
+        lines.append(f"| {name} | {found['nodes']:,} | {found['seconds']:.2f} | {units} | {found['error']:.1g} |")
     return "\n".join(lines) + "\n"
 
 
