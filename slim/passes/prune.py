@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from typing import Literal, NoReturn
 
@@ -13,6 +14,7 @@ from torch import Tensor, fx
 from slim import errors
 from slim.compiler.dependencies import Dependencies, Kind
 from slim.compiler.machine import measure_machine
+from slim.compiler.options import literal
 from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, KNOWN_HEADS, STATISTICS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
@@ -200,6 +202,7 @@ class Prune(Pass):
     def run(self, program: Program, ctx: Context) -> Report:
         """Changes the shapes of weights, what reads them, and ``facts.config``."""
         report = Report()
+        self._check_protected(program)
         if self.depth is not None:
             self._shorten(program, ctx, report, self.depth)
             return report
@@ -226,6 +229,12 @@ class Prune(Pass):
         gone = before - after
         report.notes.append(f"{gone:,} of the {before:,} parameters of blocks are gone, {gone / before:.1%}")
         return report
+
+    def _check_protected(self, program: Program) -> None:
+        """Refuses patterns that match nothing: a misspelt one would leave nothing alone."""
+        for pattern in self.protect:
+            if not any(fnmatchcase(name, pattern) for name in (*program.weights, *program.facts.tied)):
+                self._refuse("protect", f"{literal(pattern)} matches no weight")
 
     # -- whole blocks --------------------------------------------------------------------------------------------------
 

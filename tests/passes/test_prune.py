@@ -251,3 +251,8 @@ def test_gqa_finds_groups_behind_it() -> None:
     assert {int(node.args[1].meta["val"].shape[1]) for node in after.attention_nodes()} == {6}
     merged, report = run_pipeline(after, [GQA(2)], Context(calibration=tokens()))
     assert len(report.passes[0].matched) == len(merged.attention_nodes())
+
+
+def test_a_protection_that_protects_nothing_is_refused() -> None:
+    with pytest.raises(errors.BadPassOption, match=r"'nothing\.\*' matches no weight"):
+        pruned(lifted("llama"), Prune(0.2, "magnitude", protect=("nothing.*",)))
