@@ -129,5 +129,9 @@ def _at(found: Any) -> str:
 
 
 def _why(found: Any) -> str:
-    first: str = found.reason.strip().partition("\n")[0]
-    return "a branch depends on the numbers in a tensor" if first.startswith("generic_jump") else first
+    """What Dynamo calls it, and its explanation, which names the call."""
+    lines = [line.strip() for line in found.reason.strip().splitlines()]
+    if lines[0].startswith("generic_jump"):
+        return "a branch depends on the numbers in a tensor"
+    told = next((line for line in lines if line.startswith("Explanation:")), "")
+    return f"{lines[0]}. {told}" if told else lines[0]
