@@ -1,8 +1,8 @@
 """``torch.compile(model, backend="slim")``: what Dynamo captures goes the way of ``slim.compile``.
 
 Dynamo calls the backend once for each graph that it captures. Weights are frozen into the Program, passes are applied,
-and what comes back runs the generated code. Nothing is left to PyTorch in silence: where Dynamo breaks a graph, or a
-piece has nothing to compute, a warning names the reason.
+and what comes back runs the generated code. Where Dynamo says that it breaks a graph, or a piece has nothing to
+compute, a warning names the reason.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from slim.codegen import select
 from slim.compiler.lift.captured import Captured, capture
 from slim.compiler.passes_base import Context
 from slim.compiler.pipeline import run_pipeline
-from slim.compiler.report import PipelineReport
 from slim.passes import as_passes
 from slim.runtime.compiled import CompiledModel
 
@@ -44,12 +43,20 @@ class Options:
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> Options:
-        """Raises BackendOption for one that there is not."""
+        """Raises BackendOption for one that there is not, BadInput for a value of another type."""
+        if given is not None and not isinstance(given, Mapping):
+            raise errors.BadInput(argument="options", reason=f"it is a dict, not {given!r:.40}")
         known = [field.name for field in fields(cls)]
-        for name in given or {}:
+        for name, value in (given or {}).items():
             if name not in known:
                 raise errors.BackendOption(option=name, known=known)
+            if not isinstance(value, _TYPES.get(name, object)):
+                reason = f"it must be a {_TYPES[name].__name__}, not {value!r:.40}"
+                raise errors.BadInput(argument=f"options[{name!r}]", reason=reason)
         return cls(**(given or {}))
+
+
+_TYPES: dict[str, type] = {"target": str, "verify": bool, "strict": bool}
 
 
 def slim_backend(module: fx.GraphModule, examples: Sequence[Any], *, options: Any = None, mode: Any = None) -> Any:
@@ -71,43 +78,100 @@ def slim_backend(module: fx.GraphModule, examples: Sequence[Any], *, options: An
     chosen = Options.of(options)
     if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in examples):
         raise errors.NeedsNoGrad
-    passes, target = as_passes(chosen.passes), select(chosen.target)
     _tell_breaks()
-    captured = capture(module, examples)
-    if captured.program is None:
-        log.warning("a captured graph computes nothing: all that it returns are its inputs, or views of them")
-        return module.forward
-    context = Context(calibration=chosen.calibration, verify=chosen.verify, strict=chosen.strict)
-    program, report = run_pipeline(captured.program, passes, context)
-    text = ", ".join(map(repr, passes))
-    return Piece(captured, CompiledModel(program, target, report=report, pipeline=text))
+    return Pieces(module, chosen, examples)
+
+
+class Pieces:
+    """A captured graph, compiled for each set of weights that it is called with: takes and returns what that did.
+
+    Dynamo has one graph for all instances of a class, and for a block that is used several times.
+    """
+
+    def __init__(self, module: fx.GraphModule, options: Options, examples: Sequence[Any]) -> None:
+        self._module, self._options = module, options
+        self._pieces = [Piece.of(module, options, examples)]
+
+    @torch.no_grad()
+    def __call__(self, *arguments: Any) -> Any:
+        """Raises WeightsChanged where a weight no longer holds what was compiled, BadInput where inputs overlap."""
+        _tell_breaks()  # one at the end of a frame comes after the last graph was compiled
+        for piece in self._pieces:
+            if piece.is_for(arguments):
+                return piece(arguments)
+        self._pieces.append(Piece.of(self._module, self._options, arguments))
+        return self._pieces[-1](arguments)
 
 
 class Piece:
-    """A captured graph, compiled: takes and returns what that did."""
+    """A captured graph, compiled for the weights that it was given."""
 
     def __init__(self, captured: Captured, compiled: CompiledModel) -> None:
         self.captured, self.compiled = captured, compiled
-        self._versions = {place: weight._version for place, weight in captured.frozen.items()}
+        self._versions = {place: _version(weight) for place, weight in captured.frozen.items()}
 
-    @property
-    def report(self) -> PipelineReport:
-        found: PipelineReport = self.compiled.report
-        return found
+    @classmethod
+    def of(cls, module: fx.GraphModule, options: Options, examples: Sequence[Any]) -> Piece | _Nothing:
+        passes, target = as_passes(options.passes), select(options.target)
+        captured = capture(module, examples)
+        if captured.program is None:
+            log.warning("a captured graph computes nothing: all that it returns are its inputs, or views of them")
+            return _Nothing(module)
+        context = Context(calibration=options.calibration, verify=options.verify, strict=options.strict)
+        program, report = run_pipeline(captured.program, passes, context)
+        text = ", ".join(map(repr, passes))
+        return cls(captured, CompiledModel(program, target, report=report, pipeline=text))
 
-    @torch.no_grad()
-    def __call__(self, *arguments: Any) -> tuple[Any, ...]:
-        """Raises WeightsChanged where a weight is no longer what was compiled."""
-        self._check_weights(arguments)
+    def is_for(self, arguments: Sequence[Any]) -> bool:
+        return all(arguments[place] is weight for place, weight in self.captured.frozen.items())
+
+    def __call__(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
+        for place, weight in self.captured.frozen.items():
+            if _version(weight) != self._versions[place]:
+                raise errors.WeightsChanged
+        for place, _ in self.captured.mutated:
+            _check_apart(arguments, place)
         outputs = self.compiled.run_flat([arguments[place].contiguous() for place in self.captured.inputs])
         for place, output in self.captured.mutated:
             arguments[place].copy_(outputs[output])
         return tuple(give(arguments, outputs) for give in self.captured.results)
 
-    def _check_weights(self, arguments: Sequence[Any]) -> None:
-        for place, weight in self.captured.frozen.items():
-            if arguments[place] is not weight or weight._version != self._versions[place]:
-                raise errors.WeightsChanged
+
+class _Nothing:
+    """A captured graph that computes nothing, whatever its weights: as PyTorch runs it."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        self._module = module
+
+    def is_for(self, arguments: Sequence[Any]) -> bool:
+        return True
+
+    def __call__(self, arguments: Sequence[Any]) -> Any:
+        return self._module.forward(*arguments)
+
+
+def _version(weight: Tensor) -> int | None:
+    """How often it was written to; None for tensors of inference mode, of which PyTorch does not count that."""
+    return None if weight.is_inference() else weight._version
+
+
+def _check_apart(arguments: Sequence[Any], place: int) -> None:
+    """Refuses an input that is written to and that shares memory with another: what one sees of the other is lost."""
+    written = _extent(arguments[place])
+    for other, value in enumerate(arguments):
+        if other != place and isinstance(value, Tensor) and value.device == arguments[place].device:
+            start, end = _extent(value)
+            if start < written[1] and written[0] < end:
+                reason = "the model writes to one that shares memory with another; give it a clone of one of the two"
+                raise errors.BadInput(argument="inputs", reason=reason)
+
+
+def _extent(x: Tensor) -> tuple[int, int]:
+    """The addresses from its first byte to behind its last."""
+    if x.numel() == 0:
+        return 0, 0
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 _told = 0  # how many of Dynamo's graph breaks have been told of

@@ -209,6 +209,100 @@ def test_results_that_are_inputs_or_views_of_them_stay_so() -> None:
             assert size == 2 * rows
 
 
+def test_a_view_of_an_input_that_is_written_to_is_written_to_once() -> None:
+    class Writing(Gated):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, int]:
+            y = x.add_(1)
+            return y.view(-1)[2:], super().forward(y), x.shape[0] // 2
+
+    model = Writing().eval()
+    fast = compiled(model)
+    with torch.no_grad():
+        for rows in (4, 6, 7):
+            ours = torch.randn(rows, 5, 16)
+            theirs = ours.clone()
+            view, result, half = fast(ours)
+            expected = model(theirs)
+            close(ours, theirs)
+            close(view, expected[0])
+            close(result, expected[1])
+            assert (view.data_ptr(), half) == (ours.data_ptr() + 8, rows // 2)
+
+
+def test_running_averages_of_a_norm_in_training_are_kept() -> None:
+    ours, theirs = (nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16)) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    fast = compiled(ours)
+    with torch.no_grad():
+        for _ in range(2):
+            x = torch.randn(6, 16)
+            close(fast(x), theirs(x))
+    close(ours[1].running_mean, theirs[1].running_mean)
+    close(ours[1].running_var, theirs[1].running_var)
+    assert ours[1].num_batches_tracked == 2
+
+
+def test_inputs_that_overlap_are_refused_where_one_is_written_to() -> None:
+    class Writing(Gated):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            x.add_(1)
+            return super().forward(y)
+
+    model, x = Writing().eval(), torch.randn(6, 5, 16)
+    fast = compiled(model)
+    with torch.no_grad():
+        close(fast(x[:3].clone(), x[3:]), model(x[:3].clone(), x[3:]))
+        close(fast(x[:3], x[3:]), model(x[:3].clone(), x[3:]))
+        with pytest.raises(errors.BadInput, match="shares memory"):
+            fast(x[:4], x[2:])
+
+
+# -- several of one --------------------------------------------------------------------------------------------------
+
+
+def test_instances_of_one_class_are_compiled_each_with_its_own_weights() -> None:
+    models, x = [Gated().eval() for _ in range(2)], torch.randn(2, 5, 16)
+    fast = [compiled(model) for model in models]
+    with torch.no_grad():
+        for one, model in [*zip(fast, models, strict=True)] * 2:
+            close(one(x), model(x))
+
+
+def test_a_block_that_breaks_the_graph_may_be_there_several_times() -> None:
+    class Block(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
+    model, x = nn.Sequential(Block(), Block(), Block()).eval(), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        close(compiled(model)(x), model(x))
+
+
+def test_passes_and_a_mask_take_other_sizes() -> None:
+    model = zoo.build_encoder("bert")
+    fast = compiled(model, passes='quantize("int8")')
+    with torch.no_grad():
+        for shape in ((2, 9), (3, 7), (4, 11)):
+            tokens, mask = torch.randint(3, 90, shape), torch.ones(shape, dtype=torch.int64)
+            mask[0, 5:] = 0
+            ours = fast(input_ids=tokens, attention_mask=mask).last_hidden_state
+            theirs = model(input_ids=tokens, attention_mask=mask).last_hidden_state
+            assert 0 < (ours - theirs)[mask.bool()].abs().max() < 0.2
+
+
+def test_a_language_model_that_returns_its_cache_equals_eager() -> None:
+    model, tokens = zoo.build("llama"), torch.randint(3, 90, (2, 9))
+    mask = torch.ones_like(tokens)
+    with torch.no_grad():
+        ours, theirs = (one(input_ids=tokens, attention_mask=mask) for one in (compiled(model), model))
+    close(ours.logits, theirs.logits)
+    for layer, expected in zip(ours.past_key_values.layers, theirs.past_key_values.layers, strict=True):
+        close(layer.keys, expected.keys)
+        close(layer.values, expected.values)
+
+
 # -- loud --------------------------------------------------------------------------------------------------------------
 
 
@@ -227,6 +321,44 @@ def test_unknown_options_are_refused_with_what_there_is() -> None:
     with torch.no_grad():
         text = refused(errors.BackendOption, Gated(), torch.randn(2, 5, 16), options={"pases": "fold_norms"})
     assert "Did you mean 'passes'?" in text
+
+
+@pytest.mark.parametrize("options", [{"verify": "no"}, {"strict": None}, {"target": 3}], ids=str)
+def test_options_of_another_type_are_refused(options: dict[str, Any]) -> None:
+    with torch.no_grad():
+        text = refused(errors.BadInput, Gated(), torch.randn(2, 5, 16), options=options)
+    assert next(iter(options)) in text
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, 3), (0.1, 0.2, 0.3)], ids=["int", "float"])
+def test_numbers_that_change_are_refused_with_advice(numbers: tuple[float, ...]) -> None:
+    class Scaled(Gated):
+        def forward(self, x: Tensor, factor: float) -> Tensor:
+            return super().forward(x) * factor
+
+    fast, x = compiled(Scaled().eval()), torch.randn(2, 5, 16)
+    with torch.no_grad():
+        fast(x, numbers[0])  # the first is a constant
+        with pytest.raises(BackendCompilerFailed, match="make it a tensor"):
+            _ = [fast(x, number) for number in numbers[1:]]
+
+
+def test_weights_made_in_inference_mode_are_compiled() -> None:
+    with torch.inference_mode():
+        model, x = Gated().eval(), torch.randn(2, 5, 16)
+        close(compiled(model)(x), model(x))
+
+
+def test_a_break_at_the_end_of_a_frame_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Ending(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            x = super().forward(x)
+            print("at the end")
+            return x
+
+    with torch.no_grad(), caplog.at_level(logging.WARNING, logger="slim.backend"):
+        compiled(Ending().eval())(torch.randn(2, 5, 16))
+    assert "graph break 1 at " in caplog.text
 
 
 def test_a_weight_that_changed_is_noticed() -> None:

@@ -3,14 +3,18 @@ does to its inputs is set apart, so that the Program itself is a function."""
 
 from __future__ import annotations
 
+import inspect
 import keyword
+import operator
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sympy
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.export import Dim
 
@@ -21,6 +25,10 @@ from slim.compiler.raising import raise_program
 from slim.compiler.verify import verify
 
 Give = Callable[[Sequence[Any], Sequence[Any]], Any]  # (arguments, the Program's outputs) -> one result
+Size = Callable[[Sequence[Any]], int]  # arguments -> a number
+
+_TRAINS: dict[Any, str] = {F.batch_norm: "training", F.instance_norm: "use_input_stats"}
+_NORMS = {function: inspect.signature(function) for function in _TRAINS}
 
 
 @dataclass(frozen=True)
@@ -54,13 +62,15 @@ def capture(module: fx.GraphModule, examples: Sequence[Any]) -> Captured:
 class _Capture:
     def __init__(self, module: fx.GraphModule, examples: Sequence[Any]) -> None:
         self.module = fx.GraphModule(module, _copied(module.graph))
-        self.original = module
         self.examples = list(examples)
         self.placeholders = self.module.graph.find_nodes(op="placeholder")
         self.places = {node: place for place, node in enumerate(self.placeholders)}
         self.frozen: dict[int, Tensor] = {}
 
     def made(self) -> Captured:
+        for node in self.module.graph.find_nodes(op="call_method", target="item"):
+            if isinstance(node.meta.get("example_value"), torch.SymFloat):
+                raise _failed("it takes a float that changes from call to call; make it a tensor")
         changed = [node for node in self.placeholders if _is_mutated(node)]
         results = self._results()
         kept = [place for place, give in enumerate(results) if give is None]
@@ -79,11 +89,11 @@ class _Capture:
         """How each result is made; None for those that the Program computes."""
         found: list[Give | None] = []
         outputs: Any = self.module.graph.output_node().args[0]
-        for index, value in enumerate(outputs):
-            found.append(self._apart(value, index))
+        for value in outputs:
+            found.append(self._apart(value))
         return found
 
-    def _apart(self, value: Any, index: int) -> Give | None:
+    def _apart(self, value: Any) -> Give | None:
         if not isinstance(value, fx.Node):
             return lambda arguments, outputs: value
         if value in self.places:
@@ -91,32 +101,50 @@ class _Capture:
             return lambda arguments, outputs: arguments[place]
         example = value.meta.get("example_value")
         if isinstance(example, torch.SymInt):
-            return self._size(example.node.expr)
-        if isinstance(example, Tensor) and self._is_view_of_an_input(example):
-            view = _alone(self.original, index)
-            return lambda arguments, outputs: view(*arguments)[0]
+            size = self._size(example)
+            return lambda arguments, outputs: size(arguments)
+        if isinstance(example, Tensor):
+            return self._view(example)
         return None
 
-    def _is_view_of_an_input(self, example: Tensor) -> bool:
-        held = {
-            given.untyped_storage()._cdata
-            for node in self.placeholders
-            if isinstance(given := node.meta.get("example_value"), Tensor)
-        }
-        return example.untyped_storage()._cdata in held
+    def _view(self, example: Tensor) -> Give | None:
+        """What lies in the memory of an input, as the input is once it has been written to; None for what does not."""
+        memory = example.untyped_storage()._cdata
+        held = ((place, node.meta.get("example_value")) for node, place in self.places.items())
+        found = [(place, x) for place, x in held if isinstance(x, Tensor) and x.untyped_storage()._cdata == memory]
+        if not found:
+            return None
+        place, base = found[0]
+        if example.dtype != base.dtype or example.is_conj() != base.is_conj():
+            raise _failed("it returns the memory of an input as another type; return a copy")
+        shape, strides = ([self._size(size) for size in sizes] for sizes in (example.shape, example.stride()))
+        start = self._size(example.storage_offset() - base.storage_offset())
 
-    def _size(self, expression: Any) -> Give:
-        """A size: an expression in the symbols that are arguments too."""
+        def give(arguments: Sequence[Any], outputs: Sequence[Any]) -> Tensor:
+            given: Tensor = arguments[place]
+            sizes, steps = ([size(arguments) for size in each] for each in (shape, strides))
+            return given.as_strided(sizes, steps, given.storage_offset() + start(arguments))
+
+        return give
+
+    def _size(self, size: Any) -> Size:
+        """A number, or an expression in the sizes of what is given."""
+        if not isinstance(size, torch.SymInt):
+            return lambda arguments: int(size)
+        expression = size.node.expr
         symbols = sorted(expression.free_symbols, key=str)
-        places = [self._place_of(symbol) for symbol in symbols]
-        compute = sympy.lambdify(symbols, expression, "math")
-        return lambda arguments, outputs: int(compute(*(int(arguments[place]) for place in places)))
+        known = [self._symbol(symbol) for symbol in symbols]
+        compute = sympy.lambdify(symbols, expression, [{"FloorDiv": operator.floordiv}, "math"])
+        return lambda arguments: int(compute(*(value(arguments) for value in known)))
 
-    def _place_of(self, symbol: Any) -> int:
+    def _symbol(self, symbol: Any) -> Size:
         for node, place in self.places.items():
             example = node.meta.get("example_value")
             if isinstance(example, torch.SymInt) and example.node.expr == symbol:
-                return place
+                return partial(_argument, place)
+            for dim, size in enumerate(example.shape if isinstance(example, Tensor) else ()):
+                if isinstance(size, torch.SymInt) and size.node.expr == symbol:
+                    return partial(_dimension, place, dim)
         raise _failed(f"it returns a size, {symbol}, that is not among its arguments")
 
     def _numbered(self, results: Sequence[Give | None]) -> tuple[Give, ...]:
@@ -182,6 +210,19 @@ class _Capture:
                 node.replace_all_uses_with(size)
             graph.erase_node(node)
 
+    def _share_sizes(self) -> None:
+        """Says of sizes that are one symbol to Dynamo that they are equal, so that they are one to torch.export."""
+        graph, first = self.module.graph, dict[Any, tuple[fx.Node, int]]()
+        for node in graph.find_nodes(op="placeholder"):
+            for dim, size in enumerate(node.meta["example_value"].shape):
+                if not isinstance(size, torch.SymInt):
+                    continue
+                owner = first.setdefault(size.node.expr, (node, dim))
+                if owner != (node, dim):
+                    with graph.inserting_before(_first_operation(graph)):
+                        both = [graph.call_method("size", each) for each in (owner, (node, dim))]
+                        graph.call_function(torch._check, (graph.call_function(operator.eq, tuple(both)),))
+
     def _owner(self, size: Any) -> tuple[fx.Node, int]:
         expression = size.node.expr if isinstance(size, torch.SymInt) else size
         for node in self.module.graph.find_nodes(op="placeholder"):
@@ -203,6 +244,7 @@ class _Capture:
             shapes.append(
                 {d: Dim.AUTO if isinstance(s, torch.SymInt) else Dim.STATIC for d, s in enumerate(fake.shape)}
             )
+        self._share_sizes()
         graph.lint()
         self.module.recompile()
         facts = Facts(kind="module", architecture="the captured graph")
@@ -227,19 +269,27 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     return copy
 
 
-def _alone(module: fx.GraphModule, index: int) -> fx.GraphModule:
-    """The module with one of its results alone, as PyTorch runs it."""
-    graph = _copied(module.graph)
-    output = graph.output_node()
-    values: Any = output.args[0]
-    output.args = ((values[index],),)
-    graph.eliminate_dead_code()
-    return fx.GraphModule(module, graph)
+def _argument(place: int, arguments: Sequence[Any]) -> int:
+    return int(arguments[place])
+
+
+def _dimension(place: int, dim: int, arguments: Sequence[Any]) -> int:
+    size: int = arguments[place].shape[dim]
+    return size
 
 
 def _is_mutated(node: fx.Node) -> bool:
     example = node.meta.get("example_value")
-    return isinstance(example, Tensor) and example._version > 0
+    return isinstance(example, Tensor) and (example._version > 0 or any(node in _averages(user) for user in node.users))
+
+
+def _averages(node: fx.Node) -> Sequence[Any]:
+    """The running averages that a norm in training writes to, of which no version is counted."""
+    schema = _NORMS.get(node.target)
+    if schema is None:
+        return ()
+    given = schema.bind(*node.args, **node.kwargs).arguments
+    return [given.get("running_mean"), given.get("running_var")] if given.get(_TRAINS[node.target]) else ()
 
 
 def _is_weight(node: fx.Node, example: Tensor) -> bool:

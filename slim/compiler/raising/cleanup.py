@@ -90,8 +90,10 @@ def _selected_one(m: Match) -> fx.Node | None:
 def _without_empty(m: Match) -> fx.Node | None:
     """cat(x, nothing) = x"""
     parts = m["parts"]
-    dim = argument(m.node, "dim") % len(m.node.meta["val"].shape)
-    kept = [part for part in parts if _expression(part.meta["val"].shape[dim]) != 0]
+    rank = len(m.node.meta["val"].shape)
+    dim = argument(m.node, "dim") % rank
+    # torch.cat takes an empty [0] beside tensors of any rank, as caches are that hold nothing yet
+    kept = [p for p in parts if len(p.meta["val"].shape) == rank and _expression(p.meta["val"].shape[dim]) != 0]
     if len(kept) == len(parts) or not kept:
         return None
     return kept[0] if len(kept) == 1 else m.new(aten.cat.default, kept, dim)
