@@ -69,8 +69,6 @@ def compile(
     program = _lift(model, example_inputs)
     seconds = {"lift": time.perf_counter() - start}
     program, report = run_pipeline(program, pipeline, context)
-    if calibration is not None and context.batches is None:
-        report.notes.append("calibration was given, and no pass of this pipeline reads it")
     start = time.perf_counter()
     compiled = CompiledModel(
         program, chosen, report=report, kv_cache=kv_cache, pipeline=", ".join(repr(pass_) for pass_ in pipeline)

@@ -20,6 +20,7 @@ from slim.codegen import select
 from slim.compiler.lift.captured import Captured, capture
 from slim.compiler.passes_base import Context
 from slim.compiler.pipeline import run_pipeline
+from slim.compiler.probe import make_probe
 from slim.passes import as_passes
 from slim.runtime.compiled import CompiledModel
 
@@ -117,8 +118,12 @@ class Piece:
         if captured.program is None:
             log.warning("a captured graph computes nothing: all that it returns are its inputs, or views of them")
             return _Nothing(module)
-        context = Context(calibration=options.calibration, verify=options.verify, strict=options.strict)
+        # Its own arguments: Dynamo may have a size of its own for each of two that must be equal.
+        probe = make_probe(captured.program, [examples[place].detach() for place in captured.inputs])
+        context = Context(calibration=options.calibration, probe=probe, verify=options.verify, strict=options.strict)
         program, report = run_pipeline(captured.program, passes, context)
+        for note in report.notes:
+            log.warning("%s", note)
         text = ", ".join(map(repr, passes))
         return cls(captured, CompiledModel(program, target, report=report, pipeline=text))
 

@@ -280,8 +280,10 @@ def test_a_block_that_breaks_the_graph_may_be_there_several_times() -> None:
         close(compiled(model)(x), model(x))
 
 
-def test_passes_and_a_mask_take_other_sizes() -> None:
-    model = zoo.build_encoder("bert")
+# Of the two, Dynamo has one symbol for the batch of tokens and mask with bert, and two with electra.
+@pytest.mark.parametrize("name", ["bert", "electra"])
+def test_passes_and_a_mask_take_other_sizes(name: str) -> None:
+    model = zoo.build_encoder(name)
     fast = compiled(model, passes='quantize("int8")')
     with torch.no_grad():
         for shape in ((2, 9), (3, 7), (4, 11)):
@@ -315,6 +317,13 @@ def refused(error: type[Exception], model: nn.Module, x: Tensor, **arguments: An
 
 def test_calls_that_record_gradients_are_refused_with_advice() -> None:
     assert "no_grad" in refused(errors.NeedsNoGrad, Gated(), torch.randn(2, 5, 16))
+
+
+def test_calibration_that_no_pass_reads_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(2, 5, 16)
+    with torch.no_grad():
+        compiled(Gated(), passes="fold_norms", calibration=[(x,)])(x)
+    assert "no pass of this pipeline reads it" in caplog.text
 
 
 def test_unknown_options_are_refused_with_what_there_is() -> None:

@@ -17,7 +17,7 @@ _FOUND = 1  # exit status, so that scripts and git bisect can ask
 @calibration_option
 @click.option(
     "--threshold",
-    type=click.FloatRange(min=0),
+    type=float,
     default=1e-2,
     show_default=True,
     help="How far the output of a probe may be off, relative to its largest number.",

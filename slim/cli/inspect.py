@@ -65,6 +65,7 @@ def inspect(
     texts = None if calibration is None else read_calibration(calibration)
     with Steps() as steps:
         if html is not None:
+            _check_writable(html)
             story = _story(model, text, texts, steps, target)
             _measure(story, tokens, measure, sensitivity, steps)
             _write(story, html, steps)
@@ -87,6 +88,12 @@ def _check_options(html: str | None, given: dict[str, bool]) -> None:
     for option, is_given in given.items():
         if is_given and html is None:
             raise click.UsageError(f"{option} is for the report that --html writes")
+
+
+def _check_writable(html: str) -> None:
+    from slim.inspection.page import check_writable
+
+    check_writable(html)  # now, and not after all the work
 
 
 def _tell_near_misses(program: Program) -> None:

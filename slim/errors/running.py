@@ -9,7 +9,7 @@ class BadInput(SlimError, ValueError):
     """An argument has the wrong type, shape or value."""
 
     message = "bad {argument}: {reason}"
-    hint = "help() of what was called (slim.compile, CompiledModel, generate) says what each argument takes."
+    hint = "help() of what was called (slim.compile, CompiledModel, generate, slim.backend.Options) says what it takes."
 
     argument: str
     reason: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from slim import errors
 from slim.compiler.lift import lift, lift_path
 from slim.compiler.passes_base import Context, Pass, Progress
 from slim.compiler.pipeline import run_pipeline
@@ -119,11 +121,14 @@ def bisect(
         threshold: the error that is still allowed.
 
     Raises:
+        BadInput: for a threshold that no error could cross.
         What ``slim.compile`` raises of a model or pass; but a lossless pass that loses something is bisected.
 
     Example:
         >>> print(slim.inspection.bisect(model, 'fold_norms, quantize("int4")', 0.05))
     """
+    if not 0 <= threshold < math.inf:
+        raise errors.BadInput(argument="threshold", reason=f"it must be 0 or more, and finite, not {threshold}")
     pipeline = as_passes(passes)
     watcher = _Watcher()
     if isinstance(model, nn.Module):

@@ -49,7 +49,7 @@ class FoldNorms(Pass):
 
     def run(self, program: Program, ctx: Context) -> Report:
         """Changes weights, norm arguments, and ``facts.retired``, which keeps what stands for the folded weights."""
-        report = Report()
+        report, before = Report(), len(program.facts.added)
         norms = [node for node in program.nodes(*_NORMS) if _gain(node) or _shift(node)]
         for norm in ctx.track("folding norms", norms):
             name = _name(norm)
@@ -61,9 +61,9 @@ class FoldNorms(Pass):
             _fold(program, site)
             report.matched.append(name)
         settle(program)
-        report.notes += [
-            f"{name} is new: its linear had no bias to hold the norm's shift" for name in program.facts.added
-        ]
+        if added := program.facts.added[before:]:
+            more = f" and {len(added) - 1} more are" if len(added) > 1 else " is"
+            report.notes.append(f"{added[0]}{more} new: linears had no bias to hold their norm's shift")
         return report
 
 

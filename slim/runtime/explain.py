@@ -120,9 +120,11 @@ def explain(
         name: of a node or a weight (by any of its names), also one that a pass removed; or a node.
 
     Raises:
-        BadInput: for a name that never was, with those like it.
+        BadInput: for a name that never was, with those like it; for what is no name.
     """
     name = name.name if isinstance(name, fx.Node) else name
+    if not isinstance(name, str):
+        raise errors.BadInput(argument="node", reason=f"it is a node or the name of one, not {name!r:.40}")
     name = program.facts.tied.get(name, name)
     nodes = {node.name: node for node in program.graph.nodes if node.op in ("call_function", "placeholder")}
     weights = {str(node.target): node for node in weight_nodes(program)}

@@ -559,3 +559,28 @@ def test_what_writes_or_is_not_known_is_taken_apart_by_torch(writes):
     exported = torch.export.export(Writing().eval(), (torch.randn(3, 4, 8),))
     assert not is_functional(exported.graph)
     assert is_functional(exported.run_decompositions({}).graph)
+
+
+class Counting(nn.Module):
+    """Writes into what it is given and into a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        x.mul_(2)
+        return x + self.calls, x.sum()
+
+
+def test_what_a_model_writes_besides_its_results_is_told_and_left_unwritten():
+    model, x = Counting().eval(), torch.randn(3, 4)
+    program = lift(model, x.clone())
+    assert program.facts.notes == [
+        "the model writes to calls, x as it runs; what is compiled gives its results, and does not write there"
+    ]
+    given = x.clone()
+    ours, theirs = program.run(given), model(x.clone())
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(given, x)

@@ -1,11 +1,13 @@
 """A planted wrong rewrite is found by pass and by site; right ones are left in peace."""
 
+import math
 from dataclasses import dataclass
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+from slim import errors
 from slim.cli import main
 from slim.compiler import raising
 from slim.compiler.lift import lift
@@ -164,6 +166,12 @@ def test_nothing_wrong_is_said_of_passes_that_are_right(llama):
     found = bisect(llama, 'fold_norms, quantize("int8")', 0.5)
     assert not found
     assert str(found).endswith("no pass moves the output by more than 0.5")
+
+
+@pytest.mark.parametrize("threshold", [-1.0, math.nan, math.inf])
+def test_a_threshold_that_no_error_could_cross_is_refused(llama, threshold):
+    with pytest.raises(errors.BadInput, match="it must be 0 or more"):
+        bisect(llama, "fold_norms", threshold)
 
 
 # -- the command -------------------------------------------------------------------------------------------------------

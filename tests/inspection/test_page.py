@@ -113,6 +113,13 @@ def test_a_file_that_cannot_be_written_is_said(story, tmp_path):
         write_page(story, tmp_path / "missing" / "report.html")
 
 
+@pytest.mark.parametrize(("path", "said"), [("missing/report.html", "there is no directory"), (".", "a directory of")])
+def test_a_path_that_cannot_be_written_is_refused_before_any_work(tmp_path, path, said):
+    run = CliRunner().invoke(main, ["inspect", str(tmp_path / "no model"), "--html", str(tmp_path / path)])
+    assert run.exit_code == 2
+    assert said in run.output
+
+
 LAYER = """
     n{i} = slim.rms_norm.default({x}, weights["model.layers.{i}.input_layernorm.weight"], eps=1e-06)
     q{i} = aten.linear.default(n{i}, weights["model.layers.{i}.self_attn.q_proj.weight"])

@@ -98,6 +98,8 @@ def test_an_unknown_name_lists_those_near_it(compiled):
         compiled.explain("model.layers.0.mlp.down.weight")
     with pytest.raises(errors.BadInput, match=r"near it are .*model\.layers\.0\.mlp\.up_proj"):
         compiled.explain("up_proj")
+    with pytest.raises(errors.BadInput, match="the name of one, not 5"):
+        compiled.explain(5)
 
 
 def test_eager_models_and_those_without_a_pipeline_explain_too():

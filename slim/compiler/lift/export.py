@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch._guards import tracing
-from torch.export.graph_signature import InputKind, InputSpec
+from torch.export.graph_signature import InputKind, InputSpec, OutputKind
 from torch.utils import _pytree as pytree
 
 from slim import errors
@@ -30,6 +30,7 @@ from slim.compiler.weights import Deferred, Weights
 
 log = logging.getLogger(__name__)
 
+_WRITTEN = (OutputKind.BUFFER_MUTATION, OutputKind.PARAMETER_MUTATION, OutputKind.USER_INPUT_MUTATION)
 _TORCH = str(Path(torch.__file__).parent)
 
 
@@ -121,6 +122,7 @@ class _Builder:
                 inputs.append(self._input(node))
         for node in self.exported.graph.nodes:
             self._copy(node)
+        self._tell_written()
         program = Program(self.graph, self._weights(), tuple(inputs), self.facts)
         self._infer(program)
         program.clean()
@@ -158,7 +160,11 @@ class _Builder:
                 self.values[node] = None
         elif node.op == "output":
             results: Any = node.args[0]
-            self.graph.output(self._mapped(tuple(results)[self._mutations :]))
+            specs = self.exported.graph_signature.output_specs
+            pairs = zip(results, specs, strict=True)
+            self.graph.output(
+                self._mapped(tuple(value for value, spec in pairs if spec.kind == OutputKind.USER_OUTPUT))
+            )
         elif node.op == "call_function" and _is_dialect(node.target):
             self.values[node] = self._call(node)
         else:
@@ -180,10 +186,15 @@ class _Builder:
         copied.meta.update(_provenance(node))
         return copied
 
-    @property
-    def _mutations(self) -> int:
-        """torch.export puts updated buffers ahead of the results; slim keeps only the results."""
-        return len(self.exported.graph_signature.buffers_to_mutate)
+    def _tell_written(self) -> None:
+        """What the model writes besides its results, which torch.export puts ahead of them, is left unwritten."""
+        specs = self.exported.graph_signature.output_specs
+        written = [spec.target for spec in specs if spec.kind in _WRITTEN and spec.target is not None]
+        if written:
+            self.facts.notes.append(
+                f"the model writes to {', '.join(written)} as it runs; what is compiled gives its results, and "
+                "does not write there"
+            )
 
     def _mapped(self, value: Any) -> Any:
         return fx.map_arg(value, lambda n: self.values[n])

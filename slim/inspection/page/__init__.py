@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from slim import errors
 from slim.errors.base import StrPath
 from slim.inspection.page.collect import Story, collect
 
-__all__ = ["Story", "collect", "render", "write_page"]
+__all__ = ["Story", "check_writable", "collect", "render", "write_page"]
 
 
 def render(data: dict[str, Any]) -> str:
@@ -27,6 +28,17 @@ def render(data: dict[str, Any]) -> str:
         before, _, after = page.partition(f"@{name}@")
         page = f"{before}{text}{after}"
     return page
+
+
+def check_writable(path: StrPath) -> None:
+    """Raises SaveFailed where no file could be written to ``path``: worth asking before a long compile."""
+    file = Path(path)
+    if file.is_dir():
+        raise errors.SaveFailed(path=file, reason="there is a directory of that name")
+    if not file.parent.is_dir():
+        raise errors.SaveFailed(path=file, reason=f"there is no directory {file.parent}")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise errors.SaveFailed(path=file, reason="it cannot be written to")
 
 
 def write_page(story: Story, path: StrPath) -> Path:
