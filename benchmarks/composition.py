@@ -11,7 +11,6 @@ goes on where it was.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.kept import read_kept, write_kept
 from benchmarks.quality_peers.cases import CASES, Case
 from slim import errors
 from slim.compiler.lift import lift_path
@@ -49,7 +49,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     case = CASES[options.model]()
     chains = Chains(case, options.calibration)
-    kept = json.loads(options.output.read_text()) if options.output.exists() else {}
+    kept = read_kept(options.output)
     found: dict[str, Any] = kept.get(options.model, {})
     kept[options.model] = found
     for text in ["", *PASSES, *(f"{a}, {b}" for a in PASSES for b in PASSES if a != b), *LONGER]:
@@ -57,8 +57,7 @@ def main() -> None:
             continue
         found[text] = _measured(case, chains, text, options.heldout)
         print(f"{text or 'float':80} {_told(found, text)}", flush=True)
-        options.output.write_text(json.dumps(kept, indent=1) + "\n")
-        options.output.with_suffix(".md").write_text("\n".join(map(_tables, kept, kept.values())))
+        write_kept(options.output, kept, "\n".join(map(_tables, kept, kept.values())))
 
 
 def _options() -> argparse.Namespace:

@@ -14,7 +14,6 @@ fails is left out by name. Models and what the peers make of them are kept in SL
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import signal
@@ -28,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.kept import write_kept  # noqa: E402
 from benchmarks.peers import install, report  # noqa: E402
 from benchmarks.peers.process import Failed, Peer, Worker, closing, convert, python_of  # noqa: E402
 from benchmarks.peers.protocol import Setup  # noqa: E402
@@ -208,8 +208,7 @@ class Run:
     def write(self, path: Path) -> None:
         """JSON, the tables beside it, and the picture where it can be drawn."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(self.data(), indent=1) + "\n")
-        path.with_suffix(".md").write_text(self.text() + "\n")
+        write_kept(path, self.data(), self.text() + "\n")
         python = install.interpreter("picture")
         if not python.exists():
             say("no picture: matplotlib is not installed: --install picture")

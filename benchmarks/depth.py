@@ -6,7 +6,6 @@ python -m benchmarks.depth                     # results/depth.json and .md
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 import slim
+from benchmarks.kept import read_kept, write_kept
 from benchmarks.quality_peers.cases import CASES
 from slim.passes import Prune
 from slim.runtime.perplexity import score
@@ -29,12 +29,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kept: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
+    kept = read_kept(options.output)
     for name in options.models:
         kept[name] = measure(name, options.blocks)
         print(name, kept[name], flush=True)
-        options.output.write_text(json.dumps(kept, indent=1) + "\n")
-        options.output.with_suffix(".md").write_text(table(kept))
+        write_kept(options.output, kept, table(kept))
 
 
 def measure(name: str, depths: list[int]) -> dict[str, Any]:

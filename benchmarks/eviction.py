@@ -26,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import slim  # noqa: E402
+from benchmarks.kept import read_kept, write_kept  # noqa: E402
 from slim import KVCacheConfig  # noqa: E402
 from slim.runtime.eviction import Eviction  # noqa: E402
 from slim.runtime.perplexity import pieces, windows  # noqa: E402
@@ -112,13 +113,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "eviction")
     options = parser.parse_args()
     file = options.out.with_suffix(".json")
-    results = json.loads(file.read_text()) if file.exists() else {"models": {}}
-    results |= {"date": str(date.today()), "torch": torch.__version__}
+    results = {"models": {}} | read_kept(file) | {"date": str(date.today()), "torch": torch.__version__}
     for name in options.models:
         print(f"{name} ...", flush=True)
         results["models"][name] = measure(MODELS[name], options.passages)
-        file.write_text(json.dumps(results, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text(written(results))
+        write_kept(file, results, written(results))
     print(written(results))
 
 

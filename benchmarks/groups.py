@@ -10,7 +10,6 @@ behave as if they were never chosen (tests/compiler/test_dependencies.py holds t
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections import Counter
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.kept import read_kept, write_kept
 from slim.compiler.dependencies import Dependencies, Group, Kind
 from slim.compiler.lift import lift
 from slim.compiler.probe import make_probe
@@ -50,12 +50,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kept: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
+    kept = read_kept(options.output)
     for name in options.models:
         kept[name] = measure(built(name, options.layers), options.rounds)
         print(name, kept[name], flush=True)
-        options.output.write_text(json.dumps(kept, indent=1) + "\n")
-        options.output.with_suffix(".md").write_text(table(kept))
+        write_kept(options.output, kept, table(kept))
 
 
 def built(name: str, layers: int) -> Program:

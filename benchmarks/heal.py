@@ -7,7 +7,6 @@ python -m benchmarks.heal --models demo --steps 200 --lossy 'prune(0.2)' 'gqa(1)
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 import slim
+from benchmarks.kept import read_kept, write_kept
 from benchmarks.quality_peers.cases import CASES, Case
 from slim.runtime.perplexity import score
 
@@ -26,7 +26,7 @@ LOSSY = ("prune(0.2)",)
 def main() -> None:
     options = _options()
     torch.set_num_threads(options.threads)
-    kept: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
+    kept = read_kept(options.output)
     for name in options.models:
         case = CASES[name](calibration=options.sequences)
         found = kept.setdefault(name, {})
@@ -37,8 +37,7 @@ def main() -> None:
             found[text] = _measured(case, text)
             lost = found[text]["nats"] - found[""]["nats"]
             print(f"{name:14} {text or 'float':60} {lost:+.4f} {found[text]['seconds']} s", flush=True)
-            options.output.write_text(json.dumps(kept, indent=1) + "\n")
-            options.output.with_suffix(".md").write_text(_table(kept))
+            write_kept(options.output, kept, _table(kept))
 
 
 def _options() -> argparse.Namespace:

@@ -17,7 +17,6 @@ Every round measures each variant in turn (A B A B); best and median. Compare nu
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import platform
@@ -37,6 +36,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import slim  # noqa: E402
+from benchmarks.kept import read_kept, write_kept  # noqa: E402
 from benchmarks.kv_cache import Decoding  # noqa: E402
 from benchmarks.peers.random_llama import SHAPES, ensure  # noqa: E402
 
@@ -223,16 +223,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "long_context")
     options = parser.parse_args()
     file = options.out.with_suffix(".json")
-    results = json.loads(file.read_text()) if file.exists() else {"parts": {}}
-    results |= {
+    results = {"parts": {}} | read_kept(file) | {
         "date": str(date.today()), "machine": platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
     }  # fmt: skip
     for part in options.only:
         print(f"{part} ...", flush=True)
         results["parts"][part] = PARTS[part](options)
-        file.write_text(json.dumps(results, indent=1) + "\n")
-        options.out.with_suffix(".md").write_text(written(results))
+        write_kept(file, results, written(results))
     print(written(results))
 
 

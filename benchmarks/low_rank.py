@@ -10,7 +10,6 @@ some rows alone, adds to the file.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 
 import slim
+from benchmarks.kept import read_kept, write_kept
 from benchmarks.quality_peers.cases import CASES, Case
 from slim.runtime.perplexity import score
 
@@ -73,10 +73,9 @@ def _measured(case: Case, pipeline: str) -> dict[str, Any]:
 
 
 def _keep(model: str, key: str, found: dict[str, Any], output: Path) -> None:
-    results = json.loads(output.read_text()) if output.exists() else {}
+    results = read_kept(output)
     results.setdefault(model, {})[key] = found
-    output.write_text(json.dumps(results, indent=1) + "\n")
-    output.with_suffix(".md").write_text(HEADER + "".join(_table(name, rows) for name, rows in results.items()))
+    write_kept(output, results, HEADER + "".join(_table(name, rows) for name, rows in results.items()))
 
 
 def _table(model: str, found: dict[str, dict[str, Any]]) -> str:

@@ -9,7 +9,6 @@ A Llama of random weights in the shape of one with 135M parameters; what it comp
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 
 import slim
+from benchmarks.kept import write_kept
 from benchmarks.peers.random_llama import SHAPES, ensure
 from slim.compiler.cost import cost
 from slim.runtime.speed import measure
@@ -59,8 +59,7 @@ def main() -> None:
         rows.append({
             "pipeline": text, "bytes": moved, "best": speed.decode.best, "median": speed.decode.median
         })  # fmt: skip
-    options.output.write_text(json.dumps({"shape": options.shape, "layers": options.layers, "rows": rows}, indent=1))
-    options.output.with_suffix(".md").write_text(table(rows))
+    write_kept(options.output, {"shape": options.shape, "layers": options.layers, "rows": rows}, table(rows))
     print(table(rows))
 
 

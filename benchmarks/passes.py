@@ -11,7 +11,6 @@ measured is kept: a run of some rows alone adds to the file.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 
 import slim
+from benchmarks.kept import read_kept, write_kept
 from benchmarks.quality_peers.cases import CASES, Case
 from slim.compiler.report import short_bytes
 from slim.runtime.perplexity import score
@@ -79,11 +79,10 @@ def measured(case: Case, passes: str) -> tuple[slim.CompiledModel, dict[str, Any
 
 
 def keep(output: Path, row: str, found: dict[str, Any]) -> None:
-    results = json.loads(output.read_text()) if output.exists() else {}
+    results = read_kept(output)
     results[row] = found
-    output.write_text(json.dumps(results, indent=1) + "\n")
     lines = [_line(results[name], results.get(FLOAT)) for name in ROWS if name in results]
-    output.with_suffix(".md").write_text(HEADER.format(tokens=TOKENS) + "\n".join(lines) + "\n")
+    write_kept(output, results, HEADER.format(tokens=TOKENS) + "\n".join(lines))
 
 
 def _line(found: dict[str, Any], exact: dict[str, Any] | None) -> str:

@@ -9,7 +9,6 @@ Rows are measured one after another and kept: a run over some of them adds to th
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import time
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 import slim
+from benchmarks.kept import read_kept, write_kept
 from benchmarks.quality_peers.cases import CASES, Case
 from slim.passes import Prune
 from slim.passes.pruning.sites import block_parameters
@@ -51,7 +51,6 @@ def main() -> None:
                 print(
                     f"{name:14} {ratio:4.0%} {criterion:10} {found['nats']:.4f}  {found['seconds']:6.1f} s", flush=True
                 )
-    options.output.with_suffix(".md").write_text(table(json.loads(options.output.read_text())))
 
 
 def measure(case: Case, pass_: Prune | None, calibration: int, passages: int) -> dict[str, Any]:
@@ -66,10 +65,9 @@ def measure(case: Case, pass_: Prune | None, calibration: int, passages: int) ->
 
 
 def _keep(path: Path, model: str, row: str, found: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = read_kept(path)
     results.setdefault(model, {})[row] = found
-    path.write_text(json.dumps(results, indent=1))
+    write_kept(path, results, table(results))
 
 
 def table(results: dict[str, dict[str, dict[str, Any]]]) -> str:

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 
 import slim
+from benchmarks.kept import read_kept, write_kept
 from benchmarks.peers import install
 from benchmarks.quality_peers import report
 from benchmarks.quality_peers.cases import CASES, Case
@@ -72,16 +73,9 @@ def _options() -> argparse.Namespace:
 
 def _keep(model: str, row: Row, found: dict[str, Any], output: Path) -> None:
     """Adds a row to what the file holds, and writes the tables anew."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(output.read_text()) if output.exists() else {}
+    results = read_kept(output)
     results.setdefault(model, {})[row.key] = found
-    for path, text in (
-        (output, json.dumps(results, indent=1) + "\n"),
-        (output.with_suffix(".md"), report.tables(results)),
-    ):
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(text)
-        partial.replace(path)  # whole, or not at all
+    write_kept(output, results, report.tables(results))
 
 
 def _measured(case: Case, rows: list[Row], scratch: Path, threads: int) -> Iterator[tuple[Row, dict[str, Any]]]:

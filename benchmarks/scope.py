@@ -6,13 +6,13 @@ python -m benchmarks.scope                     # results/scope.json and .md
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import slim
+from benchmarks.kept import read_kept, write_kept
 from benchmarks.quality_peers.cases import CASES
 from slim.passes import Prune
 from slim.runtime.perplexity import score
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    kept: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
+    kept = read_kept(options.output)
     for name in options.models:
         case = CASES[name]()
         calibration, passages = case.tensors()[:48], case.passages[:60]
@@ -48,8 +48,7 @@ def main() -> None:
                 lost = nats([Prune(ratio, **more)]) - before
                 kept.setdefault(name, {})[f"{ratio:g} {scope}"] = lost
                 print(f"{name:14} {ratio:.0%} {scope:14} {lost:.4f}", flush=True)
-        options.output.write_text(json.dumps(kept, indent=1) + "\n")
-        options.output.with_suffix(".md").write_text(table(kept))
+        write_kept(options.output, kept, table(kept))
 
 
 def table(kept: dict[str, dict[str, float]]) -> str:

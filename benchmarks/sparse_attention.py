@@ -11,13 +11,13 @@ by looking is counted on random queries and keys. Models and texts are those of 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.kept import read_kept, write_kept
 from benchmarks.passes import measured
 from benchmarks.quality_peers.cases import CASES, Case
 from slim.compiler.patterns import DENSE
@@ -92,11 +92,10 @@ def _blocks(kept: torch.Tensor) -> int:
 
 
 def _keep(model: str, row: str, found: dict[str, Any], output: Path) -> None:
-    results = json.loads(output.read_text()) if output.exists() else {}
+    results = read_kept(output)
     results.setdefault(model, {})[row] = found
-    output.write_text(json.dumps(results, indent=1) + "\n")
     header = HEADER.format(length=found["length"])
-    output.with_suffix(".md").write_text(header + "".join(_table(name, rows) for name, rows in results.items()))
+    write_kept(output, results, header + "".join(_table(name, rows) for name, rows in results.items()))
 
 
 def _table(model: str, rows: dict[str, dict[str, Any]]) -> str:

@@ -10,7 +10,6 @@ of eager. Compare numbers of one run only. slim's W8A8 holds weights as int8 and
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.cpu import machine
+from benchmarks.kept import write_kept
 from slim.backend import slim_backend
 
 RESULTS = Path(__file__).resolve().parent / "results" / "torch_compile.json"
@@ -73,8 +73,7 @@ def main() -> None:
         "date": str(date.today()), "machine": machine(), "threads": options.threads, "torch": torch.__version__,
         "batch": options.batch, "length": options.length, "rounds": options.rounds, "rows": rows,
     }  # fmt: skip
-    options.output.write_text(json.dumps(told, indent=1) + "\n")
-    options.output.with_suffix(".md").write_text(_table(told))
+    write_kept(options.output, told, _table(told))
 
 
 def _table(told: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import slim
+from benchmarks.kept import read_kept, write_kept
 from benchmarks.quality_peers.cases import CASES, Case
 from slim.passes import Prune
 from slim.passes.pruning.budget import multiple_of
@@ -38,15 +39,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     sys.path.insert(0, str(PEER))
-    kept: dict[str, Any] = json.loads(options.output.read_text()) if options.output.exists() else {}
+    kept = read_kept(options.output)
     for name in options.models:
         case = CASES[name]()
         before = nats(slim.compile(case.model, target="eager", verify=False), case)
         for share in options.shares:
             kept.setdefault(name, {})[f"{share:g}"] = found = measure(case, share, before)
             print(name, f"{share:.0%}", found, flush=True)
-        options.output.write_text(json.dumps(kept, indent=1) + "\n")
-        options.output.with_suffix(".md").write_text(table(kept))
+        write_kept(options.output, kept, table(kept))
 
 
 def measure(case: Case, share: float, before: float) -> dict[str, Any]:
