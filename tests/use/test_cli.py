@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -355,6 +356,15 @@ def test_a_process_generates_text(artifact: Path) -> None:
     assert len(out) > len(PROMPT) + 8
 
 
+@pytest.fixture
+def _heeds_ctrl_c() -> Iterator[None]:
+    """A shell's background jobs, and what they start, ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_heeds_ctrl_c")
 def test_ctrl_c_counts_where_a_library_swallows_it() -> None:
     with Steps() as steps:
         with contextlib.suppress(BaseException):  # as some libraries do
@@ -364,6 +374,7 @@ def test_ctrl_c_counts_where_a_library_swallows_it() -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("_heeds_ctrl_c")
 def test_ctrl_c_ends_with_one_line_and_leaves_nothing(model: Path, tmp_path: Path) -> None:
     with process("compile", model, "-p", 'quantize("int8")', "-o", tmp_path / "small") as running:
         lines = [running.stderr.readline()]
