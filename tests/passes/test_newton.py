@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from slim import errors
 from slim.compiler.dependencies import Dependencies
 from slim.compiler.dependencies.groups import Kind
+from slim.compiler.gauss_newton import Layer, _Slope, fitted
 from slim.compiler.passes_base import Context
 from slim.compiler.probe import make_probe
 from slim.compiler.program import Program
@@ -17,7 +18,6 @@ from slim.compiler.statistics import checkpoint as checkpoints
 from slim.compiler.statistics.gradients import Catching
 from slim.passes import Prune
 from slim.passes.pruning.makers import Makers, find_makers
-from slim.passes.pruning.newton import Layer, _Slope, fitted
 from slim.passes.pruning.sites import find_sites
 from slim.passes.pruning.work import Work
 from tests.programs import lifted
