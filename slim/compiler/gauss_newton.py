@@ -60,6 +60,9 @@ class Layer:
         found = self.body(self.made(values, rows)) @ values[_READER].T
         return found if self.shift is None else found + values[_SHIFT]
 
+    def on(self, sample: Sample) -> Layer:
+        return replace(self, body=sample.body)
+
     def moved(self, step: Named, length: float) -> Layer:
         new = {name: value + length * step[name] for name, value in self.all.items()}
         biases = {name: new[_bias(name)] for name in self.biases}
@@ -76,18 +79,39 @@ def _bias(name: str) -> str:
     return f"{name} (bias)"
 
 
-def fitted(layer: Layer, rows: Tensor, wanted: Tensor, rounds: int) -> tuple[Layer, float]:
-    """The layer that returns nearly ``wanted`` [r, m] for ``rows`` [r, n], and what it misses of the rows kept out.
+@dataclass(frozen=True)
+class Sample:
+    """What a layer is fitted to, or tried on.
 
-    A round that makes those no better is not taken, and is the last.
+    Attributes:
+        rows: [r, n]. wanted: [s, m], where s is r, or fewer where ``body`` leaves some out.
+        body: of the layer at these rows, where they hang together.
     """
+
+    rows: Tensor
+    wanted: Tensor
+    body: Body
+
+
+def fitted(layer: Layer, rows: Tensor, wanted: Tensor, rounds: int) -> tuple[Layer, float]:
+    """The layer that returns nearly ``wanted`` [r, m] for ``rows`` [r, n], and what it misses of the rows kept out."""
     out = torch.arange(len(rows)) % _CHECKED == _CHECKED - 1
-    missing = layer.missing(rows[out], wanted[out])
+    seen, tried = (Sample(rows[kept], wanted[kept], layer.body) for kept in (~out, out))
+    return fitted_to(layer, seen, tried, rounds)
+
+
+def fitted_to(layer: Layer, seen: Sample, checked: Sample, rounds: int) -> tuple[Layer, float]:
+    """The layer fitted to what is ``seen``, and what it misses of what is ``checked``.
+
+    A round that makes the latter no better, at any length of its step, is not taken, and is the last.
+    """
+    missing = layer.on(checked).missing(checked.rows, checked.wanted)
     for seed in range(rounds):
-        step, length = _step(layer, rows[~out], wanted[~out], seed), 1.0
+        layer = layer.on(seen)
+        step, length = _step(layer, seen.rows, seen.wanted, seed), 1.0
         while length >= _SHORTEST:
-            tried = _reads_best(layer.moved(step, length), rows[~out], wanted[~out])
-            found = tried.missing(rows[out], wanted[out])
+            tried = _reads_best(layer.moved(step, length), seen.rows, seen.wanted)
+            found = tried.on(checked).missing(checked.rows, checked.wanted)
             if found < missing:
                 break
             length /= 2
@@ -101,7 +125,7 @@ def _reads_best(layer: Layer, rows: Tensor, wanted: Tensor) -> Layer:
     """With the reader that is best for these makers: a closed form."""
     read = layer.body(layer.made(layer.all, rows))
     mean, due = read.mean(0).double(), wanted.mean(0).double()
-    gram, cross, dense = ((a.T @ b / len(rows)).double() for a, b in ((read, read), (wanted, read), (wanted, wanted)))
+    gram, cross, dense = ((a.T @ b / len(read)).double() for a, b in ((read, read), (wanted, read), (wanted, wanted)))
     if layer.shift is not None:
         gram, cross = gram - mean[:, None] * mean, cross - due[:, None] * mean
     paired, same = Paired(gram, cross, dense, mean, due), torch.eye(len(due)).double()
@@ -162,9 +186,9 @@ class _Slope:
 
     def back(self, results: Tensor) -> Named:
         """The transpose of ``forth``, a mean over rows."""
-        count, slopes = len(self.rows), self.at_makers(results)
+        count, slopes = len(results), self.at_makers(results)
         found = {name: slope.T @ self.rows / count for name, slope in slopes.items()}
-        found |= {_bias(name): slopes[name].mean(0) for name in self.layer.biases}
+        found |= {_bias(name): slopes[name].sum(0) / count for name in self.layer.biases}
         found[_READER] = results.T @ self.read / count
         return found if self.layer.shift is None else found | {_SHIFT: results.mean(0)}
 
