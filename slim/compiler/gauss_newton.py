@@ -7,7 +7,7 @@ model, no labels and no backward run through it. One row in eight is kept out an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -56,22 +56,28 @@ class Layer:
             name: rows @ values[name].T + (values[_bias(name)] if name in self.biases else 0.0) for name in self.weights
         }
 
+    def read(self, rows: Tensor) -> Tensor:
+        """What the reader reads, [s, k]."""
+        return self.body(self.made(self.all, rows))
+
     def __call__(self, values: Named, rows: Tensor) -> Tensor:
         found = self.body(self.made(values, rows)) @ values[_READER].T
         return found if self.shift is None else found + values[_SHIFT]
 
     def on(self, sample: Sample) -> Layer:
-        return replace(self, body=sample.body)
+        """The same with what lies between makers and reader at these rows."""
+        return self if sample.body is None else replace(self, body=sample.body)
 
     def moved(self, step: Named, length: float) -> Layer:
         new = {name: value + length * step[name] for name, value in self.all.items()}
         biases = {name: new[_bias(name)] for name in self.biases}
         return Layer(self.body, {name: new[name] for name in self.weights}, biases, new[_READER], new.get(_SHIFT))
 
-    def missing(self, rows: Tensor, wanted: Tensor) -> float:
-        """The share of the energy of ``wanted`` [r, m] that it does not return for ``rows`` [r, n]."""
+    def missing(self, samples: Sequence[Sample]) -> float:
+        """The share of the energy of what is wanted that it does not return."""
+        lost = sum(float((s.wanted - self.on(s)(self.all, s.rows)).square().sum()) for s in samples)
+        wanted = torch.cat([s.wanted for s in samples])
         energy = float((wanted - wanted.mean(0)).square().sum() if self.shift is not None else wanted.square().sum())
-        lost = float((wanted - self(self.all, rows)).square().sum())
         return lost / energy if energy > 0.0 else 0.0
 
 
@@ -85,47 +91,56 @@ class Sample:
 
     Attributes:
         rows: [r, n]. wanted: [s, m], where s is r, or fewer where ``body`` leaves some out.
-        body: of the layer at these rows, where they hang together.
+        body: of the layer at these rows, where they hang together; None is the layer's own.
     """
 
     rows: Tensor
     wanted: Tensor
-    body: Body
+    body: Body | None = None
 
 
 def fitted(layer: Layer, rows: Tensor, wanted: Tensor, rounds: int) -> tuple[Layer, float]:
-    """The layer that returns nearly ``wanted`` [r, m] for ``rows`` [r, n], and what it misses of the rows kept out."""
-    out = torch.arange(len(rows)) % _CHECKED == _CHECKED - 1
-    seen, tried = (Sample(rows[kept], wanted[kept], layer.body) for kept in (~out, out))
-    return fitted_to(layer, seen, tried, rounds)
+    """The layer that returns nearly ``wanted`` [r, m] for ``rows`` [r, n], and what it misses of the rows kept out.
 
-
-def fitted_to(layer: Layer, seen: Sample, checked: Sample, rounds: int) -> tuple[Layer, float]:
-    """The layer fitted to what is ``seen``, and what it misses of what is ``checked``.
-
-    A round that makes the latter no better, at any length of its step, is not taken, and is the last.
+    A round that makes those no better is not taken, and is the last.
     """
-    missing = layer.on(checked).missing(checked.rows, checked.wanted)
+    out = torch.arange(len(rows)) % _CHECKED == _CHECKED - 1
+    seen, checked = Sample(rows[~out], wanted[~out]), Sample(rows[out], wanted[out])
+    missing = layer.missing([checked])
     for seed in range(rounds):
-        layer = layer.on(seen)
-        step, length = _step(layer, seen.rows, seen.wanted, seed), 1.0
-        while length >= _SHORTEST:
-            tried = _reads_best(layer.moved(step, length), seen.rows, seen.wanted)
-            found = tried.on(checked).missing(checked.rows, checked.wanted)
-            if found < missing:
-                break
-            length /= 2
-        else:
+        found = improved(layer, missing, stepped(layer, seen, seed), [seen], checked)
+        if found is None:
             break
-        layer, missing = tried, found
+        layer, missing = found
     return layer, missing
 
 
-def _reads_best(layer: Layer, rows: Tensor, wanted: Tensor) -> Layer:
+def improved(
+    layer: Layer, missing: float, step: Named, seen: Sequence[Sample], checked: Sample
+) -> tuple[Layer, float] | None:
+    """The layer moved along ``step``, and what it then misses of ``checked``; None where that is never less.
+
+    At each length that is tried it has the reader that is best for what is ``seen``.
+    """
+    length = 1.0
+    while length >= _SHORTEST:
+        tried = reads_best(layer.moved(step, length), seen)
+        found = tried.missing([checked])
+        if found < missing:
+            return tried, found
+        length /= 2
+    return None
+
+
+def reads_best(layer: Layer, samples: Sequence[Sample]) -> Layer:
     """With the reader that is best for these makers: a closed form."""
-    read = layer.body(layer.made(layer.all, rows))
-    mean, due = read.mean(0).double(), wanted.mean(0).double()
-    gram, cross, dense = ((a.T @ b / len(read)).double() for a, b in ((read, read), (wanted, read), (wanted, wanted)))
+    gram = cross = dense = mean = due = torch.zeros(())
+    for sample in samples:
+        read, wanted = layer.on(sample).read(sample.rows), sample.wanted
+        gram, cross, dense = gram + read.T @ read, cross + wanted.T @ read, dense + wanted.T @ wanted
+        mean, due = mean + read.sum(0), due + wanted.sum(0)
+    count = sum(len(sample.wanted) for sample in samples)
+    gram, cross, dense, mean, due = (total.double() / count for total in (gram, cross, dense, mean, due))
     if layer.shift is not None:
         gram, cross = gram - mean[:, None] * mean, cross - due[:, None] * mean
     paired, same = Paired(gram, cross, dense, mean, due), torch.eye(len(due)).double()
@@ -135,17 +150,22 @@ def _reads_best(layer: Layer, rows: Tensor, wanted: Tensor) -> Layer:
     )
 
 
-def _step(layer: Layer, rows: Tensor, wanted: Tensor, seed: int) -> Named:
-    """To where the error, taken to be linear in all that is fitted, is least: conjugate gradients from nought."""
-    slope = _Slope(layer, rows)
-    curvature = _Curvature(layer, slope, seed)
+def stepped(layer: Layer, sample: Sample, seed: int, damping: float = DAMPING) -> Named:
+    """To where the error, taken to be linear in all that is fitted, is least: conjugate gradients from nought.
+
+    Args:
+        seed: of the random signs that curvature is measured with. damping: how strongly weights are held where they
+            are, as a share of the mean curvature.
+    """
+    slope = _Slope(layer.on(sample), sample.rows)
+    curvature = _Curvature(layer, slope, seed, damping)
 
     def times(direction: Named) -> Named:
         return _plus(
             slope.back(slope.forth(direction)), 1.0, {n: curvature.damping[n] * direction[n] for n in direction}
         )
 
-    left = slope.back(wanted - slope.result)
+    left = slope.back(sample.wanted - slope.result)
     total = {name: torch.zeros_like(value) for name, value in left.items()}
     direction = eased = curvature.solve(left)
     size = _dot(left, eased)
@@ -199,15 +219,15 @@ class _Curvature:
     Source: Martens and Grosse, K-FAC, 2015. They steer the conjugate gradients, and the damping is a part of them.
     """
 
-    def __init__(self, layer: Layer, slope: _Slope, seed: int) -> None:
+    def __init__(self, layer: Layer, slope: _Slope, seed: int, damping: float) -> None:
         generator = torch.Generator().manual_seed(_SEED + seed)
         signs = torch.randint(0, 2, slope.result.shape, generator=generator) * 2.0 - 1.0  # E[s s^T] = 1
-        self.entering, self.reading = _Factor(slope.rows), _Factor(slope.read)
-        self.leaving = {name: _Factor(found) for name, found in slope.at_makers(signs).items()}
+        self.entering, self.reading = _Factor(slope.rows, damping), _Factor(slope.read, damping)
+        self.leaving = {name: _Factor(found, damping) for name, found in slope.at_makers(signs).items()}
         self.biases = {_bias(name): name for name in layer.biases}
-        self.damping = {name: DAMPING * factor.size * self.entering.size for name, factor in self.leaving.items()}
-        self.damping |= {bias: DAMPING * self.leaving[name].size for bias, name in self.biases.items()}
-        self.damping |= {_READER: DAMPING * self.reading.size, _SHIFT: 0.0}
+        self.damping = {name: damping * factor.size * self.entering.size for name, factor in self.leaving.items()}
+        self.damping |= {bias: damping * self.leaving[name].size for bias, name in self.biases.items()}
+        self.damping |= {_READER: damping * self.reading.size, _SHIFT: 0.0}
 
     def solve(self, values: Named) -> Named:
         """About what the inverse makes of them."""
@@ -221,12 +241,12 @@ class _Curvature:
 
 
 class _Factor:
-    """E[v v^T] of rows v: its mean diagonal, and its inverse with ``DAMPING`` times that added."""
+    """E[v v^T] of rows v: its mean diagonal, and its inverse with ``damping`` times that added."""
 
-    def __init__(self, rows: Tensor) -> None:
+    def __init__(self, rows: Tensor, damping: float) -> None:
         moments = (rows.T @ rows / len(rows)).double()
         self.size = float(moments.diagonal().mean().clamp_min(_LEAST))
-        damped = moments + DAMPING * self.size * torch.eye(len(moments)).double()
+        damped = moments + damping * self.size * torch.eye(len(moments)).double()
         self.inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped)).float()
 
 
