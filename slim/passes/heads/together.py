@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -29,7 +30,7 @@ _TOKENS = 8192  # that a round is fitted to
 _SCORES = 1 << 27  # of all heads that a round computes, at most: each is kept about four times
 _NUMBERS = 1 << 27  # of a layer's inputs and results that are held for all rounds
 _CHECKED = 4
-_DAMPING = 0.3  # thirty times that of MLPs: attention is less linear
+_DAMPING = 1.0  # a hundred times that of MLPs: attention is less linear
 _BEFORE, _AFTER = "missing before", "missing after"  # among the results of a walk; no weight is called that
 
 
@@ -116,13 +117,16 @@ def _taken(batches: Sequence[Batch], layers: Sequence[Heads], rounds: int) -> li
     every = list(sequences(batches))
     tokens = sum(one.tokens for one in every) / len(every)
     scores = max(one.q.heads for one in layers) * tokens**2
-    width = max(one.out.meta["val"].shape[-1] + one.q.linear.args[0].meta["val"].shape[-1] for one in layers)  # type: ignore[union-attr]
-    a_round = min(_TOKENS / tokens, _SCORES / scores)
-    wanted = min(
-        math.ceil(rounds * max(a_round, 1.0) * _CHECKED / (_CHECKED - 1)), int(_NUMBERS / (2 * width * tokens))
-    )
-    count = min(len(every), max(2, wanted))
+    width = max(_width(one.out) + _width(one.q.linear.args[0]) for one in layers)
+    a_round = max(min(_TOKENS / tokens, _SCORES / scores), 1.0)
+    useful = math.ceil(rounds * a_round * _CHECKED / (_CHECKED - 1))
+    held = int(_NUMBERS / (2 * width * tokens))
+    count = min(len(every), max(2, min(useful, held)))
     return [every[index * len(every) // count] for index in range(count)]
+
+
+def _width(value: Any) -> int:
+    return int(value.meta["val"].shape[-1])
 
 
 def _parts(passed: Sequence[Passed], rounds: int) -> list[list[Passed]]:
@@ -160,7 +164,7 @@ def _sample(program: Program, region: Region, stream: Sequence[fx.Node], passed:
     values = [one.now[region.source] for one in passed]
     outside = [{node: one.now[node] for node in region.outside} for one in passed]
     kept = [_real(one, value) for one, value in zip(passed, values, strict=True)]
-    wanted = [_rows(_aim(one, region.heads.out, stream))[real] for one, real in zip(passed, kept, strict=True)]
+    wanted = [_aim(one, region.heads.out, stream)[real] for one, real in zip(passed, kept, strict=True)]
 
     def body(made: Mapping[str, Tensor]) -> Tensor:
         counts = [value.shape[:-1].numel() for value in values]
@@ -174,9 +178,9 @@ def _sample(program: Program, region: Region, stream: Sequence[fx.Node], passed:
 
 
 def _aim(passed: Passed, out: fx.Node, stream: Sequence[fx.Node]) -> Tensor:
-    """What the layer returned in the model as it was, and what the stream it is added to has lost by now."""
+    """[rows, m]: what the layer returned in the model as it was, and what the stream it is added to has lost by now."""
     lost = [passed.meant[node].float() - passed.now[node].float() for node in stream]
-    return torch.stack([passed.meant[out].float(), *lost]).sum(0)
+    return torch.stack([_rows(value) for value in (passed.meant[out].float(), *lost)]).sum(0)
 
 
 def _rows(value: Tensor) -> Tensor:
@@ -185,6 +189,6 @@ def _rows(value: Tensor) -> Tensor:
 
 def _real(passed: Passed, value: Tensor) -> Tensor | slice:
     """The rows that are not of pad tokens."""
-    if passed.real is None or bool(passed.real.all()) or value.shape[:-1] != passed.real.shape:
+    if passed.real is None or bool(passed.real.all()) or value.shape[:-1].numel() != passed.real.numel():
         return slice(None)
     return passed.real.reshape(-1).nonzero()[:, 0]
