@@ -31,6 +31,7 @@ _SCORES = 1 << 27  # of all heads that a round computes, at most: each is kept a
 _NUMBERS = 1 << 27  # of a layer's inputs and results that are held for all rounds
 _CHECKED = 4
 _DAMPING = 1.0  # a hundred times that of MLPs: attention is less linear
+_EXACT = 1e-6  # of the energy, that is missing: rounding, which is nothing to fit to
 _BEFORE, _AFTER = "missing before", "missing after"  # among the results of a walk; no weight is called that
 
 
@@ -97,6 +98,9 @@ def _fitted(start: Layer, parts: Sequence[Sample], checked: Sample, rounds: int)
     last one is fitted to everything again.
     """
     every = [*parts, checked]
+    before = start.missing(every)
+    if before < _EXACT:
+        return start, Fit(before, before)
     layer = reads_best(start, parts)
     missing = layer.missing([checked])
     for index in range(rounds):
@@ -105,7 +109,7 @@ def _fitted(start: Layer, parts: Sequence[Sample], checked: Sample, rounds: int)
         if found is not None:
             layer, missing = found
     layer = reads_best(layer, every)
-    before, after = start.missing(every), layer.missing(every)
+    after = layer.missing(every)
     return (layer, Fit(before, after)) if after < before else (start, Fit(before, before))
 
 
