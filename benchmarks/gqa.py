@@ -3,8 +3,8 @@
     python -m benchmarks.gqa                         # results/gqa.json and .md
     python -m benchmarks.gqa --kv-heads 1 --rows rounds
 
-Calibration is 32,768 tokens of modules of Python's library; scored are the first passages of other modules, which
-neither the model nor the choice of any constant of the pass has seen. Rows are kept: a run of some adds to the file.
+Calibration is 32,768 tokens of modules of Python's library; scored are the first passages of other modules, which the
+model has not seen. Rows are kept: a run of some adds to the file.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Fits the linears that make neurons together with the one that reads them, to what the layer is to return.
+"""Fits linears that make something together with the one that reads it, to what the layer is to return.
 
-y = D f(M x) is not linear in M, and so it is fitted by steps that take it to be: Gauss-Newton. Each step is a damped
-least squares problem, solved by conjugate gradients over a sample of rows, layer by layer: there is no loss of the
-model, no labels and no backward run through it. One row in eight is kept out and decides how far a step goes.
+y = D f(M x), with f the activation of an MLP or attention itself, is not linear in M, and so it is fitted by steps that
+take it to be: Gauss-Newton. Each step is a damped least squares problem, solved by conjugate gradients over a sample,
+layer by layer: there is no loss of the model, no labels and no backward run through it. Rows that are kept out decide
+how far a step goes.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
+from torch.func import vjp
 
 from slim.compiler.statistics.paired import Paired
 
@@ -190,12 +191,14 @@ class _Slope:
     def __init__(self, layer: Layer, rows: Tensor) -> None:
         self.layer, self.rows = layer, rows
         self.made = layer.made(layer.all, rows)
-        self.read, self._back = vjp(layer.body, self.made)[:2]
+        self.read, back = vjp(layer.body, self.made)[:2]
+        # The derivative forward is that of the one backward: it is linear, and keeps what it needs from call to call.
+        self._back, self._forth = back, vjp(lambda slopes: back(slopes)[0], torch.zeros_like(self.read))[1]
         self.result = self.read @ layer.reader.T + (0.0 if layer.shift is None else layer.shift)
 
     def forth(self, direction: Named) -> Tensor:
         """[r, m]: how the results move."""
-        moved = jvp(self.layer.body, (self.made,), (self.layer.made(direction, self.rows),))[1]
+        (moved,) = self._forth(self.layer.made(direction, self.rows))
         found = moved @ self.layer.reader.T + self.read @ direction[_READER].T
         return found if self.layer.shift is None else found + direction[_SHIFT]
 

@@ -12,7 +12,7 @@ _REFERENCES: dict[str, Callable[..., Any]] = {}
 
 
 def reference_of(op: Any) -> Callable[..., Any] | None:
-    """The eager reference of a slim op, which has forward-mode derivatives where its steps do; None of other ops."""
+    """The eager reference of a slim op, which can be differentiated as often as its steps can; None of other ops."""
     return _REFERENCES.get(op.name()) if isinstance(op, torch._ops.OpOverload) else None
 
 

@@ -1,4 +1,4 @@
-"""Attention as a function of what the linears of its queries, keys and values return, differentiable in both ways."""
+"""Attention as a function of what the linears of its queries, keys and values return, differentiable twice."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Region:
             found = program.weights[str(node.target)] if node.op == "get_attr" else values[node]
             return found.float() if isinstance(found, Tensor) and found.is_floating_point() else found
 
-        with sdpa_kernel(SDPBackend.MATH):  # the one with derivatives forward
+        with sdpa_kernel(SDPBackend.MATH):  # the one with second derivatives
             for node in self.nodes:
                 args, kwargs = fx.map_arg((node.args, node.kwargs), value)
                 values[node] = _call(node.target, args, kwargs)
@@ -80,7 +80,7 @@ class Region:
 
 def _call(target: Any, args: Any, kwargs: Any) -> Any:
     """The operation; in float32 whatever the model computes in."""
-    if target in RESHAPES:  # tangents need not lie in memory as values do
+    if target in RESHAPES:  # gradients need not lie in memory as values do
         return args[0].reshape(args[1])
     if target is _TO and args[0].is_floating_point():
         return args[0]
