@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, fx
-from torch.func import jvp, vjp
+from torch.func import vjp
 
 from slim import errors
 from slim.compiler.passes_base import Context
@@ -69,8 +69,9 @@ def test_a_region_gives_what_the_output_projection_reads(name: str) -> None:
         torch.testing.assert_close(found.flatten(), values[region.rows_out].flatten(), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["llama-mha", "gpt_neox", "gemma2", "gpt_oss"])
-def test_its_derivatives_forward_and_backward_are_each_others_transpose(name: str) -> None:
+@pytest.mark.parametrize("name", ["llama-mha", "gpt_neox", "gemma2"])
+def test_it_can_be_differentiated_twice(name: str) -> None:
+    """The derivative of the derivative backward, which is linear, is the one forward."""
     program = pair(name)[1].program
     (batch, *_) = batches(program)
     region = regions(program)[0]
@@ -82,9 +83,7 @@ def test_its_derivatives_forward_and_backward_are_each_others_transpose(name: st
     made = tuple(values[node] for node in region.linears)
     moves = tuple(torch.randn_like(each) for each in made)
     value, back = vjp(run, *made)
-    forward, weights = jvp(run, made, moves)[1], torch.randn_like(value)
-    across = sum(float((a * b).sum()) for a, b in zip(back(weights), moves, strict=True))
-    assert across == pytest.approx(float((forward * weights).sum()), rel=1e-3, abs=1e-3)
+    (forward,) = vjp(back, torch.zeros_like(value))[1](moves)
     nearby = [run(*(a + sign * 1e-2 * b for a, b in zip(made, moves, strict=True))) for sign in (1.0, -1.0)]
     torch.testing.assert_close(forward, (nearby[0] - nearby[1]) / 2e-2, atol=5e-3, rtol=5e-2)
 
