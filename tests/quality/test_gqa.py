@@ -4,12 +4,10 @@ import functools
 import sysconfig
 from pathlib import Path
 
-import pytest
 import torch
 
 import slim
 from slim.passes import GQA
-from slim.passes.heads import together
 from slim.runtime.perplexity import Passage, score, windows
 
 MODEL = Path(__file__).resolve().parents[2] / "examples" / "demo_model"
@@ -27,13 +25,13 @@ def tokenizer():
 def calibration() -> tuple[torch.Tensor, ...]:
     library = Path(sysconfig.get_path("stdlib"))
     text = "".join((library / f"{name}.py").read_text() for name in MODULES)
-    found = windows(text, tokenizer(), 511, 32_000)
+    found = windows(text, tokenizer(), 511, 16_500)
     return tuple(torch.tensor([passage.tokens]) for passage in found if len(passage.tokens) == 512)
 
 
 @functools.cache
 def held_out() -> list[Passage]:
-    return windows((MODEL / "heldout.txt").read_text(), tokenizer(), 512, 8_000)
+    return windows((MODEL / "heldout.txt").read_text(), tokenizer(), 512, 4_000)
 
 
 @functools.cache
@@ -52,9 +50,7 @@ def test_the_closed_forms_cost_a_fraction_of_the_published_recipes() -> None:
     assert aligned < procrustes / 2
 
 
-def test_one_head_of_eight_costs_a_fifth_of_mean_pooling(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over half of the tokens that rounds take where nothing hurries."""
-    monkeypatch.setattr(together, "_TOKENS", together._TOKENS // 2)
+def test_one_head_of_eight_costs_a_fifth_of_mean_pooling() -> None:
     before = loss(None)
     assert 0.0 < loss(GQA(1)) - before < 0.2 * (loss(GQA(1, "mean")) - before)
 
@@ -70,6 +66,6 @@ def test_a_model_with_every_kv_head_twice_keeps_its_perplexity_to_the_third_deci
     from slim.runtime.perplexity import pieces
 
     path, text = shared / "models" / "stories260K-mha", (shared / "text" / "tinystories_val.txt").read_text()
-    compiled = slim.compile(path, passes=[GQA(4)], calibration=[text[-50_000:]], target="eager")
+    compiled = slim.compile(path, passes=[GQA(4)], calibration=[text[-20_000:]], target="eager")
     passages = pieces(text, AutoTokenizer.from_pretrained(path), 512, "Once upon a time", 200)
     assert round(score(compiled, passages).perplexity, 3) == 3.559
