@@ -38,7 +38,8 @@ def held_out() -> list[Passage]:
 def loss(pass_: GQA | None, sequences: int = 12) -> float:
     """Nats a token, of the model after ``pass_`` on so many sequences of calibration."""
     passes = [] if pass_ is None else [pass_]
-    found = score(slim.compile(MODEL, passes=passes, calibration=list(calibration()[:sequences]), target="eager"), held_out())
+    made = slim.compile(MODEL, passes=passes, calibration=list(calibration()[:sequences]), target="eager")
+    found = score(made, held_out())
     return found.nats / found.tokens
 
 
