@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from slim import errors
 from slim.compiler.dependencies import Dependencies
 from slim.compiler.dependencies.groups import Kind
+from slim.compiler.gauss_newton import Layer, Sample, _Slope, fitted
 from slim.compiler.passes_base import Context
 from slim.compiler.probe import make_probe
 from slim.compiler.program import Program
@@ -17,7 +18,6 @@ from slim.compiler.statistics import checkpoint as checkpoints
 from slim.compiler.statistics.gradients import Catching
 from slim.passes import Prune
 from slim.passes.pruning.makers import Makers, find_makers
-from slim.passes.pruning.newton import Layer, _Slope, fitted
 from slim.passes.pruning.sites import find_sites
 from slim.passes.pruning.work import Work
 from tests.programs import lifted
@@ -71,11 +71,11 @@ def test_what_a_layer_of_the_same_size_returns_is_found_again(biased: bool) -> N
     rows = torch.randn(2000, 6, generator=torch.Generator().manual_seed(1))
     start = teacher.moved(gated(1, biased).all, 0.3)
     wanted = teacher(teacher.all, rows)
-    before = start.missing(rows, wanted)
+    before = start.missing([Sample(rows, wanted)])
     found, missing = fitted(start, rows, wanted, rounds=5)
     assert before > 0.05
     assert missing < 0.1 * before
-    assert found.missing(rows, wanted) == pytest.approx(missing, rel=0.5)
+    assert found.missing([Sample(rows, wanted)]) == pytest.approx(missing, rel=0.5)
 
 
 def test_a_fit_to_noise_is_not_taken() -> None:
@@ -84,7 +84,7 @@ def test_a_fit_to_noise_is_not_taken() -> None:
     generator = torch.Generator().manual_seed(3)
     rows = torch.randn(24, 6, generator=generator)
     wanted = layer(layer.all, rows) + 0.5 * torch.randn(24, 5, generator=generator)
-    before = layer.missing(rows[7::8], wanted[7::8])
+    before = layer.missing([Sample(rows[7::8], wanted[7::8])])
     assert fitted(layer, rows, wanted, rounds=3)[1] <= before
 
 

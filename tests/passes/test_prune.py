@@ -15,13 +15,13 @@ from slim.compiler.pipeline import run_pipeline
 from slim.compiler.probe import make_probe
 from slim.compiler.program import Program
 from slim.compiler.statistics.paired import Paired
+from slim.compiler.stream import beside
 from slim.compiler.verify import verify
 from slim.passes import GQA, Prune
 from slim.passes.pruning.budget import multiple_of, stays_even
 from slim.passes.pruning.obs import DAMPING, removal_order
 from slim.passes.pruning.refit import refit
 from slim.passes.pruning.sites import block_parameters, find_sites
-from slim.passes.pruning.stream import beside
 from tests.programs import lifted, model
 
 

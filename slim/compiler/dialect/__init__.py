@@ -5,5 +5,6 @@ through the reference. An op is here because a pass or a kernel reads it.
 """
 
 from slim.compiler.dialect import attention, experts, norm, quant, rope
+from slim.compiler.dialect._register import reference_of
 
-__all__ = ["attention", "experts", "norm", "quant", "rope"]
+__all__ = ["attention", "experts", "norm", "quant", "reference_of", "rope"]

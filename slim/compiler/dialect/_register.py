@@ -8,6 +8,12 @@ from typing import Any
 import torch
 
 _LIBRARY = torch.library.Library("slim", "DEF")
+_REFERENCES: dict[str, Callable[..., Any]] = {}
+
+
+def reference_of(op: Any) -> Callable[..., Any] | None:
+    """The eager reference of a slim op, which can be differentiated as often as its steps can; None of other ops."""
+    return _REFERENCES.get(op.name()) if isinstance(op, torch._ops.OpOverload) else None
 
 
 def define(
@@ -20,6 +26,7 @@ def define(
     """
     name = schema.split("(", 1)[0]
     qualified = f"slim::{name}"
+    _REFERENCES[qualified] = reference
     _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=_LIBRARY)

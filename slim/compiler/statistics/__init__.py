@@ -17,9 +17,9 @@ from slim.compiler.report import short_bytes
 from slim.compiler.statistics.accumulate import SiteStatistics, Wanted
 from slim.compiler.statistics.batches import MOST, Calibration, read_calibration
 from slim.compiler.statistics.segments import Grain, readers
-from slim.compiler.statistics.walk import Block, Walk
+from slim.compiler.statistics.walk import Block, Passed, Walk
 
-__all__ = ["Block", "Grain", "SiteStatistics", "calibration_of", "collect", "readers", "site_values", "walk"]
+__all__ = ["Block", "Grain", "Passed", "SiteStatistics", "calibration_of", "collect", "readers", "site_values", "walk"]
 
 _BATCHES = "calibration batches"
 
@@ -103,6 +103,7 @@ def walk(
     changes: bool = True,
     beside: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
     makers: Mapping[fx.Node, fx.Node] | None = None,
+    whole: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
     notes: list[str] | None = None,
 ) -> Iterator[Block]:
     """Yields the sites of ``program``, in order, a stretch at a time, with their statistics.
@@ -123,6 +124,7 @@ def walk(
         makers: of sites, the first linear that they are made by, which may be rewritten as what lies behind may. Rows
             are sampled of these sites alone, and each holds what that linear reads now and, behind it, the same row
             of x_dense; needs cross. No other site lies between.
+        whole: of sites, values of their stretch that are kept as they are, of all batches; needs cross.
 
     Example:
         >>> for block in walk(program, values, ctx, asked_by="quantize", gram=True):
@@ -132,7 +134,7 @@ def walk(
     calibration = calibration_of(program, ctx, asked_by)
     wanted = Wanted(gram=gram, rows=rows, cross=cross or meant is not None, dense=dense)
     label = f"{asked_by}: calibrating"
-    run = Walk(program, list(values), ctx, calibration, wanted, grain, changes, label, meant, beside, makers)
+    run = Walk(program, list(values), ctx, calibration, wanted, grain, changes, label, meant, beside, makers, whole)
     yield from run
     if notes is not None:
         notes += calibration.notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +58,20 @@ def first_batches(batches: Sequence[Batch], tokens: int) -> list[Batch]:
             break
         taken.append(batch)
     return taken
+
+
+def sequences(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """One by one; whole batches where the model reads no tokens."""
+    for batch in batches:
+        size = 1 if batch.real is None else len(batch.real)
+        for index in range(size):
+            yield batch if size == 1 else _one(batch, index, size)
+
+
+def _one(batch: Batch, index: int, size: int) -> Batch:
+    assert batch.real is not None
+    inputs = tuple(value[index : index + 1] if value.shape[:1] == (size,) else value for value in batch.inputs)
+    return Batch(inputs, batch.real[index : index + 1])
 
 
 def read_calibration(program: Program, given: Any, most: int = MOST) -> Calibration:

@@ -16,7 +16,7 @@ from slim import errors
 from slim.compiler.passes_base import Context
 from slim.compiler.program import Program, Streaming
 from slim.compiler.statistics import calibration_of
-from slim.compiler.statistics.batches import Batch
+from slim.compiler.statistics.batches import Batch, sequences
 
 TOKENS = 1 << 14  # that gradients are taken of: more changes little
 WIDEST = 2048  # results of a linear: beyond that only the diagonal is kept
@@ -60,20 +60,11 @@ def output_moments(
 def _rows(batches: Sequence[Batch]) -> Iterator[Batch]:
     """Sequences one by one, up to ``TOKENS``; whole batches where the model reads no tokens."""
     taken = 0
-    for batch in batches:
-        size = 1 if batch.real is None else len(batch.real)
-        for index in range(size):
-            if taken >= TOKENS:
-                return
-            one = batch if size == 1 else _one(batch, index, size)
-            taken += one.tokens
-            yield one
-
-
-def _one(batch: Batch, index: int, size: int) -> Batch:
-    assert batch.real is not None
-    inputs = tuple(value[index : index + 1] if value.shape[:1] == (size,) else value for value in batch.inputs)
-    return Batch(inputs, batch.real[index : index + 1])
+    for one in sequences(batches):
+        if taken >= TOKENS:
+            return
+        taken += one.tokens
+        yield one
 
 
 def _language(outputs: Sequence[Any], real: Tensor | None, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
@@ -29,6 +29,18 @@ _SITES = 4  # linears' inputs in a stretch, where there is no attention to go by
 def readers(value: fx.Node) -> list[fx.Node]:
     """The linears whose rows ``value`` is."""
     return [user for user in value.users if user.target in (LINEAR, EXPERTS) and user.args[0] is value]
+
+
+def named(value: fx.Node) -> str:
+    """A site, by the weights that its rows are multiplied with."""
+    names = [str(weight.target) for reader in readers(value) for weight in _stored(reader.args[1])]
+    return names[0] if names else value.name
+
+
+def _stored(node: Any) -> list[fx.Node]:
+    if not isinstance(node, fx.Node):
+        return []
+    return [node] if node.op == "get_attr" else [w for n in node.all_input_nodes[:1] for w in _stored(n)]
 
 
 class Kinds:

@@ -18,7 +18,7 @@ from slim.compiler.program import Program
 from slim.compiler.statistics.accumulate import Accumulator, SiteStatistics, Wanted
 from slim.compiler.statistics.batches import Batch, Calibration
 from slim.compiler.statistics.checkpoint import Checkpoint
-from slim.compiler.statistics.segments import Grain, Kinds, cuts, readers
+from slim.compiler.statistics.segments import Grain, Kinds, cuts, named, readers
 
 Values = dict[fx.Node, Any]
 Seen = Callable[[fx.Node, Any], None]
@@ -33,13 +33,24 @@ class Block:
         statistics: of each site; empty where ``restored``.
         results: tensors that the caller wants back if the walk is interrupted and begun again: it puts here what it
             made, and finds it here where ``restored``.
+        passed: what was kept of each batch as it came by; empty where nothing was asked for, or ``restored``.
         restored: an earlier walk went past this stretch; there are its results, and no statistics.
     """
 
     values: list[fx.Node]
     statistics: dict[fx.Node, SiteStatistics]
     results: dict[str, Tensor] = field(default_factory=dict)
+    passed: list[Passed] = field(default_factory=list)
     restored: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Passed:
+    """Values of one batch, whole: ``now``, and as ``meant`` by the model before it was changed; see ``Batch.real``."""
+
+    now: Values
+    meant: Values
+    real: Tensor | None
 
 
 class _Track:
@@ -201,7 +212,9 @@ class Walk:
         meant: Program | None = None,
         beside: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
         makers: Mapping[fx.Node, fx.Node] | None = None,
+        whole: Mapping[fx.Node, Sequence[fx.Node]] | None = None,
     ) -> None:
+        self.whole = whole or {}
         self.beside = {site: list(values) for site, values in (beside or {}).items() if values}
         self.makers = makers
         self.sources = {site: cast("fx.Node", linear.args[0]) for site, linear in (makers or {}).items()}
@@ -247,8 +260,10 @@ class Walk:
         if start:
             self._resume(checkpoint, start)
         for index in range(start, len(self.groups)):
-            block = Block(self.groups[index], self._collect(index))
+            passed: list[Passed] = []
+            block = Block(self.groups[index], self._collect(index, passed), passed=passed)
             yield block
+            passed.clear()
             checkpoint.keep(index, block.results)
             if index + 1 < len(self.groups):
                 if self.changes:
@@ -260,16 +275,17 @@ class Walk:
     def _purpose(self) -> str:
         """What tells this walk from others over the same Program and data: who asked, with which options, for what."""
         sites = [[(value.name, self.beside.get(value)) for value in each] for each in self.groups]
-        return repr((self.label, self.wanted, self.changes, sites, self.makers))
+        return repr((self.label, self.wanted, self.changes, sites, self.makers, self.whole))
 
     # -- one stretch -----------------------------------------------------------------------------------------------
 
-    def _collect(self, index: int) -> dict[fx.Node, SiteStatistics]:
+    def _collect(self, index: int, passed: list[Passed]) -> dict[fx.Node, SiteStatistics]:
         """Runs the stretch and sums up its sites; goes past it where nothing will be changed."""
         sums: dict[fx.Node, Accumulator] = {}
         stretch = self.track.stretch(self.ends[index])
         dense = self.dense.stretch(self._twin(self.ends[index])) if self.dense else None
-        watched = {node for value in self.groups[index] for node in (value, *self.beside.get(value, ()))}
+        whole = {node for value in self.groups[index] for node in self.whole.get(value, ())}
+        watched = {node for value in self.groups[index] for node in (value, *self.beside.get(value, ()))} | whole
         twins = {self.twins[node]: node for node in watched} if dense else {}
         after: list[Values] = []
         dense_after: list[Values] = []
@@ -282,6 +298,9 @@ class Walk:
             alive = stretch.run(number, partial(self._add, self.groups[index], sums, batch, meant, now))
             if not self.changes:
                 after.append(alive)
+            if whole:
+                kept = _Both(now, stretch.constants)
+                passed.append(Passed({n: kept[n] for n in whole}, {n: meant[n] for n in whole & {*meant}}, batch.real))
             self._weigh(sums, [*after, *dense_after])
         if dense is not None:
             dense.passed(dense_after)
@@ -308,9 +327,9 @@ class Walk:
         if node not in sums:
             wanted = self.wanted if self.makers is None or node in self.makers else replace(self.wanted, rows=0)
             width = None if dense is None else dense.shape[-1]
-            sums[node] = Accumulator(_named(node), value.shape[-1], wanted, width)
+            sums[node] = Accumulator(named(node), value.shape[-1], wanted, width)
         sample = None
-        if node in self.sources and dense is not None:
+        if node in self.sources and dense is not None and self.wanted.rows:
             sample = torch.cat([_real_rows(now[self.sources[node]], batch.real).float(), dense], -1)
         sums[node].add(_real_rows(value, batch.real), dense, sample)
 
@@ -364,18 +383,6 @@ class Walk:
             by_name = {node.name: node for node in track.program.graph.nodes}
             live = [{by_name[name]: value for name, value in values.items()} for values in states[int(twin)]]
             stretch.passed(live)
-
-
-def _named(value: fx.Node) -> str:
-    """A site, by the weights that its rows are multiplied with."""
-    names = [str(weight.target) for reader in readers(value) for weight in _stored(reader.args[1])]
-    return names[0] if names else value.name
-
-
-def _stored(node: Any) -> list[fx.Node]:
-    if not isinstance(node, fx.Node):
-        return []
-    return [node] if node.op == "get_attr" else [w for n in node.all_input_nodes[:1] for w in _stored(n)]
 
 
 def _real_rows(value: Tensor, real: Tensor | None) -> Tensor:

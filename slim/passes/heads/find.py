@@ -217,10 +217,10 @@ class _Axes:
     def _split(self, node: fx.Node) -> None:
         before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
         features = before[self.channel]
-        if self.flat and after[-1] == features:
-            self.head = self.channel = len(after) - 1
-        elif self.flat and len(after) == 4 and isinstance(after[2], int) and after[2] * after[3] == features:
+        if self.flat and len(after) == 4 and isinstance(after[2], int) and after[2] * after[3] == features:
             self.flat, self.head, self.channel = False, 2, 3
+        elif self.flat and after[-1] == features:
+            self.head = self.channel = len(after) - 1
         else:
             raise LeftAlone(f"{node.name} cuts its {self.what} into parts other than heads")
 

@@ -9,10 +9,10 @@ from torch import Tensor, fx
 
 from slim.compiler.dependencies import Kind
 from slim.compiler.dependencies.moving import is_pointwise
+from slim.compiler.gauss_newton import Layer
 from slim.compiler.program import Program
 from slim.compiler.rules import argument
 from slim.compiler.uses import LINEAR
-from slim.passes.pruning.newton import Layer
 from slim.passes.pruning.sites import Site
 
 

@@ -9,20 +9,20 @@ import torch
 from torch import Tensor, fx
 
 from slim.compiler.biases import new_bias
+from slim.compiler.gauss_newton import fitted
 from slim.compiler.passes_base import Context
 from slim.compiler.program import Program
 from slim.compiler.rules import argument
 from slim.compiler.statistics import SiteStatistics, walk
 from slim.compiler.statistics.paired import Paired
+from slim.compiler.stream import beside
 from slim.compiler.uses import LINEAR
 from slim.compiler.weights import Deferred
 from slim.passes.pruning.budget import Counts
 from slim.passes.pruning.makers import Makers, find_makers
-from slim.passes.pruning.newton import fitted
 from slim.passes.pruning.obs import removal_order
 from slim.passes.pruning.refit import masked, refit, wanted
 from slim.passes.pruning.sites import Site
-from slim.passes.pruning.stream import beside
 
 Choice = Callable[[Site, SiteStatistics, int], Tensor]  # the units to take out of a site
 _GONE, _MISSING, _SHIFT = "gone", "missing", "bias"  # among the results of a walk; no weight is called that
