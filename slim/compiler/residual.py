@@ -68,11 +68,11 @@ class Stream:
         """Matrices [..., m, width] that read."""
         return _names(node.args[1] for node in self.readers)
 
-    def held(self, program: Program) -> dict[str, int]:
-        """Numbers of one channel in each of its weights."""
-        names = dict.fromkeys([*self.rows, *self.entries, *self.columns])
+    @property
+    def dims(self) -> dict[str, int]:
+        """How many dimensions of each of its weights are channels."""
         twice = set(self.rows) & set(self.columns)
-        return {name: program.weights.numel(name) // self.width * (1 + (name in twice)) for name in names}
+        return {name: 1 + (name in twice) for name in dict.fromkeys([*self.rows, *self.entries, *self.columns])}
 
 
 def _names(nodes: object) -> list[str]:
@@ -241,7 +241,7 @@ def turn(program: Program, stream: Stream, writers: Tensor, readers: Tensor) -> 
     if len(writers) != stream.width:
         _resize(stream, len(writers))
         program.infer()
-        place_parts(program, dict.fromkeys([*stream.rows, *stream.entries, *stream.columns]))
+        place_parts(program, stream.dims)
 
 
 def _left(matrix: Tensor, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Takes neurons, attention heads or whole blocks out of a model, without training."""
+"""Takes neurons, attention heads, channels or whole blocks out of a model, without training."""
 
 from __future__ import annotations
 
@@ -18,13 +18,16 @@ from slim.compiler.options import literal
 from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, KNOWN_HEADS, STATISTICS, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
+from slim.compiler.residual import NoStream
 from slim.compiler.stack import find_blocks, take_out
 from slim.compiler.statistics import SiteStatistics, calibration_of, collect
 from slim.compiler.statistics.gradients import output_moments
+from slim.passes.fold_norms import FoldNorms
 from slim.passes.pruning import depth as depths
 from slim.passes.pruning import experts, gradients, scores
 from slim.passes.pruning.budget import Budget, Counts, TooMuch, spaced
 from slim.passes.pruning.measure import Comparison
+from slim.passes.pruning.narrow import Narrowing, Unsaid, untied
 from slim.passes.pruning.prices import Load, Measure, Prices
 from slim.passes.pruning.sites import Site, block_parameters, find_sites
 from slim.passes.pruning.spread import by_scores, by_surgeon, spread
@@ -41,7 +44,7 @@ _KINDS = {
 _GOALS = ("ratio", "parameters", "bytes", "flops", "latency", "depth")
 _OF_UNITS = ("criterion", "units", "multiple", "refit", "bias", "reload", "scope", "rounds")
 _MEASURES: tuple[Measure, ...] = ("parameters", "bytes", "flops", "latency")
-_OF_EXPERTS = ("obs", "magnitude", "random")
+_PLAIN = ("obs", "magnitude", "random")  # what experts, and channels of the stream, are chosen by
 _COMPARED = ("obs", "taylor", "fisher")  # criteria whose scores are changes of the model's loss
 _ROUNDS = 2  # of Gauss-Newton; the third gains nothing on tokens that were not seen
 
@@ -81,6 +84,8 @@ class Prune(Pass):
         units: what may go: "both" is "neurons" and "heads", which are kv heads with the queries that read them. "query
             heads" are one of every kv head at a time, and keys and values stay. "experts" of mixtures go with their
             place at the router; nothing is fitted, and "obs" is then the energy of what an expert adds to the stream.
+            "channels" are those of the residual stream, which is rotated first: the directions go that what reads it
+            needs least, and every layer gets narrower by as many; ``ratio``, ``parameters`` and ``bytes`` say how many.
         protect: patterns of weight names; a site that any of its weights matches is left alone.
         multiple: what the number of neurons left is divisible by; None is 128, or less for narrow layers.
         refit: fit what reads the units that are left; None is True for "obs" and False for the baselines.
@@ -107,6 +112,7 @@ class Prune(Pass):
 
     Source: units and costs follow Hassibi & Stork, 1993 and ZipLM (Kurtic et al., 2023); the fit is the closed form
     that FLAP (An et al., 2024) approximates by a bias. Blocks: Song et al., SLEB, 2024; Men et al., ShortGPT, 2024.
+    Channels: Ashkboos et al., SliceGPT, 2024.
 
     Example:
         >>> slim.compile(model, passes=[Prune(0.2)], calibration=texts)
@@ -115,7 +121,7 @@ class Prune(Pass):
 
     ratio: float | None = None
     criterion: Literal["obs", "wanda", "flap", "taylor", "fisher", "magnitude", "random"] = "obs"
-    units: Literal["both", "neurons", "heads", "query heads", "experts"] = "both"
+    units: Literal["both", "neurons", "heads", "query heads", "experts", "channels"] = "both"
     protect: tuple[str, ...] = ()
     multiple: int | None = None
     refit: bool | None = None
@@ -148,7 +154,7 @@ class Prune(Pass):
                 self._refuse(name, f"it is greater than zero, and {value} is not")
         if self.context != 512 and given[0] not in ("flops", "latency"):
             self._refuse("context", f"{given[0]}= does not depend on how many tokens there are")
-        self._check_experts()
+        self._check_units()
         self._check_scope()
         if self.multiple is not None and self.multiple < 1:
             self._refuse("multiple", f"a number is divisible by 1 at least, and not by {self.multiple}")
@@ -161,16 +167,28 @@ class Prune(Pass):
         elif self.blocks != "loss":
             self._refuse("blocks", "it says which whole blocks go, and without depth= none do")
 
-    def _check_experts(self) -> None:
-        if self.units != "experts":
+    def _check_units(self) -> None:
+        if self.units not in ("experts", "channels"):
             return
-        if self.criterion not in _OF_EXPERTS:
-            self._refuse("criterion", f"experts are chosen by {', '.join(_OF_EXPERTS)}, and not by {self.criterion}")
+        if self.criterion not in _PLAIN:
+            self._refuse("criterion", f"{self.units} are chosen by {', '.join(_PLAIN)}, and not by {self.criterion}")
+        if self.scope == "global":
+            self._refuse("scope", f"all layers lose as many {self.units}")
+        if self.units == "channels":
+            self._check_channels()
+            return
         for option in ("refit", "bias"):
             if getattr(self, option):
                 self._refuse(option, "nothing reads one expert alone, so that nothing could be fitted")
-        if self.scope == "global":
-            self._refuse("scope", "layers of mixtures lose as many experts as the others")
+
+    def _check_channels(self) -> None:
+        if self.bias:
+            self._refuse("bias", "linears that read the residual stream keep the biases they have")
+        if self.protect:
+            self._refuse("protect", "every layer reads and writes the residual stream, and all lose the same channels")
+        for option in ("flops", "latency"):
+            if getattr(self, option) is not None:
+                self._refuse(option, "how many channels go is said by ratio, parameters or bytes")
 
     def _check_scope(self) -> None:
         if self.scope == "layer":
@@ -196,6 +214,11 @@ class Prune(Pass):
         """Whether what is left is fitted."""
         return self.criterion == "obs" and self.units != "experts" if self.refit is None else self.refit
 
+    @property
+    def _goal(self) -> str:
+        """The option that says how much is to go."""
+        return next(name for name in _GOALS if getattr(self, name) is not None)
+
     def _refuse(self, option: str, reason: str) -> NoReturn:
         raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason)
 
@@ -205,6 +228,9 @@ class Prune(Pass):
         self._check_protected(program)
         if self.depth is not None:
             self._shorten(program, ctx, report, self.depth)
+            return report
+        if self.units == "channels":
+            self._narrow(program, ctx, report)
             return report
         kinds = _KINDS[self.units]
         found = Dependencies(program, "query" if self.units == "query heads" else "kv")
@@ -262,24 +288,52 @@ class Prune(Pass):
         elif said is not None:
             program.facts.config = said
 
+    # -- channels ------------------------------------------------------------------------------------------------------
+
+    def _narrow(self, program: Program, ctx: Context, report: Report) -> None:
+        measure: Measure | None = next((name for name in _MEASURES if name == self._goal), None)
+        if measure is not None:
+            self._above(program, Prices(measure, Load.of(program, self.context)), report)
+        report.notes += untied(program)
+        folded = FoldNorms().run(program, Context(progress=ctx.progress))
+        report.notes += folded.notes
+        program.clean()
+        narrowing = Narrowing(
+            self.criterion, self._fits, self.reload, self.multiple, self.ratio, self.parameters, self.bytes, repr(self)
+        )
+        try:
+            narrowing.run(program, ctx, report)
+        except NoStream as reason:
+            self._refuse("units", f"the residual stream cannot be rotated: {reason}")
+        except TooMuch:
+            self._refuse(self._goal, "not so many channels of the residual stream can go: two at least must stay")
+        except Unsaid:
+            reason = "transformers has no configuration of this architecture with a narrower residual stream, as where"
+            self._refuse("reload", f"{reason} the width of a head is that by the heads; reload=False leaves it to slim")
+
     # -- how many ------------------------------------------------------------------------------------------------------
 
     def _wanted(self, program: Program, ctx: Context, sites: list[Site], report: Report) -> tuple[list[Site], float]:
         """The sites with what a unit of each holds of what is to become less, and how much of that is to go."""
         if self.ratio is not None:
             return sites, self.ratio * block_parameters(program)
-        measure: Measure = next(name for name in _MEASURES if getattr(self, name) is not None)
-        most = getattr(self, measure)
+        measure: Measure = next(name for name in _MEASURES if name == self._goal)
         ctx.progress("measuring the machine", 0, 1)
         prices = Prices(measure, Load.of(program, self.context), measure_machine() if measure == "latency" else None)
+        return prices.priced(program, sites), self._above(program, prices, report)
+
+    def _above(self, program: Program, prices: Prices, report: Report) -> float:
+        """By how much the model is above what it may hold or cost."""
+        most = getattr(self, prices.measure)
         try:
             held = prices.total(program)
         except TypeError as error:
-            self._refuse(measure, f"the cost of this model depends on more than its tokens: {error}")
+            self._refuse(prices.measure, f"the cost of this model depends on more than its tokens: {error}")
         if held <= most:
-            self._refuse(measure, f"the model is at {held:,.6g} {prices.unit} already, and may be at {most:,.6g}")
+            reason = f"the model is at {held:,.6g} {prices.unit} already, and may be at {most:,.6g}"
+            self._refuse(prices.measure, reason)
         report.notes.append(f"{held:,.6g} {prices.unit} are to become {most:,.6g} at most")
-        return prices.priced(program, sites), held - most
+        return float(held - most)
 
     def _counts(self, program: Program, ctx: Context, sites: list[Site], report: Report) -> Counts:
         sites, wanted = self._wanted(program, ctx, sites, report)
@@ -302,9 +356,8 @@ class Prune(Pass):
         if self.ratio is not None:
             of = f"{block_parameters(program):,} parameters of blocks"
             self._refuse("ratio", f"the units that can go hold {held:,} of the {of}")
-        measure = next(name for name in _MEASURES if getattr(self, name) is not None)
         reason = f"{wanted:,.6g} must go, and the units that can go, some of which must stay, hold {held:,.6g}"
-        self._refuse(measure, reason)
+        self._refuse(self._goal, reason)
 
     def _costs(self, program: Program, ctx: Context, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """[units] of each: nats lost by the first 0, 1, 2, ... units that go."""

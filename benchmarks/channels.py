@@ -1,0 +1,84 @@
+"""What channels of the residual stream cost beside neurons and heads: nats a held-out token, with nothing trained.
+
+python -m benchmarks.channels                     # results/channels.json and .md
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import slim
+from benchmarks.kept import read_kept, write_kept
+from benchmarks.quality_peers.cases import CASES
+from slim.passes import Prune
+from slim.passes.pruning.sites import block_parameters
+from slim.runtime.perplexity import score
+
+RESULTS = Path(__file__).resolve().parent / "results" / "channels.json"
+PASSAGES = {"demo": 16}  # held-out ones; 60 elsewhere
+WAYS: dict[str, dict[str, Any]] = {
+    "neurons and heads": {},
+    "neurons": {"units": "neurons"},
+    "channels": {"units": "channels", "multiple": 1},
+    "not fitted": {"units": "channels", "multiple": 1, "refit": False},
+    "magnitude": {"units": "channels", "multiple": 1, "criterion": "magnitude"},
+    "random": {"units": "channels", "multiple": 1, "criterion": "random"},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
+    parser.add_argument("--ratios", nargs="+", type=float, default=(0.1, 0.2, 0.3))
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    kept = read_kept(options.output)
+    for name in options.models:
+        rows = kept.setdefault(name, {})
+        rows["float"] = measure(name, None)
+        for ratio in options.ratios:
+            for way in options.ways:
+                rows[f"{ratio:g} {way}"] = found = measure(name, Prune(ratio, **WAYS[way]))
+                print(f"{name:14} {ratio:.0%} {way:18} {found['nats'] - rows['float']['nats']:.4f}", flush=True)
+                write_kept(options.output, kept, table(kept))
+
+
+def measure(name: str, pass_: Prune | None) -> dict[str, Any]:
+    """Nats a token, numbers of the blocks and of the whole model, and seconds."""
+    case = CASES[name]()
+    start, passes = time.perf_counter(), [] if pass_ is None else [pass_]
+    made = slim.compile(case.model, passes, calibration=case.tensors()[:48], target="eager", verify=False)
+    seconds = round(time.perf_counter() - start, 1)
+    found = score(made, case.passages[: PASSAGES.get(name, 60)])
+    program = made.program
+    return {
+        "nats": found.nats / found.tokens, "blocks": block_parameters(program), "all": program.parameters,
+        "seconds": seconds,
+    }  # fmt: skip
+
+
+def table(kept: dict[str, Any]) -> str:
+    """Nats lost, and behind them the share of all parameters that went."""
+    lines = ["| model | of the blocks | " + " | ".join(WAYS) + " |", "|---" * (len(WAYS) + 2) + "|"]
+    for name, rows in kept.items():
+        for ratio in sorted({key.split()[0] for key in rows} - {"float"}, key=float):
+            cells = [_cell(rows.get(f"{ratio} {way}"), rows["float"]) for way in WAYS]
+            lines.append(f"| {name} | {float(ratio):.0%} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(found: dict[str, Any] | None, before: dict[str, Any]) -> str:
+    if found is None:
+        return ""
+    return f"{found['nats'] - before['nats']:.3f} ({1 - found['all'] / before['all']:.0%})"
+
+
+if __name__ == "__main__":
+    main()
