@@ -24,10 +24,10 @@ PASSAGES = {"demo": 16}  # held-out ones; 60 elsewhere
 WAYS: dict[str, dict[str, Any]] = {
     "neurons and heads": {},
     "neurons": {"units": "neurons"},
-    "channels": {"units": "channels", "multiple": 1},
-    "not fitted": {"units": "channels", "multiple": 1, "refit": False},
-    "magnitude": {"units": "channels", "multiple": 1, "criterion": "magnitude"},
-    "random": {"units": "channels", "multiple": 1, "criterion": "random"},
+    "channels": {"units": "channels", "multiple": 1, "reload": False},
+    "not fitted": {"units": "channels", "multiple": 1, "reload": False, "refit": False},
+    "magnitude": {"units": "channels", "multiple": 1, "reload": False, "criterion": "magnitude"},
+    "random": {"units": "channels", "multiple": 1, "reload": False, "criterion": "random"},
 }
 
 

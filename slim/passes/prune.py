@@ -31,7 +31,7 @@ from slim.passes.pruning.narrow import Narrowing, Unsaid, untied
 from slim.passes.pruning.prices import Load, Measure, Prices
 from slim.passes.pruning.sites import Site, block_parameters, find_sites
 from slim.passes.pruning.spread import by_scores, by_surgeon, spread
-from slim.passes.pruning.work import Choice, Result, Work, at_once, lowest
+from slim.passes.pruning.work import Choice, Result, Work, alone, at_once, lowest
 from slim.passes.pruning.write import can_say_heads, write_config
 
 _KINDS = {
@@ -363,7 +363,7 @@ class Prune(Pass):
         """[units] of each: nats lost by the first 0, 1, 2, ... units that go."""
         known = self._known_scores(program, ctx, sites)
         if known is not None:
-            return {site: by_scores(scores) for site, scores in known.items()}
+            return {site: by_scores(alone(scores)) for site, scores in known.items()}
         statistics = self._collected(program, ctx, sites)
         moments = output_moments(program, [site.linear for site in sites], ctx, asked_by=repr(self))
         return {site: by_surgeon(program, statistics, moments, site) for site in ctx.track("weighing units", sites)}
@@ -390,7 +390,7 @@ class Prune(Pass):
         return work.run(program, counts, ctx, repr(self), report.notes)
 
     def _known_scores(self, program: Program, ctx: Context, sites: Sequence[Site]) -> dict[Site, Tensor] | None:
-        """Scores that do not depend on what other sites lose; None where the criterion's do."""
+        """Scores, or slopes, that do not depend on what other sites lose; None where the criterion's do."""
         if self.criterion in ("magnitude", "random"):
             score = scores.magnitude if self.criterion == "magnitude" else scores.random
             return {site: score(program, site) for site in sites}
