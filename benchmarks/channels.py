@@ -1,6 +1,7 @@
 """What channels of the residual stream cost beside neurons and heads: nats a held-out token, with nothing trained.
 
 python -m benchmarks.channels                     # results/channels.json and .md
+python -m benchmarks.channels --whole             # the same shares of all parameters, not of the blocks' alone
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from slim.runtime.perplexity import score
 
 RESULTS = Path(__file__).resolve().parent / "results" / "channels.json"
 PASSAGES = {"demo": 16}  # held-out ones; 60 elsewhere
+BLOCKS, WHOLE = "blocks", "model"  # what a ratio is of
 WAYS: dict[str, dict[str, Any]] = {
     "neurons and heads": {},
     "neurons": {"units": "neurons"},
@@ -36,6 +38,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--ratios", nargs="+", type=float, default=(0.1, 0.2, 0.3))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--whole", action="store_true", help="ratios of all parameters, those of tables and head too")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -45,7 +48,10 @@ def main() -> None:
         rows["float"] = measure(name, None)
         for ratio in options.ratios:
             for way in options.ways:
-                rows[f"{ratio:g} {way}"] = found = measure(name, Prune(ratio, **WAYS[way]))
+                most = int((1 - ratio) * rows["float"]["all"])
+                pass_ = Prune(parameters=most, **WAYS[way]) if options.whole else Prune(ratio, **WAYS[way])
+                found = measure(name, pass_)
+                rows[f"{ratio:g} {WHOLE if options.whole else BLOCKS} {way}"] = found
                 print(f"{name:14} {ratio:.0%} {way:18} {found['nats'] - rows['float']['nats']:.4f}", flush=True)
                 write_kept(options.output, kept, table(kept))
 
@@ -66,18 +72,20 @@ def measure(name: str, pass_: Prune | None) -> dict[str, Any]:
 
 def table(kept: dict[str, Any]) -> str:
     """Nats lost, and behind them the share of all parameters that went."""
-    lines = ["| model | of the blocks | " + " | ".join(WAYS) + " |", "|---" * (len(WAYS) + 2) + "|"]
+    lines = ["| model | gone | of the | " + " | ".join(WAYS) + " |", "|---" * (len(WAYS) + 3) + "|"]
     for name, rows in kept.items():
-        for ratio in sorted({key.split()[0] for key in rows} - {"float"}, key=float):
-            cells = [_cell(rows.get(f"{ratio} {way}"), rows["float"]) for way in WAYS]
-            lines.append(f"| {name} | {float(ratio):.0%} | " + " | ".join(cells) + " |")
+        asked = {tuple(key.split()[:2]) for key in rows if key != "float"}
+        for ratio, of in sorted(asked, key=lambda each: (each[1], float(each[0]))):
+            cells = [_cell(rows.get(f"{ratio} {of} {way}"), rows["float"]) for way in WAYS]
+            lines.append(f"| {name} | {float(ratio):.0%} | {of} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _cell(found: dict[str, Any] | None, before: dict[str, Any]) -> str:
     if found is None:
         return ""
-    return f"{found['nats'] - before['nats']:.3f} ({1 - found['all'] / before['all']:.0%})"
+    share = 1 - found["all"] / before["all"]
+    return f"{found['nats'] - before['nats']:.3f} ({max(share, 0.0):.0%})"
 
 
 if __name__ == "__main__":

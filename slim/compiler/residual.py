@@ -153,8 +153,9 @@ def _shared(node: fx.Node, width: int) -> list[fx.Node]:
     if node.target in _SUMS:
         return wide if len(wide) == len(sources) and not _numbers(node) else []
     if node.target in _FACTORS:
-        rest = [n for n in sources if n not in wide]
-        return wide if len(wide) == 1 and width > 1 and not any(_has_channels(n) for n in rest) else []
+        others = [n for n in node.args if isinstance(n, fx.Node) and n is not wide[0]] if wide else []
+        once = len(wide) == 1 and width > 1 and node.args.count(wide[0]) == 1
+        return wide if once and not any(_has_channels(n) for n in others) else []
     if node.target in _OVER_ROWS:
         dims, rank = argument(node, "dim"), sources[0].meta["val"].dim()
         return wide if dims and all(dim % rank != rank - 1 for dim in dims) else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -26,10 +25,11 @@ from slim.passes.fold_norms import FoldNorms
 from slim.passes.pruning import depth as depths
 from slim.passes.pruning import experts, gradients, scores
 from slim.passes.pruning.budget import Budget, Counts, TooMuch, spaced
+from slim.passes.pruning.checks import faults
 from slim.passes.pruning.measure import Comparison
 from slim.passes.pruning.narrow import Narrowing, Unsaid, untied
 from slim.passes.pruning.prices import Load, Measure, Prices
-from slim.passes.pruning.sites import Site, block_parameters, find_sites
+from slim.passes.pruning.sites import HEADS, Site, block_parameters, find_sites
 from slim.passes.pruning.spread import by_scores, by_surgeon, spread
 from slim.passes.pruning.work import Choice, Result, Work, alone, at_once, lowest
 from slim.passes.pruning.write import can_say_heads, write_config
@@ -42,10 +42,7 @@ _KINDS = {
     "experts": (Kind.EXPERT,),
 }
 _GOALS = ("ratio", "parameters", "bytes", "flops", "latency", "depth")
-_OF_UNITS = ("criterion", "units", "multiple", "refit", "bias", "reload", "scope", "rounds")
 _MEASURES: tuple[Measure, ...] = ("parameters", "bytes", "flops", "latency")
-_PLAIN = ("obs", "magnitude", "random")  # what experts, and channels of the stream, are chosen by
-_COMPARED = ("obs", "taylor", "fisher")  # criteria whose scores are changes of the model's loss
 _ROUNDS = 2  # of Gauss-Newton; the third gains nothing on tokens that were not seen
 
 
@@ -147,70 +144,14 @@ class Prune(Pass):
         if len(given) > 1:
             reason = "each says how much is to go; two passes, one after the other, do both"
             raise errors.ContradictoryOptions(a=f"{given[0]}=", b=f"{given[1]}=", reason=reason)
-        if self.ratio is not None and not 0.0 < self.ratio < 1.0:
-            self._refuse("ratio", f"a share of the parameters lies between 0 and 1, and {self.ratio} does not")
-        for name in ("parameters", "bytes", "flops", "latency", "context"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                self._refuse(name, f"it is greater than zero, and {value} is not")
-        if self.context != 512 and given[0] not in ("flops", "latency"):
-            self._refuse("context", f"{given[0]}= does not depend on how many tokens there are")
-        self._check_units()
-        self._check_scope()
-        if self.multiple is not None and self.multiple < 1:
-            self._refuse("multiple", f"a number is divisible by 1 at least, and not by {self.multiple}")
-        if self.rounds is not None and (self.rounds < 0 or not self._fits):
-            self._refuse("rounds", "it is a number of rounds of fitting, and needs refit=True")
-        if self.rounds and self.units in ("heads", "query heads"):
-            self._refuse("rounds", "they are for neurons, and none go")
-        if self.depth is not None:
-            self._check_depth(self.depth)
-        elif self.blocks != "loss":
-            self._refuse("blocks", "it says which whole blocks go, and without depth= none do")
-
-    def _check_units(self) -> None:
-        if self.units not in ("experts", "channels"):
-            return
-        if self.criterion not in _PLAIN:
-            self._refuse("criterion", f"{self.units} are chosen by {', '.join(_PLAIN)}, and not by {self.criterion}")
-        if self.scope == "global":
-            self._refuse("scope", f"all layers lose as many {self.units}")
-        if self.units == "channels":
-            self._check_channels()
-            return
-        for option in ("refit", "bias"):
-            if getattr(self, option):
-                self._refuse(option, "nothing reads one expert alone, so that nothing could be fitted")
-
-    def _check_channels(self) -> None:
-        if self.bias:
-            self._refuse("bias", "linears that read the residual stream keep the biases they have")
-        if self.protect:
-            self._refuse("protect", "every layer reads and writes the residual stream, and all lose the same channels")
-        for option in ("flops", "latency"):
-            if getattr(self, option) is not None:
-                self._refuse(option, "how many channels go is said by ratio, parameters or bytes")
-
-    def _check_scope(self) -> None:
-        if self.scope == "layer":
-            return
-        if self.reload and self.depth is None:
+        for option, fault in faults(self):
+            self._refuse(option, fault)
+        if self.scope == "global" and self.reload and self.depth is None:
             reason = "layers of different sizes are not what any configuration of transformers describes"
             raise errors.ContradictoryOptions(a='scope="global"', b="reload=True", reason=reason)
-        if self.criterion not in _COMPARED:
-            known = " and ".join(_COMPARED)
-            self._refuse("scope", f"scores of {self.criterion} say nothing across layers; those of {known} do")
-
-    def _check_depth(self, depth: int | float) -> None:
-        if isinstance(depth, int) and depth < 1:
-            self._refuse("depth", f"one block at least goes, and not {depth}")
-        if isinstance(depth, float) and not 0.0 < depth < 1.0:
-            self._refuse("depth", f"it is a number of blocks, or a share of them between 0 and 1, and not {depth}")
-        for option in dataclasses.fields(self):
-            if option.name in _OF_UNITS and getattr(self, option.name) != option.default:
-                self._refuse(option.name, "it is for neurons and heads, and depth= takes whole blocks")
 
     @property
-    def _fits(self) -> bool:
+    def fits(self) -> bool:
         """Whether what is left is fitted."""
         return self.criterion == "obs" and self.units != "experts" if self.refit is None else self.refit
 
@@ -241,7 +182,10 @@ class Prune(Pass):
             if site.group not in {one.group for one in sites}
         ]
         if not sites:
+            if not report.skipped:
+                report.skipped.append(Skip("the graph", f"it has no {' or '.join(f'{kind}s' for kind in kinds)}"))
             return report
+        self._check_multiple(sites)
         before = block_parameters(program)
         counts = self._counts(program, ctx, sites, report)
         sites = list(counts)
@@ -262,6 +206,13 @@ class Prune(Pass):
             if not any(fnmatchcase(name, pattern) for name in (*program.weights, *program.facts.tied)):
                 self._refuse("protect", f"{literal(pattern)} matches no weight")
 
+    def _check_multiple(self, sites: Sequence[Site]) -> None:
+        """Refuses a multiple that leaves a site as it is: heads would have to make up for its neurons."""
+        for site in sites:
+            if self.multiple is not None and site.kind not in HEADS and self.multiple >= site.units:
+                reason = f"{site} has {site.units} {site.kind}s, and no smaller number but 0 is divisible by"
+                self._refuse("multiple", f"{reason} {self.multiple}")
+
     # -- whole blocks --------------------------------------------------------------------------------------------------
 
     def _shorten(self, program: Program, ctx: Context, report: Report, depth: int | float) -> None:
@@ -272,8 +223,8 @@ class Prune(Pass):
         blocks, report.skipped = depths.may_go(every, self.protect)
         count = depth if isinstance(depth, int) else max(1, round(depth * len(every)))
         if count > min(len(blocks), len(every) - 1):
-            held = f", {len(every) - len(blocks)} of which are protected" if report.skipped else ""
-            self._refuse("depth", f"{count} blocks cannot go of {len(every)}{held}; one at least is left")
+            held = f"{len(every) - len(blocks)} are protected" if report.skipped else "one at least is left"
+            self._refuse("depth", f"{count} cannot go: of the model's {len(every)} blocks {held}")
         choose = depths.by_loss if self.blocks == "loss" else depths.by_influence
         gone = choose(program, blocks, count, calibration_of(program, ctx, repr(self)).batches, ctx)
         said = None if program.facts.config is None else depths.shortened(program, every, gone)
@@ -299,7 +250,7 @@ class Prune(Pass):
         report.notes += folded.notes
         program.clean()
         narrowing = Narrowing(
-            self.criterion, self._fits, self.reload, self.multiple, self.ratio, self.parameters, self.bytes, repr(self)
+            self.criterion, self.fits, self.reload, self.multiple, self.ratio, self.parameters, self.bytes, repr(self)
         )
         try:
             narrowing.run(program, ctx, report)
@@ -308,8 +259,10 @@ class Prune(Pass):
         except TooMuch:
             self._refuse(self._goal, "not so many channels of the residual stream can go: two at least must stay")
         except Unsaid:
-            reason = "transformers has no configuration of this architecture with a narrower residual stream, as where"
-            self._refuse("reload", f"{reason} the width of a head is that by the heads; reload=False leaves it to slim")
+            why = (
+                "plain transformers cannot hold this model with a narrower residual stream: the width of a head is that"
+            )
+            self._refuse("reload", f"{why} by the heads, or a linear got a bias; reload=False leaves it to slim")
 
     # -- how many ------------------------------------------------------------------------------------------------------
 
@@ -341,9 +294,10 @@ class Prune(Pass):
         try:
             if self.scope == "global":
                 return spread(self._costs(program, ctx, sites), wanted, self.multiple)
-            ways = spaced(budget.ways()) if self.criterion == "obs" else [budget.even()]
+            ways = spaced(budget.ways()) if self.criterion == "obs" else [budget.level()]
         except TooMuch:
-            self._too_much(program, sites, wanted)
+            rule = "a quarter of each site stays" if self.scope == "global" else budget.binding()
+            self._too_much(program, sites, wanted, rule)
         if len(ways) == 1:
             return ways[0]
         statistics = self._collected(program, ctx, sites)
@@ -351,13 +305,13 @@ class Prune(Pass):
         compared = Comparison(program, statistics, calibration_of(program, ctx, repr(self)).batches, most)
         return min(ctx.track("sharing the budget", ways), key=compared.loss)
 
-    def _too_much(self, program: Program, sites: Sequence[Site], wanted: float) -> NoReturn:
+    def _too_much(self, program: Program, sites: Sequence[Site], wanted: float, rule: str) -> NoReturn:
         held = sum(site.cost * site.units for site in sites)
+        rule = "which is less" if wanted > held else rule
         if self.ratio is not None:
             of = f"{block_parameters(program):,} parameters of blocks"
-            self._refuse("ratio", f"the units that can go hold {held:,} of the {of}")
-        reason = f"{wanted:,.6g} must go, and the units that can go, some of which must stay, hold {held:,.6g}"
-        self._refuse(self._goal, reason)
+            self._refuse("ratio", f"{wanted:,.6g} of the {of} must go, and the units that can go hold {held:,}; {rule}")
+        self._refuse(self._goal, f"{wanted:,.6g} must go, and the units that can go hold {held:,.6g}; {rule}")
 
     def _costs(self, program: Program, ctx: Context, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """[units] of each: nats lost by the first 0, 1, 2, ... units that go."""
@@ -381,7 +335,7 @@ class Prune(Pass):
         if self.units == "experts" and self.criterion == "obs":
             batches = calibration_of(program, ctx, repr(self)).batches
             return at_once(program, counts, experts.saliency(program, batches, list(counts), ctx).__getitem__)
-        fits = self._fits
+        fits = self.fits
         known = self._known_scores(program, ctx, list(counts))
         if known is not None and not fits and not self.bias:
             return at_once(program, counts, known.__getitem__)

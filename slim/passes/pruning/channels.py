@@ -171,8 +171,8 @@ class Fitting:
                 for value, statistics in block.statistics.items():
                     for linear in (node for node in readers(value) if node in mine):
                         block.results |= self._made(linear, statistics)
-            for name, value in block.results.items():
-                self.program.weights[name] = value
+            for name, made in block.results.items():
+                self.program.weights[name] = made
 
     def _reads(self, linear: fx.Node) -> bool:
         return linear in self.stream.readers

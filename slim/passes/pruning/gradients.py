@@ -19,7 +19,7 @@ _NUMBERS = 1 << 27  # slopes that are held, of all sites together
 
 
 def fisher(program: Program, batches: Sequence[Batch], sites: Sequence[Site], ctx: Context) -> dict[Site, Tensor]:
-    """[rows, units]: slopes G of the loss by factors m = 1, a token's on all that a unit makes of it (Kwon et al., 2022).
+    """[rows, units]: slopes G of the loss by factors m = 1, a token's on what a unit makes of it (Kwon et al., 2022).
 
     G^T G is the Fisher information: exact on its diagonal, and beside it that of as many tokens, evenly taken, as fit.
     """
