@@ -109,7 +109,11 @@ def test_norms_behind_linears_fix_the_basis_and_are_named() -> None:
         ("y = aten.add.Tensor(t, 1.0)", "read one by one by aten.add"),
         ("y = aten.slice.Tensor(t, 2, 0, 4)", "read one by one by aten.slice"),
         ("y = aten.view.default(t, [-1])", "read one by one by aten.view"),
-        ("m = aten.linear.default(t, weights['m'])\ng = aten.silu.default(m)\ny = aten.add.Tensor(t, g)", "made by aten"),
+        (
+            "g = aten.silu.default(aten.linear.default(t, weights['m']))\n"
+            "s = aten.add.Tensor(t, g)\ny = aten.linear.default(s, weights['m'])",
+            "made by aten.silu",
+        ),
         ("y = aten.clone.default(t)", "a result of the model"),
     ],
 )

@@ -98,8 +98,8 @@ class Budget:
         """The rule without which as much as is wanted could go: what to say where ``ways`` finds none."""
         rules: list[tuple[str, dict[str, Any]]] = [
             ("with multiple=1 it could go: neurons are left in multiples", {"multiple": 1}),
+            ("it could go if an even number of kv heads did not have to stay even", {"even": False}),
             ("with reload=False it could go: transformers cannot build every number of heads", {"allowed": _any}),
-            ("it could go if even numbers of kv heads did not have to stay even", {"allowed": _any, "even": False}),
         ]
         for told, without in rules:
             try:
