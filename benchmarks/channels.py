@@ -23,14 +23,25 @@ from slim.runtime.perplexity import score
 RESULTS = Path(__file__).resolve().parent / "results" / "channels.json"
 PASSAGES = {"demo": 16}  # held-out ones; 60 elsewhere
 BLOCKS, WHOLE = "blocks", "model"  # what a ratio is of
+_CHANNELS: dict[str, Any] = {"units": "channels", "multiple": 1, "reload": False}
 WAYS: dict[str, dict[str, Any]] = {
     "neurons and heads": {},
     "neurons": {"units": "neurons"},
-    "channels": {"units": "channels", "multiple": 1, "reload": False},
-    "not fitted": {"units": "channels", "multiple": 1, "reload": False, "refit": False},
-    "magnitude": {"units": "channels", "multiple": 1, "reload": False, "criterion": "magnitude"},
-    "random": {"units": "channels", "multiple": 1, "reload": False, "criterion": "random"},
+    "channels": _CHANNELS,
+    "not fitted": {**_CHANNELS, "refit": False},
+    "magnitude": {**_CHANNELS, "criterion": "magnitude"},
+    "random": {**_CHANNELS, "criterion": "random"},
+    "half by channels": {},
 }
+
+
+def passes(way: str, ratio: float, whole: int | None) -> list[Prune]:
+    """What takes ``ratio`` of the blocks' parameters, or leaves no more of all than ``whole``."""
+    if way == "half by channels":  # two passes, as much of what is there by each
+        each = 1 - (1 - ratio) ** 0.5
+        first = Prune(each, **_CHANNELS)
+        return [first, Prune(each) if whole is None else Prune(parameters=whole)]
+    return [Prune(ratio, **WAYS[way]) if whole is None else Prune(parameters=whole, **WAYS[way])]
 
 
 def main() -> None:
@@ -45,21 +56,20 @@ def main() -> None:
     kept = read_kept(options.output)
     for name in options.models:
         rows = kept.setdefault(name, {})
-        rows["float"] = measure(name, None)
+        rows["float"] = measure(name, [])
         for ratio in options.ratios:
             for way in options.ways:
-                most = int((1 - ratio) * rows["float"]["all"])
-                pass_ = Prune(parameters=most, **WAYS[way]) if options.whole else Prune(ratio, **WAYS[way])
-                found = measure(name, pass_)
+                most = int((1 - ratio) * rows["float"]["all"]) if options.whole else None
+                found = measure(name, passes(way, ratio, most))
                 rows[f"{ratio:g} {WHOLE if options.whole else BLOCKS} {way}"] = found
                 print(f"{name:14} {ratio:.0%} {way:18} {found['nats'] - rows['float']['nats']:.4f}", flush=True)
                 write_kept(options.output, kept, table(kept))
 
 
-def measure(name: str, pass_: Prune | None) -> dict[str, Any]:
+def measure(name: str, passes: list[Prune]) -> dict[str, Any]:
     """Nats a token, numbers of the blocks and of the whole model, and seconds."""
     case = CASES[name]()
-    start, passes = time.perf_counter(), [] if pass_ is None else [pass_]
+    start = time.perf_counter()
     made = slim.compile(case.model, passes, calibration=case.tensors()[:48], target="eager", verify=False)
     seconds = round(time.perf_counter() - start, 1)
     found = score(made, case.passages[: PASSAGES.get(name, 60)])

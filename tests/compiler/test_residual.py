@@ -17,7 +17,7 @@ from slim.passes.pruning.channels import by_chance, centre, delete, silence
 from tests.programs import lifted, program
 
 SIZES: dict[str, dict[str, Any]] = {"opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}}
-ARCHITECTURES = ("llama", "gpt2", "qwen2", "phi3", "gpt_neox", "opt", "mixtral", "gemma", "cohere")
+ARCHITECTURES = ("llama", "gpt2", "qwen2", "phi3", "gpt_neox", "opt", "mixtral", "gemma")
 
 
 @functools.cache
@@ -56,7 +56,7 @@ def test_a_rotation_of_the_stream_changes_nothing(name: str) -> None:
     assert error(before, after) < 1e-5
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "mixtral"])
 def test_deleting_channels_is_the_same_as_writing_zeros_to_them(name: str) -> None:
     _, after, stream, means = prepared(name)
     turned = rotation(stream.width)

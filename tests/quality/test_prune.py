@@ -26,6 +26,7 @@ def texts() -> tuple[tuple[torch.Tensor, ...], list[Passage]]:
     return calibration, windows((MODEL / "heldout.txt").read_text(), tokenizer, 512, 4_000)
 
 
+@functools.cache
 def loss(pass_: Prune | None) -> float:
     """Nats a token."""
     calibration, held_out = texts()
