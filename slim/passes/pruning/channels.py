@@ -62,6 +62,8 @@ def directions(program: Program, stream: Stream, kept: int, ctx: Context, asked_
         if not block.restored:
             block.results |= {value.name: _gram(found) for value, found in block.statistics.items()}
         for value in block.values:
+            if not bool(block.results[value.name].any()):
+                continue  # no token came here
             mine = [str(node.args[1].target) for node in readers(value) if node in stream.readers]  # type: ignore[union-attr]
             weights = [program.weights[name].reshape(-1, stream.width) for name in dict.fromkeys(mine)]
             every.append(Seen.of(block.results[value.name], weights))

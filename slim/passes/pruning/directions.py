@@ -10,7 +10,7 @@ from torch import Tensor
 
 _DAMPING = 1e-4  # of the mean diagonal of C
 _LENGTH = 0.1  # weight of the stream's own energy beside what readers make: norms divide by its length
-_STEPS = 40  # of L-BFGS, and for each up to so many / 4 tries
+_STEPS, _WIDE = 20, 512  # of L-BFGS, and up to which width: each costs the cube of it, and the first gain most
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def leading(every: Sequence[Seen], kept: int) -> Tensor:
 
 def _climbed(start: Tensor, terms: Sequence[Seen]) -> Tensor:
     span = start.contiguous().clone()
-    search = torch.optim.LBFGS([span], max_iter=_STEPS, history_size=8, line_search_fn="strong_wolfe")
+    steps = min(_STEPS, max(4, _STEPS * _WIDE // len(span)))
+    search = torch.optim.LBFGS([span], max_iter=steps, history_size=8, line_search_fn="strong_wolfe")
 
     def missed() -> Tensor:
         value, span.grad = lost(span.detach(), terms)
