@@ -110,7 +110,7 @@ def test_norms_behind_linears_fix_the_basis_and_are_named() -> None:
         ("y = aten.slice.Tensor(t, 2, 0, 4)", "read one by one by aten.slice"),
         ("y = aten.view.default(t, [-1])", "read one by one by aten.view"),
         (
-            "g = aten.silu.default(aten.linear.default(t, weights['m']))\n"
+            "m = aten.linear.default(t, weights['m'])\ng = aten.silu.default(m)\n"
             "s = aten.add.Tensor(t, g)\ny = aten.linear.default(s, weights['m'])",
             "made by aten.silu",
         ),
