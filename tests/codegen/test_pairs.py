@@ -14,7 +14,8 @@ from slim.codegen import build
 from slim.codegen.regions.describe import describe
 from slim.codegen.regions.lower import lower
 from slim.codegen.regions.pairs import inverse
-from slim.codegen.regions.schedule import Foreign, Linear, Pointwise
+from slim.codegen.regions.products import Linear
+from slim.codegen.regions.schedule import Foreign, Pointwise
 from slim.compiler.lift import lift
 from slim.compiler.program import Program
 from slim.compiler.uses import LINEAR

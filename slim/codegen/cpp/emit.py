@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from slim.codegen.cpp import attention, loops, products  # noqa: F401  they register what writes each region
 from slim.codegen.cpp.text import FORMATS, STORED, Sizes
 from slim.codegen.cpp.writer import NAME, Kernel, Writer
-from slim.codegen.regions.lower import Wants
-from slim.codegen.regions.schedule import Foreign, Linear, Region, Schedule
+from slim.codegen.regions.products import Linear
+from slim.codegen.regions.schedule import Foreign, Region, Schedule
 from slim.codegen.regions.views import Buffer
+from slim.codegen.regions.wants import Wants
 from slim.compiler.patterns.terms import TERMS
 
 WANTS = Wants(

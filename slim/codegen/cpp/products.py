@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from slim.codegen.cpp.loops import STATISTICS, normalised
 from slim.codegen.cpp.text import Loop, ScalarText, number
 from slim.codegen.cpp.writer import NAME, Writer, assign, decompose, indented, loop_over, writes
+from slim.codegen.regions.products import Linear, Matrix, Part
 from slim.codegen.regions.scalars import Load
-from slim.codegen.regions.schedule import Linear, Matrix, Part
 from slim.codegen.regions.views import Size
 
 

@@ -4,20 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from slim.codegen.regions.products import Linear, Matrix, Part, Source
 from slim.codegen.regions.scalars import Op, Scalar, walk
-from slim.codegen.regions.schedule import (
-    Attention,
-    Foreign,
-    Linear,
-    Matrix,
-    Norm,
-    Part,
-    Pointwise,
-    Reduce,
-    Region,
-    Schedule,
-    Source,
-)
+from slim.codegen.regions.schedule import Attention, Foreign, Norm, Pointwise, Reduce, Region, Schedule
 from slim.codegen.regions.views import Buffer, View
 
 

@@ -9,9 +9,10 @@ from torch import fx
 
 from slim.codegen.regions.matrices import matrix, step_of_groups
 from slim.codegen.regions.pointwise import op
+from slim.codegen.regions.products import Linear, Part, Product, Source
 from slim.codegen.regions.rounded import Rounding, rounding
 from slim.codegen.regions.scalars import F32, Gather, Lane, Load, Scalar, Value, cast, expand, lanes
-from slim.codegen.regions.schedule import Linear, Norm, Part, Product, Source
+from slim.codegen.regions.schedule import Norm
 from slim.codegen.regions.views import Size, View, same
 
 if TYPE_CHECKING:

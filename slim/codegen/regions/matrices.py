@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from slim.codegen.regions.schedule import Matrix
+from slim.codegen.regions.products import Matrix
 from slim.codegen.regions.views import Buffer, same
 from slim.compiler.rules import argument
 from slim.compiler.uses import DEQUANTIZE, UNPACKS

@@ -14,9 +14,10 @@ from torch import Tensor, fx
 
 from slim.codegen.regions import linears
 from slim.codegen.regions.pointwise import const, op
+from slim.codegen.regions.products import Linear, Pair, Part, Placed, Product
 from slim.codegen.regions.rounded import readers, rounding
 from slim.codegen.regions.scalars import BOOL, I64, Gather, Lane, Load, Scalar, Value, lanes, rebuild, views
-from slim.codegen.regions.schedule import Linear, Pair, Part, Placed, Pointwise, Product
+from slim.codegen.regions.schedule import Pointwise
 from slim.codegen.regions.views import Size, View, same
 from slim.compiler.program import Program
 from slim.compiler.rules import argument

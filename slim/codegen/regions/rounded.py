@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import fx
 
+from slim.codegen.regions.wants import Wants
 from slim.compiler.program import Program
 from slim.compiler.rules import argument
 from slim.compiler.uses import DEQUANTIZE, EXPERTS, LINEAR
-
-if TYPE_CHECKING:
-    from slim.codegen.regions.lower import Wants
 
 QUANTIZE = torch.ops.slim.quantize.default
 TOKEN_SCALE = torch.ops.slim.token_scale.default

@@ -11,8 +11,8 @@ import torch
 from torch import fx
 
 from slim.codegen.regions.lower import Lowering, handles
+from slim.codegen.regions.products import Pair, Product
 from slim.codegen.regions.scalars import Load, Value, cast, computed, expand, lanes, remap
-from slim.codegen.regions.schedule import Pair, Product
 from slim.codegen.regions.views import Size, same
 from slim.compiler.rules import argument
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from slim.codegen.regions.schedule import Linear, Matrix
+from slim.codegen.regions.products import Linear, Matrix
 from slim.codegen.regions.views import Buffer
 from slim.codegen.triton.kernel import Config, Kernel
 from slim.codegen.triton.weights import rows_of, tile, to_float, units, zero_points

@@ -8,10 +8,11 @@ from typing import Any
 
 import sympy
 
-from slim.codegen.regions.lower import Wants
+from slim.codegen.regions.products import Linear
 from slim.codegen.regions.provenance import Kernel as Placed
-from slim.codegen.regions.schedule import Attention, Foreign, Linear, Norm, Reduce, Region, Schedule
+from slim.codegen.regions.schedule import Attention, Foreign, Norm, Reduce, Region, Schedule
 from slim.codegen.regions.views import Size
+from slim.codegen.regions.wants import Wants
 from slim.codegen.triton import attention, linear, loops  # noqa: F401  they register what writes each region
 from slim.codegen.triton.attention_pattern import TAKEN
 from slim.codegen.triton.kernel import Kernel, Stage

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from slim.codegen.regions.pointwise import const, op
+from slim.codegen.regions.products import Linear, Matrix, Source
 from slim.codegen.regions.scalars import F32, Lane, Load, Scalar
-from slim.codegen.regions.schedule import Linear, Matrix, Norm, Pointwise, Source
+from slim.codegen.regions.schedule import Norm, Pointwise
 from slim.codegen.regions.views import Buffer
 from slim.codegen.triton import loops  # noqa: F401  it writes the kernels that prepare rows
 from slim.codegen.triton.dequantize import dequantize

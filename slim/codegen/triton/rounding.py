@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from slim.codegen.regions.products import Linear
 from slim.codegen.regions.scalars import Load
-from slim.codegen.regions.schedule import Linear
 from slim.codegen.regions.views import View
 from slim.codegen.triton.kernel import Kernel
 from slim.codegen.triton.loops import STATISTICS, normalised, over_rows, rows_over

@@ -6,7 +6,7 @@ result. A layer norm, and any norm before rounding, is computed from the whole r
 
 from __future__ import annotations
 
-from slim.codegen.regions.schedule import Source
+from slim.codegen.regions.products import Source
 from slim.codegen.regions.views import View
 from slim.codegen.triton.rounding import step_of
 from slim.codegen.triton.sweep import Row, place

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from slim.codegen.regions.products import Linear, Matrix, Part, Source
 from slim.codegen.regions.scalars import Gather, Iota, Load, Scalar, walk
-from slim.codegen.regions.schedule import Linear, Matrix, Part, Source
 from slim.codegen.regions.views import Size, View, coalesce
 from slim.codegen.triton.kernel import Config
 from slim.codegen.triton.loops import decompose

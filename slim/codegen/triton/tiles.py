@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from slim.codegen.regions.schedule import Matrix
+from slim.codegen.regions.products import Matrix
 from slim.codegen.triton.kernel import Config, Kernel
 from slim.codegen.triton.source import Input
 from slim.codegen.triton.sweep import Results, Row, Sum, Sweep, choose, columns, gather, is_split, span

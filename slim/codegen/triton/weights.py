@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from slim.codegen.regions.schedule import Matrix
+from slim.codegen.regions.products import Matrix
 from slim.codegen.triton.writer import Writer
 
 

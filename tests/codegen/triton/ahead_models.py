@@ -13,7 +13,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.pairs import RandomPairs
 from slim.codegen.regions.lower import lower
-from slim.codegen.regions.schedule import Attention, Linear, Schedule
+from slim.codegen.regions.products import Linear
+from slim.codegen.regions.schedule import Attention, Schedule
 from slim.codegen.triton.ahead import compile_for
 from slim.codegen.triton.decoding import choose
 from slim.codegen.triton.device import ahead

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from slim.codegen.regions.pointwise import op
+from slim.codegen.regions.products import Linear, Matrix, Part, Product, Source
 from slim.codegen.regions.scalars import Lane, Load, Scalar
-from slim.codegen.regions.schedule import Linear, Matrix, Norm, Part, Product, Source
+from slim.codegen.regions.schedule import Norm
 from slim.codegen.regions.views import Buffer, View
 from slim.compiler.dialect import quant
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from slim.codegen.regions.pointwise import op
+from slim.codegen.regions.products import Linear, Pair, Placed
 from slim.codegen.regions.scalars import Lane, Load
-from slim.codegen.regions.schedule import Linear, Pair, Placed
 
 pytest.importorskip("triton")
 
