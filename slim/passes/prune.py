@@ -14,7 +14,15 @@ from slim import errors
 from slim.compiler.dependencies import Dependencies, Kind
 from slim.compiler.machine import measure_machine
 from slim.compiler.options import literal
-from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, KNOWN_HEADS, STATISTICS, Context, Pass
+from slim.compiler.passes_base import (
+    FLOAT_KV,
+    FLOAT_WEIGHTS,
+    KNOWN_HEADS,
+    STATISTICS,
+    UNSMOOTHED,
+    Context,
+    Pass,
+)
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
 from slim.compiler.residual import NoStream
@@ -146,6 +154,8 @@ class Prune(Pass):
             raise errors.ContradictoryOptions(a=f"{given[0]}=", b=f"{given[1]}=", reason=reason)
         for option, fault in faults(self):
             self._refuse(option, fault)
+        if self.units == "channels":  # norms are folded, which would undo smoothing
+            object.__setattr__(self, "requires", Prune.requires | {UNSMOOTHED})
         if self.scope == "global" and self.reload and self.depth is None:
             reason = "layers of different sizes are not what any configuration of transformers describes"
             raise errors.ContradictoryOptions(a='scope="global"', b="reload=True", reason=reason)

@@ -196,6 +196,12 @@ def test_a_stream_that_norms_write_to_is_refused_with_the_norm() -> None:
         pruned(lifted("gemma2"), narrow())
 
 
+def test_it_does_not_follow_smoothing_which_folded_norms_would_undo() -> None:
+    passes = 'smooth_quant, prune(0.2, "magnitude", units="channels")'
+    with pytest.raises(errors.PassOrder, match="norm gains that hold no smoothing"):
+        slim.compile(model("llama"), passes, calibration=tokens(), target="eager")
+
+
 def test_two_channels_are_left_at_least() -> None:
     with pytest.raises(errors.BadPassOption, match="two at least must stay"):
         pruned(lifted("llama"), narrow(0.99, criterion="magnitude"))
