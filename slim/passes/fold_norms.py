@@ -12,6 +12,7 @@ from slim.compiler.biases import new_bias
 from slim.compiler.passes_base import FLOAT_WEIGHTS, UNSMOOTHED, Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
+from slim.compiler.rows import leaves_rows_whole
 from slim.compiler.rules import argument
 from slim.compiler.scaling import by_rows, scale_weight, settle
 from slim.compiler.uses import EXPERTS, LINEAR
@@ -19,13 +20,6 @@ from slim.compiler.uses import EXPERTS, LINEAR
 aten, slim = torch.ops.aten, torch.ops.slim
 
 _NORMS = (slim.rms_norm.default, slim.layer_norm.default)
-
-# Operations that move or copy rows. Where the last dimension keeps its size, as is checked, they leave it alone.
-_MOVES_ROWS = frozenset({
-    aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.slice.Tensor, aten.unsqueeze.default,
-    aten.expand.default, aten.clone.default, aten.contiguous.default, aten._to_copy.default, aten.alias.default,
-    aten.repeat_interleave.self_int,
-})  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,23 +130,12 @@ def _readers(norm: fx.Node) -> Iterator[fx.Node]:
         for user in value.users:
             if user.target in (LINEAR, EXPERTS) and [i for i, a in enumerate(user.args) if a is value] == [0]:
                 yield user
-            elif not _leaves_rows_whole(value, user):
+            elif not leaves_rows_whole(value, user):
                 goal = "the output" if user.op == "output" else user.target
                 raise _LeftAlone(f"its result goes to {goal}, and not to linears alone")
             elif user not in seen:
                 seen.add(user)
                 waiting.append(user)
-
-
-def _leaves_rows_whole(value: fx.Node, user: fx.Node) -> bool:
-    if user.op != "call_function" or user.args[0] is not value:
-        return False
-    width = value.meta["val"].shape[-1]
-    if user.target is aten.index.Tensor:
-        picked = user.args[1]
-        return isinstance(picked, (list, tuple)) and len(picked) < value.meta["val"].dim()
-    out = user.meta["val"]
-    return user.target in _MOVES_ROWS and out.dtype.is_floating_point and width > 1 and bool(out.shape[-1] == width)
 
 
 # -- folding -----------------------------------------------------------------------------------------------------------

@@ -1,8 +1,7 @@
-"""Takes neurons, attention heads or whole blocks out of a model, without training."""
+"""Takes neurons, attention heads, channels or whole blocks out of a model, without training."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -15,20 +14,32 @@ from slim import errors
 from slim.compiler.dependencies import Dependencies, Kind
 from slim.compiler.machine import measure_machine
 from slim.compiler.options import literal
-from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, KNOWN_HEADS, STATISTICS, Context, Pass
+from slim.compiler.passes_base import (
+    FLOAT_KV,
+    FLOAT_WEIGHTS,
+    KNOWN_HEADS,
+    STATISTICS,
+    UNSMOOTHED,
+    Context,
+    Pass,
+)
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
+from slim.compiler.residual import NoStream
 from slim.compiler.stack import find_blocks, take_out
 from slim.compiler.statistics import SiteStatistics, calibration_of, collect
 from slim.compiler.statistics.gradients import output_moments
+from slim.passes.fold_norms import FoldNorms
 from slim.passes.pruning import depth as depths
 from slim.passes.pruning import experts, gradients, scores
 from slim.passes.pruning.budget import Budget, Counts, TooMuch, spaced
+from slim.passes.pruning.checks import faults
 from slim.passes.pruning.measure import Comparison
+from slim.passes.pruning.narrow import Narrowing, Unsaid, untied
 from slim.passes.pruning.prices import Load, Measure, Prices
-from slim.passes.pruning.sites import Site, block_parameters, find_sites
+from slim.passes.pruning.sites import HEADS, Site, block_parameters, find_sites
 from slim.passes.pruning.spread import by_scores, by_surgeon, spread
-from slim.passes.pruning.work import Choice, Result, Work, at_once, lowest
+from slim.passes.pruning.work import Choice, Result, Work, alone, at_once, lowest
 from slim.passes.pruning.write import can_say_heads, write_config
 
 _KINDS = {
@@ -39,10 +50,7 @@ _KINDS = {
     "experts": (Kind.EXPERT,),
 }
 _GOALS = ("ratio", "parameters", "bytes", "flops", "latency", "depth")
-_OF_UNITS = ("criterion", "units", "multiple", "refit", "bias", "reload", "scope", "rounds")
 _MEASURES: tuple[Measure, ...] = ("parameters", "bytes", "flops", "latency")
-_OF_EXPERTS = ("obs", "magnitude", "random")
-_COMPARED = ("obs", "taylor", "fisher")  # criteria whose scores are changes of the model's loss
 _ROUNDS = 2  # of Gauss-Newton; the third gains nothing on tokens that were not seen
 
 
@@ -81,6 +89,8 @@ class Prune(Pass):
         units: what may go: "both" is "neurons" and "heads", which are kv heads with the queries that read them. "query
             heads" are one of every kv head at a time, and keys and values stay. "experts" of mixtures go with their
             place at the router; nothing is fitted, and "obs" is then the energy of what an expert adds to the stream.
+            "channels" are those of the residual stream, which is rotated first: the directions go that what reads it
+            needs least, and every layer gets narrower by as many; ``ratio``, ``parameters`` and ``bytes`` say how many.
         protect: patterns of weight names; a site that any of its weights matches is left alone.
         multiple: what the number of neurons left is divisible by; None is 128, or less for narrow layers.
         refit: fit what reads the units that are left; None is True for "obs" and False for the baselines.
@@ -107,6 +117,7 @@ class Prune(Pass):
 
     Source: units and costs follow Hassibi & Stork, 1993 and ZipLM (Kurtic et al., 2023); the fit is the closed form
     that FLAP (An et al., 2024) approximates by a bias. Blocks: Song et al., SLEB, 2024; Men et al., ShortGPT, 2024.
+    Channels: Ashkboos et al., SliceGPT, 2024.
 
     Example:
         >>> slim.compile(model, passes=[Prune(0.2)], calibration=texts)
@@ -115,7 +126,7 @@ class Prune(Pass):
 
     ratio: float | None = None
     criterion: Literal["obs", "wanda", "flap", "taylor", "fisher", "magnitude", "random"] = "obs"
-    units: Literal["both", "neurons", "heads", "query heads", "experts"] = "both"
+    units: Literal["both", "neurons", "heads", "query heads", "experts", "channels"] = "both"
     protect: tuple[str, ...] = ()
     multiple: int | None = None
     refit: bool | None = None
@@ -141,60 +152,23 @@ class Prune(Pass):
         if len(given) > 1:
             reason = "each says how much is to go; two passes, one after the other, do both"
             raise errors.ContradictoryOptions(a=f"{given[0]}=", b=f"{given[1]}=", reason=reason)
-        if self.ratio is not None and not 0.0 < self.ratio < 1.0:
-            self._refuse("ratio", f"a share of the parameters lies between 0 and 1, and {self.ratio} does not")
-        for name in ("parameters", "bytes", "flops", "latency", "context"):
-            if (value := getattr(self, name)) is not None and value <= 0:
-                self._refuse(name, f"it is greater than zero, and {value} is not")
-        if self.context != 512 and given[0] not in ("flops", "latency"):
-            self._refuse("context", f"{given[0]}= does not depend on how many tokens there are")
-        self._check_experts()
-        self._check_scope()
-        if self.multiple is not None and self.multiple < 1:
-            self._refuse("multiple", f"a number is divisible by 1 at least, and not by {self.multiple}")
-        if self.rounds is not None and (self.rounds < 0 or not self._fits):
-            self._refuse("rounds", "it is a number of rounds of fitting, and needs refit=True")
-        if self.rounds and self.units in ("heads", "query heads"):
-            self._refuse("rounds", "they are for neurons, and none go")
-        if self.depth is not None:
-            self._check_depth(self.depth)
-        elif self.blocks != "loss":
-            self._refuse("blocks", "it says which whole blocks go, and without depth= none do")
-
-    def _check_experts(self) -> None:
-        if self.units != "experts":
-            return
-        if self.criterion not in _OF_EXPERTS:
-            self._refuse("criterion", f"experts are chosen by {', '.join(_OF_EXPERTS)}, and not by {self.criterion}")
-        for option in ("refit", "bias"):
-            if getattr(self, option):
-                self._refuse(option, "nothing reads one expert alone, so that nothing could be fitted")
-        if self.scope == "global":
-            self._refuse("scope", "layers of mixtures lose as many experts as the others")
-
-    def _check_scope(self) -> None:
-        if self.scope == "layer":
-            return
-        if self.reload and self.depth is None:
+        for option, fault in faults(self):
+            self._refuse(option, fault)
+        if self.units == "channels":  # norms are folded, which would undo smoothing
+            object.__setattr__(self, "requires", Prune.requires | {UNSMOOTHED})
+        if self.scope == "global" and self.reload and self.depth is None:
             reason = "layers of different sizes are not what any configuration of transformers describes"
             raise errors.ContradictoryOptions(a='scope="global"', b="reload=True", reason=reason)
-        if self.criterion not in _COMPARED:
-            known = " and ".join(_COMPARED)
-            self._refuse("scope", f"scores of {self.criterion} say nothing across layers; those of {known} do")
-
-    def _check_depth(self, depth: int | float) -> None:
-        if isinstance(depth, int) and depth < 1:
-            self._refuse("depth", f"one block at least goes, and not {depth}")
-        if isinstance(depth, float) and not 0.0 < depth < 1.0:
-            self._refuse("depth", f"it is a number of blocks, or a share of them between 0 and 1, and not {depth}")
-        for option in dataclasses.fields(self):
-            if option.name in _OF_UNITS and getattr(self, option.name) != option.default:
-                self._refuse(option.name, "it is for neurons and heads, and depth= takes whole blocks")
 
     @property
-    def _fits(self) -> bool:
+    def fits(self) -> bool:
         """Whether what is left is fitted."""
         return self.criterion == "obs" and self.units != "experts" if self.refit is None else self.refit
+
+    @property
+    def _goal(self) -> str:
+        """The option that says how much is to go."""
+        return next(name for name in _GOALS if getattr(self, name) is not None)
 
     def _refuse(self, option: str, reason: str) -> NoReturn:
         raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason)
@@ -206,6 +180,9 @@ class Prune(Pass):
         if self.depth is not None:
             self._shorten(program, ctx, report, self.depth)
             return report
+        if self.units == "channels":
+            self._narrow(program, ctx, report)
+            return report
         kinds = _KINDS[self.units]
         found = Dependencies(program, "query" if self.units == "query heads" else "kv")
         sites, report.skipped = find_sites(program, found, self.protect, kinds)
@@ -215,7 +192,10 @@ class Prune(Pass):
             if site.group not in {one.group for one in sites}
         ]
         if not sites:
+            if not report.skipped:
+                report.skipped.append(Skip("the graph", f"it has no {' or '.join(f'{kind}s' for kind in kinds)}"))
             return report
+        self._check_multiple(sites)
         before = block_parameters(program)
         counts = self._counts(program, ctx, sites, report)
         sites = list(counts)
@@ -236,6 +216,13 @@ class Prune(Pass):
             if not any(fnmatchcase(name, pattern) for name in (*program.weights, *program.facts.tied)):
                 self._refuse("protect", f"{literal(pattern)} matches no weight")
 
+    def _check_multiple(self, sites: Sequence[Site]) -> None:
+        """Refuses a multiple that leaves a site as it is: heads would have to make up for its neurons."""
+        for site in sites:
+            if self.multiple is not None and site.kind not in HEADS and self.multiple >= site.units:
+                reason = f"{site} has {site.units} {site.kind}s, and no smaller number but 0 is divisible by"
+                self._refuse("multiple", f"{reason} {self.multiple}")
+
     # -- whole blocks --------------------------------------------------------------------------------------------------
 
     def _shorten(self, program: Program, ctx: Context, report: Report, depth: int | float) -> None:
@@ -246,8 +233,8 @@ class Prune(Pass):
         blocks, report.skipped = depths.may_go(every, self.protect)
         count = depth if isinstance(depth, int) else max(1, round(depth * len(every)))
         if count > min(len(blocks), len(every) - 1):
-            held = f", {len(every) - len(blocks)} of which are protected" if report.skipped else ""
-            self._refuse("depth", f"{count} blocks cannot go of {len(every)}{held}; one at least is left")
+            held = f"{len(every) - len(blocks)} are protected" if report.skipped else "one at least is left"
+            self._refuse("depth", f"{count} cannot go: of the model's {len(every)} blocks {held}")
         choose = depths.by_loss if self.blocks == "loss" else depths.by_influence
         gone = choose(program, blocks, count, calibration_of(program, ctx, repr(self)).batches, ctx)
         said = None if program.facts.config is None else depths.shortened(program, every, gone)
@@ -262,24 +249,54 @@ class Prune(Pass):
         elif said is not None:
             program.facts.config = said
 
+    # -- channels ------------------------------------------------------------------------------------------------------
+
+    def _narrow(self, program: Program, ctx: Context, report: Report) -> None:
+        measure: Measure | None = next((name for name in _MEASURES if name == self._goal), None)
+        if measure is not None:
+            self._above(program, Prices(measure, Load.of(program, self.context)), report)
+        report.notes += untied(program)
+        folded = FoldNorms().run(program, Context(progress=ctx.progress))
+        report.notes += folded.notes
+        program.clean()
+        narrowing = Narrowing(
+            self.criterion, self.fits, self.reload, self.multiple, self.ratio, self.parameters, self.bytes, repr(self)
+        )
+        try:
+            narrowing.run(program, ctx, report)
+        except NoStream as reason:
+            self._refuse("units", f"the residual stream cannot be rotated: {reason}")
+        except TooMuch:
+            self._refuse(self._goal, "not so many channels of the residual stream can go: two at least must stay")
+        except Unsaid:
+            why = (
+                "plain transformers cannot hold this model with a narrower residual stream: the width of a head is that"
+            )
+            self._refuse("reload", f"{why} by the heads, or a linear got a bias; reload=False leaves it to slim")
+
     # -- how many ------------------------------------------------------------------------------------------------------
 
     def _wanted(self, program: Program, ctx: Context, sites: list[Site], report: Report) -> tuple[list[Site], float]:
         """The sites with what a unit of each holds of what is to become less, and how much of that is to go."""
         if self.ratio is not None:
             return sites, self.ratio * block_parameters(program)
-        measure: Measure = next(name for name in _MEASURES if getattr(self, name) is not None)
-        most = getattr(self, measure)
+        measure: Measure = next(name for name in _MEASURES if name == self._goal)
         ctx.progress("measuring the machine", 0, 1)
         prices = Prices(measure, Load.of(program, self.context), measure_machine() if measure == "latency" else None)
+        return prices.priced(program, sites), self._above(program, prices, report)
+
+    def _above(self, program: Program, prices: Prices, report: Report) -> float:
+        """By how much the model is above what it may hold or cost."""
+        most = getattr(self, prices.measure)
         try:
             held = prices.total(program)
         except TypeError as error:
-            self._refuse(measure, f"the cost of this model depends on more than its tokens: {error}")
+            self._refuse(prices.measure, f"the cost of this model depends on more than its tokens: {error}")
         if held <= most:
-            self._refuse(measure, f"the model is at {held:,.6g} {prices.unit} already, and may be at {most:,.6g}")
+            reason = f"the model is at {held:,.6g} {prices.unit} already, and may be at {most:,.6g}"
+            self._refuse(prices.measure, reason)
         report.notes.append(f"{held:,.6g} {prices.unit} are to become {most:,.6g} at most")
-        return prices.priced(program, sites), held - most
+        return float(held - most)
 
     def _counts(self, program: Program, ctx: Context, sites: list[Site], report: Report) -> Counts:
         sites, wanted = self._wanted(program, ctx, sites, report)
@@ -287,9 +304,10 @@ class Prune(Pass):
         try:
             if self.scope == "global":
                 return spread(self._costs(program, ctx, sites), wanted, self.multiple)
-            ways = spaced(budget.ways()) if self.criterion == "obs" else [budget.even()]
+            ways = spaced(budget.ways()) if self.criterion == "obs" else [budget.level()]
         except TooMuch:
-            self._too_much(program, sites, wanted)
+            rule = "a quarter of each site stays" if self.scope == "global" else budget.binding()
+            self._too_much(program, sites, wanted, rule)
         if len(ways) == 1:
             return ways[0]
         statistics = self._collected(program, ctx, sites)
@@ -297,20 +315,19 @@ class Prune(Pass):
         compared = Comparison(program, statistics, calibration_of(program, ctx, repr(self)).batches, most)
         return min(ctx.track("sharing the budget", ways), key=compared.loss)
 
-    def _too_much(self, program: Program, sites: Sequence[Site], wanted: float) -> NoReturn:
+    def _too_much(self, program: Program, sites: Sequence[Site], wanted: float, rule: str) -> NoReturn:
         held = sum(site.cost * site.units for site in sites)
+        rule = "which is less" if wanted > held else rule
         if self.ratio is not None:
             of = f"{block_parameters(program):,} parameters of blocks"
-            self._refuse("ratio", f"the units that can go hold {held:,} of the {of}")
-        measure = next(name for name in _MEASURES if getattr(self, name) is not None)
-        reason = f"{wanted:,.6g} must go, and the units that can go, some of which must stay, hold {held:,.6g}"
-        self._refuse(measure, reason)
+            self._refuse("ratio", f"{wanted:,.6g} of the {of} must go, and the units that can go hold {held:,}; {rule}")
+        self._refuse(self._goal, f"{wanted:,.6g} must go, and the units that can go hold {held:,.6g}; {rule}")
 
     def _costs(self, program: Program, ctx: Context, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """[units] of each: nats lost by the first 0, 1, 2, ... units that go."""
         known = self._known_scores(program, ctx, sites)
         if known is not None:
-            return {site: by_scores(scores) for site, scores in known.items()}
+            return {site: by_scores(alone(scores)) for site, scores in known.items()}
         statistics = self._collected(program, ctx, sites)
         moments = output_moments(program, [site.linear for site in sites], ctx, asked_by=repr(self))
         return {site: by_surgeon(program, statistics, moments, site) for site in ctx.track("weighing units", sites)}
@@ -328,7 +345,7 @@ class Prune(Pass):
         if self.units == "experts" and self.criterion == "obs":
             batches = calibration_of(program, ctx, repr(self)).batches
             return at_once(program, counts, experts.saliency(program, batches, list(counts), ctx).__getitem__)
-        fits = self._fits
+        fits = self.fits
         known = self._known_scores(program, ctx, list(counts))
         if known is not None and not fits and not self.bias:
             return at_once(program, counts, known.__getitem__)
@@ -337,7 +354,7 @@ class Prune(Pass):
         return work.run(program, counts, ctx, repr(self), report.notes)
 
     def _known_scores(self, program: Program, ctx: Context, sites: Sequence[Site]) -> dict[Site, Tensor] | None:
-        """Scores that do not depend on what other sites lose; None where the criterion's do."""
+        """Scores, or slopes, that do not depend on what other sites lose; None where the criterion's do."""
         if self.criterion in ("magnitude", "random"):
             score = scores.magnitude if self.criterion == "magnitude" else scores.random
             return {site: score(program, site) for site in sites}

@@ -170,9 +170,9 @@ def test_an_interrupted_fit_goes_on_where_it_was(empty_cache: Path, monkeypatch:
 
 
 def test_rounds_of_a_fit_that_is_not_made_are_refused() -> None:
-    with pytest.raises(errors.BadPassOption, match="needs refit=True"):
+    with pytest.raises(errors.BadPassOption, match="without refit=True"):
         Prune(0.2, "wanda", rounds=2)
-    with pytest.raises(errors.BadPassOption, match="needs refit=True"):
+    with pytest.raises(errors.BadPassOption, match="without refit=True"):
         Prune(0.2, refit=False, rounds=1)
     with pytest.raises(errors.BadPassOption, match="none go"):
         Prune(0.2, units="heads", rounds=1)

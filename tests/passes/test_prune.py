@@ -1,6 +1,8 @@
 """Prune: what goes, what is fitted, what the configuration says, and what is refused."""
 
+import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from slim.compiler.verify import verify
 from slim.passes import GQA, Prune
 from slim.passes.pruning.budget import multiple_of, stays_even
 from slim.passes.pruning.obs import DAMPING, removal_order
+from slim.passes.pruning.rearrange import joint, rearranged
 from slim.passes.pruning.refit import refit
 from slim.passes.pruning.sites import block_parameters, find_sites
 from tests.programs import lifted, model
@@ -180,7 +183,7 @@ def test_what_the_result_is_added_to_is_known_where_it_is(name: str, streams: tu
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "phi3", "gpt2", "gpt_neox", "mixtral"])
-def test_a_uniform_result_loads_in_transformers_bit_for_bit(name: str, tmp_path: Path) -> None:
+def test_a_uniform_result_loads_in_transformers_and_computes_what_it_did(name: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     made = slim.compile(model(name), [Prune(0.25)], calibration=tokens(), target="eager")
@@ -191,6 +194,39 @@ def test_a_uniform_result_loads_in_transformers_bit_for_bit(name: str, tmp_path:
     with torch.no_grad():
         assert torch.equal(again(input_ids=ids).logits, made(input_ids=ids).logits)
         assert torch.allclose(there(input_ids=ids).logits, made(input_ids=ids).logits, atol=1e-5)
+
+
+def cut_by_hand(whole: Any, made: Program) -> Any:
+    """The Llama ``whole`` with the neurons that ``made`` has kept, taken over one by one."""
+    width = made.weights.shape("model.layers.0.mlp.up_proj.weight")[0]
+    config = copy.deepcopy(whole.config)
+    config.intermediate_size = width
+    cut = type(whole)(config).eval()
+    state = {name: value for name, value in whole.state_dict().items() if ".mlp." not in name}
+    for index, layer in enumerate(whole.model.layers):
+        left = made.weights[f"model.layers.{index}.mlp.up_proj.weight"]
+        kept = [int((layer.mlp.up_proj.weight == row).all(1).nonzero()) for row in left]
+        for name, linear in layer.mlp.named_children():
+            if name != "act_fn":
+                rows = linear.weight[:, kept] if name == "down_proj" else linear.weight[kept]
+                state[f"model.layers.{index}.mlp.{name}.weight"] = rows
+    cut.load_state_dict(state)
+    return cut
+
+
+def test_transformers_computes_bit_for_bit_what_the_model_does_with_neurons_cut_out_by_hand(tmp_path: Path) -> None:
+    """Its own forward in both: slim's attention rounds in another order."""
+    from transformers import AutoModelForCausalLM
+
+    whole = model("llama")
+    made = slim.compile(whole, [Prune(0.25, "magnitude", units="neurons")], target="eager")
+    made.export(tmp_path / "out")
+    there = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = tokens()[0]
+    with torch.no_grad():
+        expected = cut_by_hand(whole, made.program)(input_ids=ids).logits
+        assert torch.equal(there(input_ids=ids).logits, expected)
+        assert torch.allclose(made(input_ids=ids).logits, expected, atol=1e-5)
 
 
 def test_a_model_that_transformers_cannot_hold_is_saved_and_its_export_refused(tmp_path: Path) -> None:
@@ -215,9 +251,68 @@ def test_a_ratio_out_of_range_is_refused(ratio: float) -> None:
         Prune(ratio)
 
 
-def test_more_than_there_is_cannot_go() -> None:
-    with pytest.raises(errors.BadPassOption, match="the units that can go hold"):
-        pruned(lifted("llama"), Prune(0.95))
+@pytest.mark.parametrize(
+    ("name", "pass_", "rule"),
+    [
+        ("llama", Prune(0.95, "magnitude"), "one of each site must stay"),
+        ("llama", Prune(0.9, "magnitude", units="neurons"), "which is less"),
+        ("llama", Prune(0.4, "magnitude", units="neurons", multiple=40), "with multiple=1 it could go"),
+        ("gpt2", Prune(0.1, "magnitude", units="heads"), "with reload=False it could go"),
+        ("llama", Prune(0.8, "fisher", scope="global", reload=False), "a quarter of each site stays"),
+    ],
+)
+def test_more_than_there_is_cannot_go_and_the_rule_that_binds_is_named(name: str, pass_: Prune, rule: str) -> None:
+    with pytest.raises(errors.BadPassOption, match=f"the units that can go hold .* {rule}"):
+        pruned(lifted(name), pass_)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"rounds": -1}, "a number of rounds, none at least, and -1 is not"),
+        ({"rounds": 1, "criterion": "wanda"}, "nothing is fitted without refit=True"),
+        ({"rounds": 1, "units": "heads"}, "they are for neurons"),
+        ({"multiple": 8, "units": "heads"}, "it is for neurons, experts and channels"),
+    ],
+)
+def test_options_that_nothing_reads_are_refused(options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(errors.BadPassOption, match=reason):
+        Prune(0.2, **options)
+
+
+def test_a_multiple_that_no_smaller_number_of_neurons_has_is_refused() -> None:
+    with pytest.raises(errors.BadPassOption, match="has 48 neurons, and no smaller number but 0 is divisible by 64"):
+        pruned(lifted("llama"), Prune(0.2, "magnitude", multiple=64))
+
+
+def test_a_dense_model_says_that_it_has_no_experts() -> None:
+    with pytest.raises(errors.PassMatchedNothing, match="it has no experts"):
+        slim.compile(model("llama"), [Prune(0.2, "magnitude", units="experts")], target="eager")
+
+
+# -- fisher ------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 1000), st.integers(1, 6))
+def test_rearranged_units_do_no_more_to_the_loss_together(seed: int, count: int) -> None:
+    slopes = torch.randn(400, 8, generator=torch.Generator().manual_seed(seed)) @ torch.randn(
+        8, 8, generator=torch.Generator().manual_seed(seed + 1)
+    )
+    start = slopes.square().sum(0).argsort()[:count]
+    after = rearranged(slopes, start)
+    assert len(after.unique()) == count
+    assert joint(slopes, after) <= joint(slopes, start)
+
+
+def test_units_that_cancel_each_other_go_together_and_those_that_add_up_do_not() -> None:
+    """Alone the last two do most; together nothing."""
+    shared, own = torch.randn(600, 1), torch.randn(600, 4)
+    slopes = torch.cat([0.9 * shared + 0.1 * own[:, :2], 1.0 * shared, -1.0 * shared], 1)
+    start = slopes.square().sum(0).argsort()[:2]
+    assert set(start.tolist()) == {0, 1}
+    after = rearranged(slopes, start)
+    assert float(slopes[:, after].sum(1).square().sum()) < 0.1 * float(slopes[:, start].sum(1).square().sum())
 
 
 @pytest.mark.parametrize("criterion", ["obs", "wanda", "flap", "taylor", "fisher"])

@@ -73,7 +73,7 @@ def test_latency_is_that_of_the_roofline_on_this_machine(monkeypatch: pytest.Mon
     ("options", "reason"),
     [
         ({"parameters": 10**9}, "parameters already"),
-        ({"bytes": 20}, "some of which must stay"),
+        ({"bytes": 20}, "which is less"),
         ({"flops": 0}, "greater than zero"),
         ({"ratio": 0.1, "bytes": 1000}, "each says how much"),
         ({"parameters": 1000, "context": 100}, "does not depend on"),

@@ -145,8 +145,13 @@ def test_options_that_make_no_sense_together_are_refused(options: dict[str, Any]
 
 
 def test_one_block_is_left_at_least() -> None:
-    with pytest.raises(errors.BadPassOption, match="4 blocks cannot go of 4"):
+    with pytest.raises(errors.BadPassOption, match="4 cannot go: of the model's 4 blocks one at least is left"):
         Prune(depth=4).run(idle(2).copy(), Context(calibration=tokens()))
+
+
+def test_protected_blocks_are_counted_where_too_many_are_to_go() -> None:
+    with pytest.raises(errors.BadPassOption, match="1 cannot go: of the model's 4 blocks 4 are protected"):
+        Prune(depth=1, protect=("model.layers.*",)).run(idle(2).copy(), Context(calibration=tokens()))
 
 
 def test_a_model_that_repeats_nothing_has_no_blocks() -> None:

@@ -26,6 +26,7 @@ def texts() -> tuple[tuple[torch.Tensor, ...], list[Passage]]:
     return calibration, windows((MODEL / "heldout.txt").read_text(), tokenizer, 512, 4_000)
 
 
+@functools.cache
 def loss(pass_: Prune | None) -> float:
     """Nats a token."""
     calibration, held_out = texts()
@@ -38,3 +39,13 @@ def test_a_fifth_of_the_blocks_costs_less_than_half_of_what_published_criteria_l
     before = loss(None)
     obs, wanda, flap = (loss(Prune(0.2, name)) - before for name in ("obs", "wanda", "flap"))
     assert 0.0 < obs < 0.45 * min(wanda, flap)
+
+
+def test_rotated_channels_cost_a_fraction_of_channels_as_they_are_and_the_fit_makes_up_for_more() -> None:
+    before = loss(None)
+    fitted, bare, magnitude = (
+        loss(Prune(0.2, units="channels", **options)) - before  # type: ignore[arg-type]
+        for options in ({}, {"refit": False}, {"criterion": "magnitude"})
+    )
+    assert 0.0 < fitted < 0.9 * bare
+    assert bare < 0.3 * magnitude

@@ -223,6 +223,8 @@ def _completed(program: Program, given: dict[str, Any], argument: str) -> Batch:
     real = None
     if "input_ids" in given:
         tokens = given["input_ids"]
+        if tokens.numel() == 0:
+            raise _bad("it holds no token", argument)
         tokens = checked_tokens(tokens[None] if tokens.dim() == 1 else tokens, vocabulary(program), argument)
         limit = position_limit(program)
         if limit is not None and tokens.shape[1] > limit:

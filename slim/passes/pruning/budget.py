@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from slim.compiler.dependencies import Kind
 from slim.compiler.uses import EXPERTS
@@ -51,14 +52,16 @@ class Budget:
         wanted: in the measure that the sites' costs are in.
         multiple: what the neurons left are divisible by; None chooses.
         allowed: whether so many heads may go of each site.
+        even: an even number of kv heads stays even, or becomes one.
     """
 
     sites: Sequence[Site]
     wanted: float
     multiple: int | None
     allowed: Callable[[Counts], bool]
+    even: bool = True
 
-    def even(self) -> Counts:
+    def level(self) -> Counts:
         """Of every kind about the same share, as published recipes have it; neurons make up the difference.
 
         Raises:
@@ -79,8 +82,8 @@ class Budget:
         most = max((site.units - 1 for site in self._heads), default=0)
         found: list[Counts] = []
         for lost in ({site: min(count, site.units - 1) for site in self._heads} for count in range(most + 1)):
-            even = all(stays_even(site.units, count) for site, count in lost.items() if site.kind is Kind.KV_HEAD)
-            if not even or not self.allowed(lost):
+            kv = [(site, count) for site, count in lost.items() if site.kind is Kind.KV_HEAD]
+            if (self.even and not all(stays_even(site.units, count) for site, count in kv)) or not self.allowed(lost):
                 continue
             counts = self._filled(lost)
             if counts is not None and not (found and self._is_more(lost)):
@@ -90,6 +93,21 @@ class Budget:
         if not found:
             raise TooMuch
         return found
+
+    def binding(self) -> str:
+        """The rule without which as much as is wanted could go: what to say where ``ways`` finds none."""
+        rules: list[tuple[str, dict[str, Any]]] = [
+            ("with multiple=1 it could go: neurons are left in multiples", {"multiple": 1}),
+            ("it could go if an even number of kv heads did not have to stay even", {"even": False}),
+            ("with reload=False it could go: transformers cannot build every number of heads", {"allowed": _any}),
+        ]
+        for told, without in rules:
+            try:
+                replace(self, **without).ways()
+            except TooMuch:
+                continue
+            return told
+        return "one of each site must stay"
 
     def _is_more(self, lost: Counts) -> bool:
         """Whether heads alone are more than is to go."""
@@ -111,6 +129,10 @@ class Budget:
         if any(count <= 0 for count in kept.values()):
             return None
         return {**lost, **{site: site.units - count for site, count in kept.items()}}
+
+
+def _any(lost: Counts) -> bool:
+    return True
 
 
 def spaced(ways: Sequence[Counts]) -> list[Counts]:

@@ -15,17 +15,31 @@ from slim.compiler.statistics.gradients import Catching
 from slim.passes.pruning.sites import Site
 
 TOKENS = 16_384  # of the calibration data, at most
+_NUMBERS = 1 << 27  # slopes that are held, of all sites together
 
 
 def fisher(program: Program, batches: Sequence[Batch], sites: Sequence[Site], ctx: Context) -> dict[Site, Tensor]:
-    """[units]: E (dL / dm)^2 over batches, with m = 1 a factor on all that the unit makes (Kwon et al., 2022)."""
-    totals = {site: torch.zeros(site.units) for site in sites}
+    """[rows, units]: slopes G of the loss by factors m = 1, a token's on what a unit makes of it (Kwon et al., 2022).
+
+    G^T G is the Fisher information: exact on its diagonal, and beside it that of as many tokens, evenly taken, as fit.
+    """
+    batches = first_batches(batches, TOKENS)
+    tokens = sum(batch.inputs[0].shape[:2].numel() for batch in batches)
+    step = max(1, -(-tokens * sum(site.units for site in sites) // _NUMBERS))
+    kept: dict[Site, list[Tensor]] = {site: [] for site in sites}
+    squares = {site: torch.zeros(site.units) for site in sites}
     for values, found in _backward(program, batches, sites, ctx):
         for site in sites:
-            value = values[site.value]
-            slopes = (value.detach() * found[site.value]).reshape(-1, value.shape[-1]).sum(0)
-            totals[site] += site.per_unit(slopes).square()
-    return totals
+            product = (values[site.value].detach() * found[site.value]).float().flatten(0, -2)
+            slopes = torch.zeros(len(product), site.units).index_add_(1, site.columns, product)
+            squares[site] += slopes.square().sum(0)
+            kept[site].append(slopes[::step])
+    return {site: _scaled(torch.cat(rows), squares[site]) for site, rows in kept.items()}
+
+
+def _scaled(rows: Tensor, squares: Tensor) -> Tensor:
+    """``rows`` with columns whose sums of squares are ``squares``."""
+    return rows * (squares / rows.square().sum(0).clamp_min(torch.finfo(rows.dtype).tiny)).sqrt()
 
 
 def taylor(program: Program, batches: Sequence[Batch], sites: Sequence[Site], ctx: Context) -> dict[Site, Tensor]:

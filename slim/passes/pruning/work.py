@@ -21,6 +21,7 @@ from slim.compiler.weights import Deferred
 from slim.passes.pruning.budget import Counts
 from slim.passes.pruning.makers import Makers, find_makers
 from slim.passes.pruning.obs import removal_order
+from slim.passes.pruning.rearrange import rearranged
 from slim.passes.pruning.refit import masked, refit, wanted
 from slim.passes.pruning.sites import Site
 
@@ -178,8 +179,14 @@ def read(program: Program, linear: fx.Node, bias: Tensor) -> None:
 
 
 def lowest(scores: Tensor, count: int) -> Tensor:
-    """The ``count`` units with the least scores."""
-    return scores.argsort(stable=True)[:count]
+    """The ``count`` units with the least scores; those of slopes [rows, units] that do least together."""
+    first = alone(scores).argsort(stable=True)[:count]
+    return first if scores.dim() == 1 else rearranged(scores, first)
+
+
+def alone(scores: Tensor) -> Tensor:
+    """[units]: scores, or of slopes [rows, units] what each unit does alone."""
+    return scores if scores.dim() == 1 else scores.square().sum(0)
 
 
 def at_once(program: Program, counts: Counts, scores: Callable[[Site], Tensor]) -> Result:
