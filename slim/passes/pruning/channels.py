@@ -13,10 +13,10 @@ from slim.compiler.residual import NoStream, Stream, turn
 from slim.compiler.rules import argument
 from slim.compiler.statistics import SiteStatistics, readers, site_values, walk
 from slim.compiler.statistics.paired import Paired
+from slim.compiler.stream import beside
 from slim.compiler.uses import EMBEDDING, EXPERTS, LINEAR
 from slim.passes.pruning.directions import Seen, leading
 from slim.passes.pruning.refit import masked, refit
-from slim.passes.pruning.stream import beside
 
 aten, slim = torch.ops.aten, torch.ops.slim
 
