@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import slim
+from slim import errors
 from slim.compiler.passes_base import Context, Pass
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
@@ -19,11 +20,15 @@ class Sparsify(Pass):
 
     share: float = 0.25
 
+    def check(self) -> None:
+        """Refuses shares that leave nothing, or everything."""
+        if not 0.0 < self.share < 1.0:
+            raise errors.BadPassOption(pass_name=self.name, option="share", reason="it lies between 0 and 1")
+
     def run(self, program: Program, ctx: Context) -> Report:
         """Changes weights alone."""
         report = Report()
-        names = dict.fromkeys(program.weight_of(node.args[1]) for node in program.nodes(LINEAR))
-        for name in ctx.track("sparsifying", names):
+        for name in dict.fromkeys(program.weight_of(node.args[1]) for node in program.nodes(LINEAR)):
             if name is None:  # a weight that is computed: quantised, for instance
                 report.skipped.append(Skip("a linear", "its weight is computed, and not held"))
                 continue

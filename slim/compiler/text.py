@@ -66,8 +66,10 @@ def target_name(target: Any) -> str:
 
 
 def _origin(node: fx.Node) -> str:
-    parts = [node.meta.get("module", ""), node.meta.get("where", "")]
-    return f"  # {' @ '.join(parts)}" if any(parts) else ""
+    module, place = node.meta.get("module", ""), node.meta.get("where", "")
+    if not place:  # of torch's own modules, whose source is not the user's
+        return f"  # {module}" if module else ""
+    return f"  # {module} @ {place}"
 
 
 def _call(node: fx.Node) -> str:

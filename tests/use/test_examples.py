@@ -3,9 +3,11 @@
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from examples.write_a_pass import Sparsify
+from slim import errors
 from slim.compiler.lift import lift
 from slim.compiler.passes_base import Context
 from slim.compiler.pipeline import run_pipeline
@@ -32,3 +34,9 @@ def test_the_example_zeroes_its_share_of_every_linear_and_composes():
     assert all(share >= 0.25 for share in zeros)
     assert set(first.matched) <= set(second.matched)
     assert torch.isfinite(torch.tensor(first.drift))
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, 1.5])
+def test_the_example_refuses_a_share_that_is_none(share):
+    with pytest.raises(errors.BadPassOption, match="between 0 and 1"):
+        Sparsify(share)
