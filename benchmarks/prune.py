@@ -25,6 +25,7 @@ from slim.runtime.perplexity import score
 
 RESULTS = Path(__file__).resolve().parent / "results" / "prune.json"
 RATIOS = (0.1, 0.2, 0.3, 0.5)
+PASSAGES = {"demo": 16}
 CRITERIA = ("obs", "wanda", "flap", "taylor", "fisher", "magnitude", "random")
 
 
@@ -33,8 +34,8 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--criteria", nargs="+", default=CRITERIA, choices=CRITERIA)
-    parser.add_argument("--calibration", type=int, default=64, help="sequences")
-    parser.add_argument("--passages", type=int, default=100, help="held-out passages to score")
+    parser.add_argument("--calibration", type=int, default=48, help="sequences")
+    parser.add_argument("--passages", type=int, help="held-out ones to score (default: 60, of the demo model 16)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
@@ -42,7 +43,7 @@ def main() -> None:
     os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     for name in options.models:
         case = CASES[name]()
-        held = {"calibration": options.calibration, "passages": options.passages}
+        held = {"calibration": options.calibration, "passages": options.passages or PASSAGES.get(name, 60)}
         _keep(options.output, name, "float", measure(case, None, **held))
         for ratio in options.ratios:
             for criterion in options.criteria:
@@ -66,7 +67,10 @@ def measure(case: Case, pass_: Prune | None, calibration: int, passages: int) ->
 
 def _keep(path: Path, model: str, row: str, found: dict[str, Any]) -> None:
     results = read_kept(path)
-    results.setdefault(model, {})[row] = found
+    kept = results.setdefault(model, {})
+    if any(each["tokens"] != found["tokens"] for each in kept.values()):
+        raise SystemExit(f"{path} has rows of {model} over other passages: name another --output")
+    kept[row] = found
     write_kept(path, results, table(results))
 
 
