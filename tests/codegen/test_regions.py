@@ -7,8 +7,12 @@ from torch import nn
 from slim.codegen.regions.describe import describe
 from slim.codegen.regions.lower import lower
 from slim.compiler.lift import lift
+from slim.compiler.passes_base import Context
+from slim.compiler.pipeline import run_pipeline
+from slim.compiler.uses import DEQUANTIZE
+from slim.passes import Quantize
 from slim.runtime.binding import bind_cache
-from tests.compiled import check_golden, pair
+from tests.compiled import check_golden, lifted, pair
 from tests.programs import program
 
 
@@ -78,3 +82,14 @@ def test_three_products_in_one_sum_are_two_at_a_time():
 
     first, second = lines(Sum(), torch.randn(3, 8))
     assert (first.count("&"), second.count("&")) == (0, 1)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_a_tied_table_is_never_dequantised_as_a_whole(weights):
+    """The head reads what is stored, and a lookup the rows that it needs."""
+    passes = [Quantize(weights, group_size=16 if weights == "int4" else None, method="rtn", head=True)]
+    after, _ = run_pipeline(lifted("llama-mha"), passes, Context())
+    (table,) = [node for node in after.nodes(DEQUANTIZE) if len(node.users) == 2]
+    regions = lower(bind_cache(after, masked=True, last_only=True)).regions
+    made = [buffer.shape for region in regions for buffer in region.writes() if buffer.kind == "temp"]
+    assert tuple(table.meta["val"].shape) not in made

@@ -42,7 +42,7 @@ from slim.codegen.regions.wants import Wants
 from slim.compiler.program import Program
 from slim.compiler.rounded_kv import done_by_attention
 from slim.compiler.types import expression
-from slim.compiler.uses import LINEAR
+from slim.compiler.uses import DEQUANTIZE, LINEAR, stored_in
 
 log = logging.getLogger(__name__)
 
@@ -178,6 +178,8 @@ class Lowering:
         """``value``, in memory if more than one node reads it and computing it twice would cost."""
         if not isinstance(value, Value) or _is_free(value.body) or len(self._readers(node)) < 2:
             return value
+        if node.target is DEQUANTIZE and stored_in(node.args[0]):
+            return value  # of a tied table the head reads what is stored, and a lookup the rows that it needs
         if isinstance(value.body, Lane) and isinstance(value.body.anchor, Norm) and self._only_linears(node):
             return value
         return Value(Load(self.store(value)), value.shape, value.dtype)
