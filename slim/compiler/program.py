@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 import slim.compiler.dialect  # noqa: F401  registers the ops that every Program is written in
+from slim import errors
 from slim.compiler.types import Input, Typer
 from slim.compiler.weights import Part, Weights
 
@@ -141,11 +142,16 @@ class Program:
         Args:
             context: equal lines around those that differ.
 
+        Raises:
+            BadInput: for what is no Program; of a compiled model it is ``compiled.program``.
+
         Example:
             >>> print(before.diff(after))
         """
         from slim.compiler.difference import Difference
 
+        if not isinstance(other, Program):
+            raise errors.BadInput(argument="other", reason=f"it is no Program, but {other!r:.40}")
         return Difference.of(self, other, context)
 
     def to_networkx(self) -> networkx.MultiDiGraph:

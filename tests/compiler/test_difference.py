@@ -4,6 +4,7 @@ import networkx
 import pytest
 import torch
 
+from slim import errors
 from slim.compiler.difference import changes
 from slim.compiler.passes_base import Context
 from slim.compiler.pipeline import run_pipeline
@@ -104,3 +105,8 @@ def test_a_value_that_is_read_twice_has_two_edges():
         "other",
         "self",
     ]
+
+
+def test_what_is_no_program_is_refused():
+    with pytest.raises(errors.BadInput, match="it is no Program"):
+        made().diff("another")

@@ -168,7 +168,7 @@ def test_nothing_wrong_is_said_of_passes_that_are_right(llama):
     assert str(found).endswith("no pass moves the output by more than 0.5")
 
 
-@pytest.mark.parametrize("threshold", [-1.0, math.nan, math.inf])
+@pytest.mark.parametrize("threshold", [-1.0, math.nan, math.inf, "much", True])
 def test_a_threshold_that_no_error_could_cross_is_refused(llama, threshold):
     with pytest.raises(errors.BadInput, match="it must be 0 or more"):
         bisect(llama, "fold_norms", threshold)

@@ -119,7 +119,7 @@ class Site:
         if self.predicted is None:
             return kept
         measured = "" if self.measured is None else f"; measured: {self.measured:.2%}"
-        return f"{kept}; predicted: {self.predicted:.2%} of the results is lost{measured}"
+        return f"{kept}; predicted: {self.predicted:.2%} of the results' energy is lost{measured}"
 
 
 @dataclass(eq=False)

@@ -46,6 +46,8 @@ class Fit:
     after: float
 
     def __str__(self) -> str:
+        if self.before < _EXACT:
+            return "; the heads merge exactly, and nothing was left to fit"
         if self.after == self.before:
             return f"; fitted together: no round made the {self.before:.2%} less that the stream misses"
         return f"; fitted together: the stream misses {self.after:.2%}, and missed {self.before:.2%}"
