@@ -52,7 +52,8 @@ class LowRank(Pass):
             is "fisher" for "whitened".
         multiple: what ranks are multiples of; None is 32 for matrices of 256 rows and columns or more, less for
             smaller ones, and 1 where every linear holds the same share.
-        least_saving: bytes that a linear must save; others stay as they are, for a second product takes time too.
+        least_saving: the share of its numbers that a linear must save; others stay as they are, for a second product
+            takes time too: of a tenth less no decoding gets faster (docs/low_rank.md).
         head: factor the head of a language model too. One that is tied to the embedding takes the embedding with it.
         embeddings: factor tables of embeddings too, as rows of r numbers [V, r] and what widens them [n, r]. Errors of
             a row count as often as it is looked up in the calibration data.
@@ -71,7 +72,7 @@ class LowRank(Pass):
     storage: Literal["pivot", "factors"] | None = None
     importance: Literal["fisher", "none"] | None = None
     multiple: int | None = None
-    least_saving: int = 0
+    least_saving: float = 0.1
     head: bool = False
     embeddings: bool = False
     exclude: tuple[str, ...] = ()
@@ -85,8 +86,8 @@ class LowRank(Pass):
             self._refuse("keep", f"a share of the numbers lies between 0 and 1, and {self.keep} does not")
         if self.multiple is not None and self.multiple < 1:
             self._refuse("multiple", f"no rank is a multiple of {self.multiple}")
-        if self.least_saving < 0:
-            self._refuse("least_saving", f"{self.least_saving} bytes are none")
+        if not 0.0 <= self.least_saving < 1.0:
+            self._refuse("least_saving", f"a share lies between 0 and 1, and {self.least_saving} does not")
         if self.importance == "fisher" and self._published:
             raise errors.ContradictoryOptions(
                 a=f'method="{self.method}"', b='importance="fisher"', reason="the published methods weigh no results"
@@ -190,8 +191,7 @@ class LowRank(Pass):
     def _whole(self, site: Site, budget: Budget) -> str:
         """Why a linear is not factored."""
         if not budget.ranks(site):
-            saved = f", {self.least_saving:,} bytes at least" * bool(self.least_saving)
-            return f"no lower rank saves enough{saved}"
+            return f"no rank saves {self.least_saving:.0%} of its numbers, and with fewer saved it would run no faster"
         if self._even:
             return f"its smallest rank holds more than {self.keep:.1%} of its numbers"
         return "its results are worth more than the numbers of a lower rank would save"

@@ -33,20 +33,20 @@ class Budget:
     """What linears may hold.
 
     Attributes:
-        keep: the share of their numbers. saving: bytes that a factored form must save to be worth a second product.
+        keep: the share of their numbers. saving: the share that a factored form must save to be worth a second product.
         multiple: what ranks are multiples of; None goes by the matrix.
     """
 
     keep: float
     storage: Storage
     multiple: int | None = None
-    saving: int = 0
+    saving: float = 0.0
 
     def ranks(self, site: Site, least: float = 0.0) -> list[int]:
         """The ranks that save enough; of those the ones that hold the share ``least`` at least, or the largest."""
-        multiple, most = self.multiple or multiple_for(*site.shape), site.size - self.saving / site.dtype.itemsize
+        multiple, most = self.multiple or multiple_for(*site.shape), site.size * (1 - self.saving)
         every = range(multiple, min(site.shape), multiple)
-        fitting = [rank for rank in every if site.cost(self.storage, rank) < min(most, site.size)]
+        fitting = [rank for rank in every if (held := site.cost(self.storage, rank)) <= most and held < site.size]
         return [rank for rank in fitting if site.cost(self.storage, rank) >= least * site.size] or fitting[-1:]
 
     def least(self, site: Site) -> int:
