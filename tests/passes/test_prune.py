@@ -14,11 +14,9 @@ from slim import errors
 from slim.compiler.dependencies import Dependencies
 from slim.compiler.passes_base import Context
 from slim.compiler.pipeline import run_pipeline
-from slim.compiler.probe import make_probe
 from slim.compiler.program import Program
 from slim.compiler.statistics.paired import Paired
 from slim.compiler.stream import beside
-from slim.compiler.verify import verify
 from slim.passes import GQA, Prune
 from slim.passes.pruning.budget import multiple_of, stays_even
 from slim.passes.pruning.obs import DAMPING, removal_order
@@ -26,24 +24,7 @@ from slim.passes.pruning.rearrange import joint, rearranged
 from slim.passes.pruning.refit import refit
 from slim.passes.pruning.sites import block_parameters, find_sites
 from tests.programs import lifted, model
-
-
-def tokens() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(3, 96, (2, 24), generator=generator) for _ in range(4)]
-
-
-def pruned(program: Program, pass_: Prune) -> tuple[Program, slim.compiler.report.Report]:
-    report = pass_.run(program, Context(calibration=tokens()))
-    program.clean()
-    verify(program, repr(pass_))
-    return program, report
-
-
-def error(before: Program, after: Program) -> float:
-    probe = make_probe(before)
-    return probe.error(probe.run(before), probe.run(after))
-
+from tests.pruning import error, pruned, tokens
 
 CRITERIA = ("obs", "wanda", "flap", "taylor", "fisher", "magnitude", "random")
 

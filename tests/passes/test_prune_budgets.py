@@ -10,25 +10,10 @@ import torch
 import slim
 from slim import errors
 from slim.compiler.cost import cost
-from slim.compiler.passes_base import Context
 from slim.compiler.program import Program
-from slim.compiler.report import Report
-from slim.compiler.verify import verify
 from slim.passes import Prune
 from tests.programs import lifted, model
-
-
-def tokens() -> list[torch.Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    return [torch.randint(3, 96, (2, 24), generator=generator) for _ in range(4)]
-
-
-def pruned(program: Program, pass_: Prune) -> tuple[Program, Report]:
-    report = pass_.run(program, Context(calibration=tokens()))
-    program.clean()
-    verify(program, repr(pass_))
-    return program, report
-
+from tests.pruning import pruned, tokens
 
 # -- budgets -----------------------------------------------------------------------------------------------------------
 
