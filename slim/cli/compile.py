@@ -13,6 +13,7 @@ from slim.cli.shell import (
     debug_option,
     pipeline_option,
     read_pipeline_option,
+    rules_option,
     target_option,
     tell_report,
 )
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 @click.option("--verify/--no-verify", default=True, help="Whether to check IR and output after every pass.")
 @click.option("--dump", metavar="DIR", help="Write the IR after every stage here, as Python, and what was generated.")
 @charts_option
+@rules_option
 @debug_option
 def compile_(
     model: str,
@@ -42,6 +44,7 @@ def compile_(
     verify: bool,
     dump: str | None,
     charts: bool,
+    rules: bool,
 ) -> None:
     """Compile MODEL and save it.
 
@@ -63,12 +66,12 @@ def compile_(
         )
         steps.stage(f"saving to {output}")
         compiled.save(output)
-    _tell(compiled, output, charts)
+    _tell(compiled, output, charts, rules)
 
 
-def _tell(compiled: CompiledModel, output: str, charts: bool) -> None:
+def _tell(compiled: CompiledModel, output: str, charts: bool, rules: bool) -> None:
     from slim.compiler.report import short_bytes, short_count
 
-    tell_report(compiled.report, charts)
+    tell_report(compiled.report, charts, rules)
     program = compiled.program
     click.echo(f"\nsaved to {output}: {short_count(program.parameters)} parameters in {short_bytes(program.nbytes)}")

@@ -14,6 +14,7 @@ from slim.cli.shell import (
     debug_option,
     pipeline_option,
     read_pipeline_option,
+    rules_option,
     target_option,
     tell_report,
 )
@@ -34,6 +35,7 @@ _NEW_TOKENS, _ROUNDS = 33, 3  # of the measurement for the roofline
 @calibration_option
 @click.option("--tokens", type=click.IntRange(min=1), default=128, show_default=True, help="Tokens to cost it for.")
 @charts_option
+@rules_option
 @click.option("--html", metavar="FILE", help="Write a report to look at in a browser, and print nothing of the IR.")
 @click.option(
     "--measure",
@@ -49,6 +51,7 @@ def inspect(
     calibration: str | None,
     tokens: int,
     charts: bool,
+    rules: bool,
     html: str | None,
     measure: bool,
     sensitivity: bool,
@@ -56,11 +59,16 @@ def inspect(
 ) -> None:
     """Print the IR as typed Python, with the lines of the model's own source, and what it costs to run.
 
-    With -p the IR is that after the passes. Nothing is compiled, and without -p no weight is read. With --charts the
-    report of a compiled model is printed as well. --html writes one file that opens without a network: the pipeline,
-    the IR before and after each pass, pictures by layer, and the generated code, for which the model is compiled.
+    With -p the IR is that after the passes. Nothing is compiled, and without -p no weight is read. With --charts or
+    --rules the report of a compiled model is printed as well. --html writes one file that opens without a network:
+    the pipeline, the IR before and after each pass, pictures by layer, and the generated code, for which the model is
+    compiled.
     """
-    _check_options(html, {"--measure": measure, "--sensitivity": sensitivity, "--target": target != "auto"})
+    _check_options(
+        html,
+        page={"--measure": measure, "--sensitivity": sensitivity, "--target": target != "auto"},
+        terminal={"--charts": charts, "--rules": rules},
+    )
     text = read_pipeline_option(pipeline)
     texts = None if calibration is None else read_calibration(calibration)
     with Steps() as steps:
@@ -70,24 +78,27 @@ def inspect(
             _measure(story, tokens, measure, sensitivity, steps)
             _write(story, html, steps)
             return
-        program, report = _program(model, text, texts, steps, charts)
+        program, report = _program(model, text, texts, steps, charts or rules)
     click.echo(str(program))
     if charts and report is None:
         click.echo("\nno pass made a chart: give passes with -p, or a compiled model\n")
     if report is not None:
         click.echo()
-        tell_report(report, charts)
+        tell_report(report, charts, rules)
         click.echo()
     else:
-        _tell_near_misses(program)
+        _tell_lift(program, rules)
     print_cost(program, tokens)
 
 
-def _check_options(html: str | None, given: dict[str, bool]) -> None:
-    """Refuses what is for the HTML report where none is asked for."""
-    for option, is_given in given.items():
+def _check_options(html: str | None, page: dict[str, bool], terminal: dict[str, bool]) -> None:
+    """Refuses options of the HTML report where none is asked for, and those of the terminal where one is."""
+    for option, is_given in page.items():
         if is_given and html is None:
             raise click.UsageError(f"{option} is for the report that --html writes")
+    for option, is_given in terminal.items():
+        if is_given and html is not None:
+            raise click.UsageError(f"{option} is for the terminal; the report that --html writes has it anyway")
 
 
 def _check_writable(html: str) -> None:
@@ -96,15 +107,19 @@ def _check_writable(html: str) -> None:
     check_writable(html)  # now, and not after all the work
 
 
-def _tell_near_misses(program: Program) -> None:
+def _tell_lift(program: Program, rules: bool) -> None:
+    """What the rules of the lift nearly matched, and if asked all of them."""
+    from slim.compiler.report import PipelineReport
     from slim.compiler.rules import near_misses
 
+    if rules:
+        click.echo(f"\n{PipelineReport(rules=program.raised).rules_table() or 'no rule was tried'}\n")
     for miss in near_misses(program.raised):
         click.echo(miss)
 
 
 def _program(
-    model: str, text: str, texts: list[str] | None, steps: Steps, charts: bool
+    model: str, text: str, texts: list[str] | None, steps: Steps, told: bool
 ) -> tuple[Program, PipelineReport | None]:
     """The Program after the passes, and their report; without any, on request, that of a compiled model."""
     from slim.compiler.lift import lift_path
@@ -117,7 +132,7 @@ def _program(
     steps.stage(f"reading {model}")
     if is_artifact(model):
         compiled = load(model, target="eager")
-        program, report = compiled.program, compiled.report if charts else None
+        program, report = compiled.program, compiled.report if told else None
     else:
         program, report = lift_path(model), None
     context = Context(progress=steps, calibration=texts)

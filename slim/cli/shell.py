@@ -81,11 +81,16 @@ pipeline_option: Decorator = click.option(
 charts_option: Decorator = click.option(
     "--charts", is_flag=True, help="Print the charts of the report as text: what passes found in each layer."
 )
+rules_option: Decorator = click.option(
+    "--rules", is_flag=True, help="Print how often each rewrite rule, of the lift and of passes, was tried and matched."
+)
 
 
-def tell_report(report: PipelineReport, charts: bool) -> None:
-    """Prints a report, and if asked the charts behind it."""
+def tell_report(report: PipelineReport, charts: bool, rules: bool) -> None:
+    """Prints a report, and if asked the rules and charts behind it."""
     click.echo(str(report))
+    if rules:
+        click.echo(f"\n{report.rules_table() or 'no rule was tried'}")
     for chart in report.charts if charts else ():
         click.echo(f"\n{chart}")
     if charts and not report.charts:

@@ -127,6 +127,11 @@ class PipelineReport:
         """The charts of all passes."""
         return [chart for item in self.passes for chart in item.charts]
 
+    def rules_table(self) -> str:
+        """The rewrite rules of the lift and of each pass, a line each: how often it matched, and was tried."""
+        stages = [("the lift", self.rules), *((item.text, item.rules) for item in self.passes)]
+        return "\n".join(line for stage, rules in stages for line in _rules(stage, rules))
+
     def to_json(self) -> str:
         """One JSON document that ``from_json`` reads back as an equal report."""
         return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=2)
@@ -180,14 +185,16 @@ def _report(data: dict[str, Any]) -> Report:
 
 # -- for people --------------------------------------------------------------------------------------------------------
 
-COLUMNS = ("pass", "sites", "parameters", "bytes", "output\nmoved", "since\nlift", "seconds")
-_WIDTH = 80
+COLUMNS = ("pass", "sites", "rules", "nodes", "parameters", "bytes", "output\nmoved", "since\nlift", "ms")
+_WIDTH = 100
 
 
 def _table(report: PipelineReport) -> Iterator[str]:
     """A line for the model as it came, then one a pass with the sizes after it."""
     if not report.passes:
-        yield f"no passes ({_spent(report.seconds)})" if report.seconds else "no passes"
+        rules = matched_of_tried(report.rules)
+        said = [f"ms: {_spent(report.seconds)}"] * bool(report.seconds) + [f"rules of the lift: {rules}"] * bool(rules)
+        yield f"no passes ({'; '.join(said)})" if said else "no passes"
         return
     from rich import box
     from rich.console import Console
@@ -201,25 +208,44 @@ def _table(report: PipelineReport) -> Iterator[str]:
     page = io.StringIO()
     Console(file=page, width=_WIDTH, color_system=None, highlight=False, markup=False).print(table)
     yield from (line.rstrip() for line in page.getvalue().strip("\n").splitlines())
-    if report.seconds:
-        yield f"seconds: {_spent(report.seconds)}"
+    around = {stage: value for stage, value in report.seconds.items() if stage != "lift"}
+    if around:
+        yield f"ms around the passes: {_spent(around)}"
 
 
 def table_rows(report: PipelineReport) -> Iterator[tuple[str, ...]]:
     """The cells below COLUMNS: the model as it came, then each pass with the sizes after it."""
     if report.passes:
-        yield "(as lifted)", "", *_sizes(report.passes[0].before), "", "", ""
+        spent = _milliseconds(report.seconds["lift"]) if "lift" in report.seconds else ""
+        rules = matched_of_tried(report.rules)
+        yield "(as lifted)", "", rules, *_sizes(report.passes[0].before), "", "", spent
     yield from map(_row, report.passes)
 
 
 def _row(item: Report) -> tuple[str, ...]:
     sites = f"{len(item.matched)} of {item.tried}"
-    spent = f"{sum(item.seconds.values()):.2f}"
-    return item.text, sites, *_sizes(item.after), _moved(item.error), _moved(item.drift), spent
+    spent = _milliseconds(sum(item.seconds.values()))
+    rules = matched_of_tried(item.rules)
+    return item.text, sites, rules, *_sizes(item.after), _moved(item.error), _moved(item.drift), spent
 
 
-def _sizes(size: Size | None) -> tuple[str, str]:
-    return ("", "") if size is None else (short_count(size.parameters), short_bytes(size.nbytes))
+def matched_of_tried(rules: Counts) -> str:
+    """ "38 of 971" of all rules together; empty where none was tried."""
+    tried = sum(count.tried for count in rules.values())
+    return f"{sum(count.matched for count in rules.values()):,} of {tried:,}" if tried else ""
+
+
+def _rules(stage: str, rules: Counts) -> Iterator[str]:
+    """A title, then the tried rules, the busiest first."""
+    tried = {name: count for name, count in rules.items() if count.tried}
+    if tried:
+        yield f"{'matched':>7} {'tried':>7}  rules of {stage}"
+    for name, count in sorted(tried.items(), key=lambda item: -item[1].matched):
+        yield f"{count.matched:>7,} {count.tried:>7,}  {name}"
+
+
+def _sizes(size: Size | None) -> tuple[str, str, str]:
+    return ("", "", "") if size is None else (f"{size.nodes:,}", short_count(size.parameters), short_bytes(size.nbytes))
 
 
 def _moved(error: float | None) -> str:
@@ -227,7 +253,11 @@ def _moved(error: float | None) -> str:
 
 
 def _spent(seconds: dict[str, float]) -> str:
-    return ", ".join(f"{stage} {value:.2f}" for stage, value in seconds.items())
+    return ", ".join(f"{stage} {_milliseconds(value)}" for stage, value in seconds.items())
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:,.0f}"
 
 
 def _remarks(report: PipelineReport) -> Iterator[str]:

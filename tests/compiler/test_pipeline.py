@@ -273,9 +273,38 @@ def test_a_report_is_json_and_a_table(start):
     _, report = run_pipeline(start, [planted(some)], Context())
     assert PipelineReport.from_json(report.to_json()) == report
     shown = str(report)
-    for part in ('planted("nothing")', "1 of 2", "192 B", "1.0e+00", "look", "left v: too wide"):
+    for part in ('planted("nothing")', "192 B", "1.0e+00", "look", "left v: too wide"):
         assert part in shown
-    assert max(map(len, shown.splitlines())) <= 120
+    assert max(map(len, shown.splitlines())) <= 100
+
+
+def test_a_report_has_sites_rules_nodes_and_milliseconds_of_each_pass(start):
+    def some(program, ctx):
+        scale(2.0)(program, ctx)
+        return Report(matched=["w"], skipped=[Skip("v", "too wide")], rules={"a = b": Count(1200, 3), "b = c": Count()})
+
+    _, report = run_pipeline(start, [planted(some)], Context())
+    report.seconds["lift"], report.passes[0].seconds = 1.5, {"run": 0.25, "verify": 0.004}
+    report.rules = {"x + 0 = x": Count(40, 2)}
+    lifted, row = (line.split("  ") for line in str(report).splitlines()[3:5])
+    lifted, row = ([cell.strip() for cell in line if cell.strip()] for line in (lifted, row))
+    nodes = str(len(start.graph.nodes))
+    assert lifted == ["(as lifted)", "2 of 40", nodes, "48", "192 B", "1,500"]
+    assert row[:6] == ['planted("nothing")', "1 of 2", "3 of 1,200", nodes, "48", "192 B"]
+    assert row[-1] == "254"
+
+
+def test_the_rules_of_a_report_are_listed_by_stage(start):
+    _, report = run_pipeline(start, [planted(scale(2.0))], Context())
+    report.rules = {"x + 0 = x": Count(40, 2), "x * 1 = x": Count(7, 5), "x / 1 = x": Count()}
+    report.passes[0].rules = {"a = b": Count(1200, 3)}
+    assert report.rules_table().splitlines() == [
+        "matched   tried  rules of the lift",
+        "      5       7  x * 1 = x",
+        "      2      40  x + 0 = x",
+        'matched   tried  rules of planted("nothing")',
+        "      3   1,200  a = b",
+    ]
 
 
 def test_a_report_from_before_there_were_charts_is_read(start):

@@ -204,9 +204,10 @@ function remarks(step) {
   const notes = step.notes.map(note => `<li>${escape(note)}</li>`).join("");
   const skipped = (step.skipped || []).map(([site, reason]) => `<li>left ${escape(site)}: ${escape(reason)}</li>`).join("");
   const charts = (step.charts || []).map(drawChart).join("");
-  if (!notes && !skipped && !charts) return "";
+  const counts = rules(step.name, step.rules || []);
+  if (!notes && !skipped && !charts && !counts) return "";
   return `<details ${charts || notes ? "open" : ""}><summary>${escape(step.name)}</summary><ul>${notes}</ul>
-    ${skipped ? `<details><summary>${plural(step.skipped.length, "site")} left alone</summary><ul>${skipped}</ul></details>` : ""}<div class="grid">${charts}</div></details>`;
+    ${skipped ? `<details><summary>${plural(step.skipped.length, "site")} left alone</summary><ul>${skipped}</ul></details>` : ""}${counts}<div class="grid">${charts}</div></details>`;
 }
 
 function rules(title, counts) {
