@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from slim.codegen import eager_ops
 from slim.codegen.executables import Ends, Feedback
-from slim.codegen.regions.provenance import Stage
+from slim.codegen.regions.provenance import Stage, program_name
 from slim.compiler.program import Program
 from slim.compiler.report import Form
 from slim.compiler.rules import argument
@@ -27,20 +27,24 @@ from slim.compiler.uses import DEQUANTIZE, EMBEDDING, EXPERTS, LINEAR, RESTORING
 aten, slim = torch.ops.aten, torch.ops.slim
 
 
+_COMPUTES = "computes"  # key of meta: the names of the Program's nodes that a call computes
+
+
 class EagerExecutable:
     """A Program as one Python function.
 
     Attributes:
         code: ``forward.py``, the function as it runs.
-        form, stages: nothing is generated: its operations are PyTorch's.
+        form: nothing is generated: its operations are PyTorch's.
+        stages: the calls of that function, one each.
     """
 
     form = Form()
-    stages: Sequence[Stage] = ()
 
     def __init__(self, program: Program) -> None:
         program.weights.materialise()
         graph = lower(program)
+        self.stages: Sequence[Stage] = [_stage(node) for node in graph.nodes if node.op == "call_function"]
         self._weights = _flatten_weights(graph, program)
         source = graph.python_code("self")
         self.code = {"forward.py": source.src}
@@ -68,6 +72,22 @@ class _Bound:
 
     def greedy(self, feedback: Feedback, mask: Tensor | None, ends: Ends) -> None:
         """There is no such loop: every step is Python's."""
+
+
+def _stage(node: fx.Node) -> Stage:
+    """A call of the function, and the Program's nodes that it stands for."""
+    read = [str(source.target) if source.op == "get_attr" else source.name for source in node.all_input_nodes]
+    weights = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+    text = f'torch {_spelt(node.target)}: {" ".join(read)} -> {node.name}  # the target "eager" generates no code'
+    return Stage(text, node.meta.get(_COMPUTES, ()), tuple(weights), ())
+
+
+def _spelt(target: Any) -> str:
+    """aten.embedding.default, torch.reshape, torch.nn.functional.linear, slim.codegen.eager_ops.int8_linear."""
+    if isinstance(target, torch._ops.OpOverload):
+        return str(target)
+    module = target.__module__ or "torch"  # PyTorch's own bindings know no module, or a private one
+    return f"{module.replace('torch._C._nn', 'torch.nn.functional')}.{target.__name__}"
 
 
 def _flatten_weights(graph: fx.Graph, program: Program) -> SimpleNamespace:
@@ -122,6 +142,8 @@ def lower(program: Program) -> fx.Graph:
     """The Program's graph over the functions of ``eager_ops`` and PyTorch."""
     copy = program.copy()
     lowering = _Lowering(copy.graph)
+    for node in copy.nodes():
+        node.meta[_COMPUTES] = (program_name(node),)
     for node in list(copy.nodes()):
         lowering.visit(node)
     for node in reversed(list(copy.graph.nodes)):  # what the new nodes no longer read
@@ -158,6 +180,7 @@ class _Lowering:
             functions = _GROUPED
         else:
             return False
+        node.meta[_COMPUTES] += tuple(map(program_name, _restoring(weight)))
         self._replace(node, functions[node.target], *before, *_stored(weight), *after)
         return True
 
@@ -227,6 +250,11 @@ def _is_grouped(weight: Any) -> bool:
 
 def _is_quantised(weight: Any) -> bool:
     return isinstance(weight, fx.Node) and weight.target is DEQUANTIZE
+
+
+def _restoring(weight: fx.Node) -> list[fx.Node]:
+    """What makes a weight of stored numbers: ``slim.dequantize`` and what unpacks for it."""
+    return [weight, *(node for node in weight.all_input_nodes if node.target in RESTORING)]
 
 
 def _stored(weight: Any) -> tuple[Any, ...]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 if TYPE_CHECKING:
     from slim.compiler.program import Program
@@ -65,6 +65,71 @@ def changes(before: Program, after: Program, *, read: bool = False) -> Changes:
             lambda name, _: _same_weight(before, after, name, read),
         ),
     )
+
+
+@dataclass
+class Gone:
+    """A node or weight that a Program had and the next one has not.
+
+    Attributes:
+        type: "f32[B, S, 64]".
+        line: of a node, its line of IR; empty for a weight.
+        nbytes: of a weight.
+        origins: (module, file:line) in the model's source: a node's own, or those of the nodes that read the weight.
+        heirs: of a weight: the new ones that nodes of the same origins read instead.
+    """
+
+    type: str
+    line: str = ""
+    nbytes: int | None = None
+    origins: list[tuple[str, str]] = field(default_factory=list)
+    heirs: list[str] = field(default_factory=list)
+
+
+@dataclass
+class AllGone:
+    """What a pass removed, by name."""
+
+    nodes: dict[str, Gone] = field(default_factory=dict)
+    weights: dict[str, Gone] = field(default_factory=dict)
+
+
+def gone(before: Program, after: Program, found: Changes) -> AllGone:
+    """What was known of the nodes and weights that ``found`` calls removed."""
+    from slim.compiler.text import print_node
+    from slim.compiler.types import show_type
+
+    nodes = {node.name: node for node in before.nodes()}
+    held = {str(node.target): node for node in before.graph.find_nodes(op="get_attr")}
+    heirs = _readers_by_origin(after, found.weights.made)
+    everything = AllGone()
+    for name in found.nodes.removed:
+        node = nodes[name]
+        kind = show_type(node.meta["val"], before.dims)
+        everything.nodes[name] = Gone(kind, print_node(before, node), origins=origins([node]))
+    for name in found.weights.removed:
+        places = origins(list(held[name].users)) if name in held else []
+        instead = dict.fromkeys(heir for place in places for heir in heirs.get(place, ()))
+        everything.weights[name] = Gone(
+            _type(before, name), nbytes=before.weights.nbytes(name), origins=places, heirs=list(instead)
+        )
+    return everything
+
+
+def origins(nodes: Iterable[fx.Node]) -> list[tuple[str, str]]:
+    """(module, file:line) of nodes that have one, each once."""
+    found = {(node.meta.get("module", ""), node.meta.get("where", "")): None for node in nodes}
+    return [(module, place) for module, place in found if module or place]
+
+
+def _readers_by_origin(program: Program, weights: Iterable[str]) -> dict[tuple[str, str], list[str]]:
+    """Which of ``weights`` the nodes of each origin read."""
+    wanted = frozenset(weights)
+    found: dict[tuple[str, str], list[str]] = {}
+    for node in program.graph.find_nodes(op="get_attr"):
+        for place in origins(node.users) if node.target in wanted else ():
+            found.setdefault(place, []).append(str(node.target))
+    return found
 
 
 def lines(program: Program) -> dict[str, str]:
@@ -150,7 +215,10 @@ class Difference:
 
 
 def _held(program: Program, name: str) -> str:
+    return f"{_type(program, name)}, {program.weights.nbytes(name):,} bytes"
+
+
+def _type(program: Program, name: str) -> str:
     from slim.compiler.types import show_shape
 
-    weights = program.weights
-    return f"{show_shape(weights.dtype(name), weights.shape(name))}, {weights.nbytes(name):,} bytes"
+    return show_shape(program.weights.dtype(name), program.weights.shape(name))

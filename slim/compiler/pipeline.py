@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from slim import errors
-from slim.compiler.difference import changes
+from slim.compiler.difference import changes, gone
 from slim.compiler.dump import Dump
 from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, Context, Pass
 from slim.compiler.probe import Outputs, Probe, make_probe, rounding_noise, tolerance
@@ -115,6 +115,7 @@ class _Run:
         report.text, report.lossless, report.seconds = repr(pass_), pass_.lossless, seconds
         report.before, report.after = Size.of(before), Size.of(after)
         report.changes = changes(before, after)
+        report.gone = gone(before, after, report.changes)
         self._check_matched(pass_, report)
         if not self.ctx.verify:
             return after, report, ()

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from slim import errors
 from slim.compiler.charts import Chart
-from slim.compiler.difference import Changes, Names
+from slim.compiler.difference import AllGone, Changes, Gone, Names
 from slim.compiler.program import Program
 from slim.compiler.rules import Count, Counts, near_misses
 
@@ -56,6 +56,7 @@ class Report:
         error: how far the probe's output moved, against the Program before it; see Probe.
         drift: the same against the lifted Program.
         changes: the nodes and weights that it made, changed and removed, by name.
+        gone: what those that it removed were.
     """
 
     matched: list[str] = field(default_factory=list)
@@ -71,6 +72,7 @@ class Report:
     error: float | None = None
     drift: float | None = None
     changes: Changes = field(default_factory=Changes)
+    gone: AllGone = field(default_factory=AllGone)
 
     @property
     def tried(self) -> int:
@@ -169,6 +171,14 @@ def _changes(data: dict[str, Any]) -> Changes:
     return Changes(**{kind: Names(**names) for kind, names in data.items()})
 
 
+def _gone(data: dict[str, Any]) -> AllGone:
+    return AllGone(**{kind: {name: _known(item) for name, item in items.items()} for kind, items in data.items()})
+
+
+def _known(data: dict[str, Any]) -> Gone:
+    return Gone(**{**data, "origins": [(module, place) for module, place in data["origins"]]})
+
+
 def _report(data: dict[str, Any]) -> Report:
     return Report(
         **{
@@ -177,6 +187,7 @@ def _report(data: dict[str, Any]) -> Report:
             "charts": [Chart(**chart) for chart in data.get("charts", [])],  # reports from before there were any
             "rules": _counts(data["rules"]),
             "changes": _changes(data.get("changes", {})),  # likewise
+            "gone": _gone(data.get("gone", {})),
             "before": data["before"] and Size(**data["before"]),
             "after": data["after"] and Size(**data["after"]),
         }

@@ -11,12 +11,13 @@ from torch import fx
 
 from slim import errors
 from slim.codegen.regions.provenance import Stage
+from slim.compiler.difference import Gone, origins
 from slim.compiler.program import Program
 from slim.compiler.report import PipelineReport
 from slim.compiler.sources import source_line
 from slim.compiler.text import print_node
 from slim.compiler.types import show_shape, show_type
-from slim.compiler.uses import weight_nodes
+from slim.compiler.uses import RESTORING, Role, stored_in, uses, weight_nodes
 
 _NEAR = 5  # names that are offered for one that is unknown
 
@@ -47,7 +48,7 @@ class Place:
     Attributes:
         form: the executable: "whole", "step_last", ...
         number, of: the region's place among those of the form, counted from 1, and how many there are.
-        stage: the region, with the kernels that run it.
+        stage: the region, with the kernels that run it; where there are none, PyTorch's call.
     """
 
     form: str
@@ -57,7 +58,8 @@ class Place:
 
     def __str__(self) -> str:
         kernels = ", ".join(f"{kernel.name} in {self.form}/{kernel.file}" for kernel in self.stage.kernels)
-        return f"{self.form}, region {self.number} of {self.of} by {kernels or 'PyTorch'}: {self.stage.text}"
+        number = f"{'region' if self.stage.kernels else 'step'} {self.number} of {self.of}"
+        return f"{self.form}, {number} by {kernels or 'PyTorch'}: {self.stage.text.removeprefix('torch ')}"
 
 
 @dataclass
@@ -67,14 +69,15 @@ class Explanation:
     Attributes:
         name, kind: "node" or "weight".
         line: of a node that is in the Program, its line of IR.
-        type: "f32[B, S, 64]"; empty for what a pass removed.
-        nbytes: of a weight, and for a node of the weights that it reads directly.
+        type: "f32[B, S, 64]".
+        nbytes: of a weight, and for a node of the weights that it reads.
         origins: lines of the model's source: a node's own, or those of the nodes that read the weight.
-        weights: of a node: the weights it reads, with their types.
-        readers: of a weight: the nodes that read it.
+        weights: of a node: the weights it reads, with their types, also those that are restored for it.
+        readers: of a weight: the nodes that read it, or what is restored of it, and what they do with it.
         passes: (pass, "made", "changed" or "removed"), in order; "lift" made what was there from the start.
-        places: where generated code has it.
-        notes: tied names, and the weight that it is a part of.
+        places: where generated code, or PyTorch, runs it.
+        notes: tied names, the weight that it is a part of, and for what a pass removed what is there instead. Of that
+            all else is as it was before that pass.
     """
 
     name: str
@@ -95,7 +98,7 @@ class Explanation:
     def _rows(self) -> Iterator[tuple[str, str]]:
         yield self.kind, self.line or (f"{self.name}: {self.type}" if self.type else self.name)
         if self.nbytes is not None:
-            yield "bytes", f"{self.nbytes:,}"
+            yield "bytes", f"{self.nbytes:,}" + " of weights" * (self.kind == "node")
         yield from _listed("source", self.origins)
         yield from _listed("reads", [f"{name}: {kind}" for name, kind in self.weights.items()])
         yield from _listed("read by", self.readers)
@@ -134,9 +137,9 @@ def explain(
     elif name in nodes:
         found = _node(program, nodes[name])
     elif any(item.changes.weights.verb(name) for item in reports):
-        found = Explanation(name, "weight")
+        found = _removed(name, "weight", [(item.text, item.gone.weights) for item in reports])
     elif any(item.changes.nodes.verb(name) for item in reports):
-        found = Explanation(name, "node")
+        found = _removed(name, "node", [(item.text, item.gone.nodes) for item in reports])
     else:
         raise _unknown(name, [*weights, *nodes, *program.facts.tied])
     is_weight = found.kind == "weight"
@@ -157,14 +160,14 @@ def _node(program: Program, node: fx.Node) -> Explanation:
     kind = show_type(node.meta["val"], program.dims)
     if node.op == "placeholder":
         return Explanation(node.name, "node", type=kind, notes=["it is an input"])
-    read = [str(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
+    read = dict.fromkeys(str(weight.target) for source in node.all_input_nodes for weight in stored_in(source))
     return Explanation(
         node.name,
         "node",
         line=print_node(program, node),
         type=kind,
         nbytes=sum(program.weights.nbytes(name) for name in read) if read else None,
-        origins=_origins([node]),
+        origins=_known(origins([node])),
         weights={name: _held(program, name) for name in read},
     )
 
@@ -179,9 +182,49 @@ def _weight(program: Program, node: fx.Node) -> Explanation:
         "weight",
         type=_held(program, name),
         nbytes=program.weights.nbytes(name),
-        origins=_origins(list(node.users)),
-        readers=[print_node(program, user) for user in node.users if user.op == "call_function"],
+        origins=_known(origins(node.users)),
+        readers=list(_readers(program, node)),
         notes=notes,
+    )
+
+
+# What a weight is to a node that reads it, where the operation leaves no doubt.
+_ROLES = {
+    Role.LINEAR: "multiplies by it",
+    Role.EXPERTS: "multiplies each row by one of its matrices",
+    Role.TABLE: "looks up rows of it",
+}
+
+
+def _readers(program: Program, weight: fx.Node) -> Iterator[str]:
+    """The lines of what restores ``weight``, and then of those that read it, with its part in them."""
+    restoring = [weight]
+    for value in restoring:
+        for user in value.users:
+            if user.target in RESTORING:
+                restoring.append(user)
+                yield print_node(program, user)
+    for use in uses(weight):
+        if use.node.op == "call_function":
+            part = _ROLES.get(use.role) if _is_numbers(weight, use.node) else None
+            yield print_node(program, use.node) + (f"  # {part}" if part else "")
+
+
+def _is_numbers(weight: fx.Node, reader: fx.Node) -> bool:
+    """Whether ``weight`` holds the numbers that ``reader`` works with, and not their scales."""
+    return any(stored_in(source)[:1] == [weight] for source in reader.all_input_nodes)
+
+
+def _removed(name: str, kind: str, reports: Sequence[tuple[str, Mapping[str, Gone]]]) -> Explanation:
+    """What was known of ``name`` when a pass last removed it: its text, and what each pass removed."""
+    text, was = next(((text, gone[name]) for text, gone in reversed(reports) if name in gone), ("", None))
+    if was is None:  # of an artifact that was saved before reports told it
+        return Explanation(name, kind)
+    notes = [f"it is not in the program any more; type and source are those before {text}"]
+    if was.heirs:
+        notes.append(f"where it was read there are now {', '.join(was.heirs)}")
+    return Explanation(
+        name, kind, line=was.line, type=was.type, nbytes=was.nbytes, origins=_known(was.origins), notes=notes
     )
 
 
@@ -189,9 +232,8 @@ def _held(program: Program, name: str) -> str:
     return show_shape(program.weights.dtype(name), program.weights.shape(name))
 
 
-def _origins(nodes: Sequence[fx.Node]) -> list[Origin]:
-    found = {(node.meta.get("module", ""), node.meta.get("where", "")): None for node in nodes}
-    return [Origin(module, where, source_line(where)) for module, where in found if module or where]
+def _known(places: Sequence[tuple[str, str]]) -> list[Origin]:
+    return [Origin(module, where, source_line(where)) for module, where in places]
 
 
 def _unknown(name: str, known: Sequence[str]) -> errors.BadInput:

@@ -168,7 +168,7 @@ function places(found) {
   return found.map(([form, number, region]) => {
     const kernels = region.kernels.map(([kernel, file]) =>
       `<a href="#" data-kernel="${escape(kernel)}" data-file="${escape(form + "/" + file)}">${escape(kernel)}</a>`);
-    return `${escape(form)}, region ${number + 1}, ${kernels.join(", ") || "by PyTorch"}<br><code class="dim">${escape(region.text)}</code>`;
+    return `${escape(form)}, ${kernels.length ? "region" : "step"} ${number + 1}, ${kernels.join(", ") || "by PyTorch"}<br><code class="dim">${escape(region.text)}</code>`;
   }).join("<br>");
 }
 
