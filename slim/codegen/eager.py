@@ -252,7 +252,7 @@ def _is_quantised(weight: Any) -> bool:
     return isinstance(weight, fx.Node) and weight.target is DEQUANTIZE
 
 
-def _restoring(weight: fx.Node) -> list[fx.Node]:
+def _restoring(weight: Any) -> list[fx.Node]:
     """What makes a weight of stored numbers: ``slim.dequantize`` and what unpacks for it."""
     return [weight, *(node for node in weight.all_input_nodes if node.target in RESTORING)]
 

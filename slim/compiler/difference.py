@@ -189,11 +189,20 @@ class Difference:
     def __str__(self) -> str:
         return "\n".join(self._text())
 
+    def summary(self) -> str:
+        """How many nodes and weights differ, in a line."""
+        return f"nodes: {self.changes.nodes}; weights: {self.changes.weights}" if self else "no difference"
+
+    def _repr_html_(self) -> str:
+        """For notebooks."""
+        from slim.compiler.notebook import difference_html
+
+        return difference_html(self)
+
     def _text(self) -> Iterator[str]:
+        yield self.summary()
         if not self:
-            yield "no difference"
             return
-        yield f"nodes: {self.changes.nodes}; weights: {self.changes.weights}"
         before, after = lines(self.before), lines(self.after)
         yield from difflib.unified_diff(
             list(before.values()), list(after.values()), "before", "after", n=self.context, lineterm=""

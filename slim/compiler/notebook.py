@@ -1,4 +1,4 @@
-"""What notebooks show of a Program and of a report: small pieces of HTML without script or style sheet."""
+"""What notebooks show of Programs, their differences, and reports: HTML without script or style sheet."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from slim.compiler.difference import Difference
     from slim.compiler.program import Program
     from slim.compiler.report import PipelineReport
 
@@ -16,8 +17,30 @@ _LINES = 2000  # of IR; a notebook keeps all that it shows
 def program_html(program: Program) -> str:
     """The IR, folded below a line that says what it is."""
     text = str(program).splitlines()
-    shown = "\n".join(text[:_LINES]) + (f"\n... and {len(text) - _LINES} more lines" if len(text) > _LINES else "")
-    return _folded(text[0].removeprefix("# "), f"<pre>{escape(shown)}</pre>")
+    return _folded(text[0].removeprefix("# "), f"<pre>{_shown(map(escape, text))}</pre>")
+
+
+_COLOURS = {"+": "#2a8a4a", "-": "#c0443c", "~": "#b07d10"}  # that can be read on white and on black
+
+
+def difference_html(difference: Difference) -> str:
+    """The lines that differ, in colours, folded below a line that counts them; or that there are none."""
+    if not difference:
+        return f"<div>{escape(difference.summary())}</div>"
+    _, *lines = str(difference).splitlines()
+    return _folded(difference.summary(), f"<pre>{_shown(map(_coloured, lines))}</pre>")
+
+
+def _coloured(line: str) -> str:
+    colour = _COLOURS.get(line[:1])
+    return f'<span style="color:{colour}">{escape(line)}</span>' if colour else escape(line)
+
+
+def _shown(lines: Iterable[str]) -> str:
+    """Lines of HTML as one, and how many were too many."""
+    lines = list(lines)
+    more = [f"... and {len(lines) - _LINES} more lines"] if len(lines) > _LINES else []
+    return "\n".join(lines[:_LINES] + more)
 
 
 def report_html(report: PipelineReport) -> str:

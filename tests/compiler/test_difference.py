@@ -48,6 +48,16 @@ def test_without_reading_another_tensor_is_another_weight():
     assert not changes(a, a.copy())
 
 
+def test_a_notebook_shows_what_differs_in_colours_and_escaped():
+    a, b = made(), made("y = aten.linear.default(x, weights['w'])\nz = aten.tanh.default(y)\nreturn (z,)")
+    html = a.diff(b)._repr_html_()
+    assert "<summary>nodes: 0 added, 0 removed, 1 changed;" in html
+    assert '<span style="color:#2a8a4a">+z: f32[B, S, 6] = aten.tanh.default(y)</span>' in html
+    assert 'weights["w"]' not in html
+    assert "weights[&quot;w&quot;]" in html
+    assert a.diff(a.copy())._repr_html_() == "<div>no difference</div>"
+
+
 def test_the_text_shows_nodes_that_came_went_and_changed():
     after = made(
         "y = aten.linear.default(x, weights['w'])\nz = aten.tanh.default(y)\nu = aten.neg.default(z)\nreturn (u,)"
