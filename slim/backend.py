@@ -46,14 +46,16 @@ class Options:
     def of(cls, given: Mapping[str, Any] | None) -> Options:
         """Raises BackendOption for one that there is not, BadInput for a value of another type."""
         if given is not None and not isinstance(given, Mapping):
-            raise errors.BadInput(argument="options", reason=f"it is a dict, not {given!r:.40}")
+            raise errors.BadInput(
+                argument="options", reason=f"it is a dict, not {given!r:.40}", of="slim.backend.Options"
+            )
         known = [field.name for field in fields(cls)]
         for name, value in (given or {}).items():
             if name not in known:
                 raise errors.BackendOption(option=name, known=known)
             if not isinstance(value, _TYPES.get(name, object)):
                 reason = f"it must be a {_TYPES[name].__name__}, not {value!r:.40}"
-                raise errors.BadInput(argument=f"options[{name!r}]", reason=reason)
+                raise errors.BadInput(argument=f"options[{name!r}]", reason=reason, of="slim.backend.Options")
         return cls(**(given or {}))
 
 

@@ -1,8 +1,11 @@
 """The catalogue keeps its promise: each error says what, where, and what to do about it."""
 
+import ast
 import dataclasses
 import pickle
+import pydoc
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +128,27 @@ def test_a_pipeline_error_points_at_the_character_in_its_own_line():
 
 def test_braces_in_a_fact_are_shown_as_they_are():
     assert "{oops}" in str(errors.BadInput(argument="model", reason="{oops}"))
+
+
+def test_a_bad_input_names_the_help_of_what_was_called_or_of_nothing_in_particular():
+    known = errors.BadInput(argument="x", reason="it is bad", of="slim.Sampling")
+    assert str(known).endswith("hint: help(slim.Sampling) says what it takes.")
+    assert "hint: help() of what was called, or --help of the command, says" in str(
+        errors.BadInput(argument="x", reason="it is bad")
+    )
+
+
+def test_what_a_bad_input_names_can_be_asked_for_help():
+    calls = {
+        word.value.value
+        for file in Path(errors.__file__).parents[1].rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "errors.BadInput"
+        for word in node.keywords
+        if word.arg == "of"
+    }
+    assert {"slim.CompiledModel.generate", "slim.backend.Options"} <= calls
+    assert [name for name in calls if not pydoc.getdoc(pydoc.locate(name))] == []
 
 
 def test_each_near_miss_has_a_line_of_its_own():

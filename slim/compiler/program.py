@@ -151,7 +151,9 @@ class Program:
         from slim.compiler.difference import Difference
 
         if not isinstance(other, Program):
-            raise errors.BadInput(argument="other", reason=f"it is no Program, but {other!r:.40}")
+            raise errors.BadInput(
+                argument="other", reason=f"it is no Program, but {other!r:.40}", of="slim.Program.diff"
+            )
         return Difference.of(self, other, context)
 
     def to_networkx(self) -> networkx.MultiDiGraph:

@@ -9,10 +9,15 @@ class BadInput(SlimError, ValueError):
     """An argument has the wrong type, shape or value."""
 
     message = "bad {argument}: {reason}"
-    hint = "help() of what was called (slim.compile, CompiledModel, generate, slim.backend.Options) says what it takes."
+    hint = "{call} says what it takes."
 
     argument: str
     reason: str
+    of: str | None = None  # what was called, where that is known: "slim.CompiledModel.explain"
+
+    @property
+    def call(self) -> str:
+        return f"help({self.of})" if self.of else "help() of what was called, or --help of the command,"
 
 
 class BackendOption(SlimError, ValueError):

@@ -128,7 +128,11 @@ def bisect(
         >>> print(slim.inspection.bisect(model, 'fold_norms, quantize("int4")', 0.05))
     """
     if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
-        raise errors.BadInput(argument="threshold", reason=f"it must be 0 or more, and finite, not {threshold!r}")
+        raise errors.BadInput(
+            argument="threshold",
+            reason=f"it must be 0 or more, and finite, not {threshold!r}",
+            of="slim.inspection.bisect",
+        )
     pipeline = as_passes(passes)
     watcher = _Watcher()
     if isinstance(model, nn.Module):

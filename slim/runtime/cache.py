@@ -53,13 +53,19 @@ class KVCacheConfig:
     def __post_init__(self) -> None:
         for option, choices in _CHOICES.items():
             if getattr(self, option) not in choices:
-                raise errors.BadInput(argument=option, reason=f"{getattr(self, option)!r} is not one of {choices}")
+                raise errors.BadInput(
+                    argument=option,
+                    reason=f"{getattr(self, option)!r} is not one of {choices}",
+                    of="slim.KVCacheConfig",
+                )
         for option in ("window", "max_tokens", "sinks", "budget"):
             value = getattr(self, option)
             if value is not None and (
                 not isinstance(value, int) or isinstance(value, bool) or value < (option != "sinks")
             ):
-                raise errors.BadInput(argument=option, reason=f"{value!r} is no number of tokens")
+                raise errors.BadInput(
+                    argument=option, reason=f"{value!r} is no number of tokens", of="slim.KVCacheConfig"
+                )
         if self.sinks and self.window is None:
             raise errors.ContradictoryOptions(
                 a=f"sinks={self.sinks}", b="window=None", reason="without a window all tokens are kept"
@@ -74,7 +80,7 @@ class KVCacheConfig:
             return
         if self.budget is None or self.budget < _LEAST_BUDGET:
             reason = f"eviction needs one, of {_LEAST_BUDGET} tokens at least, and it is {self.budget}"
-            raise errors.BadInput(argument="budget", reason=reason)
+            raise errors.BadInput(argument="budget", reason=reason, of="slim.KVCacheConfig")
         if self.window is not None:
             reason = "a window has said already which tokens are kept"
             raise errors.ContradictoryOptions(a=eviction, b=f"window={self.window}", reason=reason)

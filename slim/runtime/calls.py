@@ -30,9 +30,17 @@ def _refuse_unknown(kwargs: dict[str, Any], model: CompiledModel) -> None:
     for name, value in kwargs.items():
         if name not in _NOT_HERE:
             known = ", ".join(value.name for value in model.program.inputs)
-            raise errors.BadInput(argument=name, reason=f"the model has no such argument; its inputs are {known}")
+            raise errors.BadInput(
+                argument=name,
+                reason=f"the model has no such argument; its inputs are {known}",
+                of="slim.CompiledModel.__call__",
+            )
         if value is not None and value is not False:
-            raise errors.BadInput(argument=name, reason="it was not part of what was compiled; leave it out")
+            raise errors.BadInput(
+                argument=name,
+                reason="it was not part of what was compiled; leave it out",
+                of="slim.CompiledModel.__call__",
+            )
 
 
 def check_cache(cache: Any, model: CompiledModel, batch: int) -> None:
@@ -136,7 +144,7 @@ def _kept(logits: Tensor, keep: int | Tensor) -> Tensor:
 def _loss(model: CompiledModel, logits: Tensor, labels: Tensor, items: Any) -> Tensor:
     if labels.shape != logits.shape[:2]:
         reason = f"they must be {list(logits.shape[:2])}, one a token, not {list(labels.shape)}"
-        raise errors.BadInput(argument="labels", reason=reason)
+        raise errors.BadInput(argument="labels", reason=reason, of="slim.CompiledModel.__call__")
     options = {} if items is None else {"num_items_in_batch": items}
     vocab = model.config.get_text_config().vocab_size
     loss: Tensor = loss_function(model.program.facts)(logits=logits, labels=labels, vocab_size=vocab, **options)
@@ -164,7 +172,7 @@ def call_encoder(
         given["attention_mask"] = checked_mask(given["attention_mask"], tokens)
     missing = [name for name in names if name not in given]
     if missing:
-        raise errors.BadInput(argument=missing[0], reason="the model needs it")
+        raise errors.BadInput(argument=missing[0], reason="the model needs it", of="slim.CompiledModel.__call__")
     return _returned(model, _rebuild(model, model.run(given)), return_dict)
 
 
@@ -181,7 +189,7 @@ def call_module(model: CompiledModel, args: tuple[Any, ...], kwargs: dict[str, A
         found = ", ".join(type(value).__name__ for value in tensors) or "nothing"
         wanted = ", ".join(f"{value.name} {list(value.shape)}" for value in inputs)
         reason = f"the module was compiled for {len(inputs)} tensors ({wanted}), all else being fixed; got {found}"
-        raise errors.BadInput(argument="arguments", reason=reason)
+        raise errors.BadInput(argument="arguments", reason=reason, of="slim.CompiledModel.__call__")
     sizes: dict[str, int] = {}
     for value, tensor in zip(inputs, tensors, strict=True):
         _check_shape(value, tensor, sizes)
@@ -205,7 +213,7 @@ def _check_shape(value: Any, tensor: Tensor, sizes: dict[str, int]) -> None:
     if not fits:
         known = {name: size for name, size in sizes.items() if name in value.shape}
         reason = f"it must be {value.dtype} {list(value.shape)} {known or ''}, not {tensor.dtype} {list(tensor.shape)}"
-        raise errors.BadInput(argument=value.name, reason=reason)
+        raise errors.BadInput(argument=value.name, reason=reason, of="slim.CompiledModel.__call__")
 
 
 # -- results -----------------------------------------------------------------------------------------------------------

@@ -209,9 +209,17 @@ class CompiledModel:
         """
         device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is not None and torch.device(device).type != self.device.type:
-            raise errors.BadInput(argument="device", reason=f"the model was compiled for {self.device}, not {device}")
+            raise errors.BadInput(
+                argument="device",
+                reason=f"the model was compiled for {self.device}, not {device}",
+                of="slim.CompiledModel.to",
+            )
         if dtype is not None and dtype != self.dtype:
-            raise errors.BadInput(argument="dtype", reason=f"the model was compiled for {self.dtype}, not {dtype}")
+            raise errors.BadInput(
+                argument="dtype",
+                reason=f"the model was compiled for {self.dtype}, not {dtype}",
+                of="slim.CompiledModel.to",
+            )
         return self
 
     # -- running -----------------------------------------------------------------------------------------------------
@@ -346,7 +354,7 @@ class CompiledModel:
         past = plan.cache.get_seq_length()
         if past >= length:
             reason = f"the prompt must go on beyond the {past} tokens of past_key_values, and has {length}"
-            raise errors.BadInput(argument="input_ids", reason=reason)
+            raise errors.BadInput(argument="input_ids", reason=reason, of="slim.CompiledModel.generate")
         return plan.cache
 
     # -- looking inside, and keeping ---------------------------------------------------------------------------------

@@ -127,7 +127,11 @@ def explain(
     """
     name = name.name if isinstance(name, fx.Node) else name
     if not isinstance(name, str):
-        raise errors.BadInput(argument="node", reason=f"it is a node or the name of one, not {name!r:.40}")
+        raise errors.BadInput(
+            argument="node",
+            reason=f"it is a node or the name of one, not {name!r:.40}",
+            of="slim.CompiledModel.explain",
+        )
     name = program.facts.tied.get(name, name)
     nodes = {node.name: node for node in program.graph.nodes if node.op in ("call_function", "placeholder")}
     weights = {str(node.target): node for node in weight_nodes(program)}
@@ -243,4 +247,6 @@ def _unknown(name: str, known: Sequence[str]) -> errors.BadInput:
     near += [other for other in known if name and name in other]
     near = list(dict.fromkeys(near))[:_NEAR]
     hint = f"; near it are {', '.join(near)}" if near else ""
-    return errors.BadInput(argument="node", reason=f"there is no node and no weight '{name}'{hint}")
+    return errors.BadInput(
+        argument="node", reason=f"there is no node and no weight '{name}'{hint}", of="slim.CompiledModel.explain"
+    )

@@ -128,7 +128,9 @@ class _TransformersErrors:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if isinstance(error, (ValueError, TypeError)) and not isinstance(error, errors.SlimError):
-            raise errors.BadInput(argument="generation option", reason=str(error)) from error
+            raise errors.BadInput(
+                argument="generation option", reason=str(error), of="slim.CompiledModel.generate"
+            ) from error
 
 
 def _take(kwargs: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
@@ -198,7 +200,7 @@ def _mask(host: Any, config: Any, tokens: Tensor, given: Any) -> Tensor:
         mask = checked_mask(given, tokens).to(tokens.device)
     if bool((mask[:, -1] == 0).any()):
         reason = "a row ends in padding; pad on the left, so that every row ends in its newest token"
-        raise errors.BadInput(argument="attention_mask", reason=reason)
+        raise errors.BadInput(argument="attention_mask", reason=reason, of="slim.CompiledModel.generate")
     return mask
 
 

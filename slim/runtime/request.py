@@ -90,7 +90,7 @@ class Request:
     def _text(self) -> Text:
         if self.writing is None:
             reason = "to get text, give the scheduler one: Scheduler(model, tokenizer=...)"
-            raise errors.BadInput(argument="tokenizer", reason=reason)
+            raise errors.BadInput(argument="tokenizer", reason=reason, of="slim.Scheduler")
         return self.writing[0]
 
     def result(self) -> list[int]:
@@ -117,7 +117,7 @@ def prompt_tokens(input_ids: Tensor | Sequence[int], vocabulary: int | None) -> 
     tokens = checked_tokens(given[None] if given.dim() == 1 else given, vocabulary)
     if tokens.shape[0] != 1:
         reason = f"a request is one prompt, and these are {tokens.shape[0]}"
-        raise errors.BadInput(argument="input_ids", reason=reason)
+        raise errors.BadInput(argument="input_ids", reason=reason, of="slim.Scheduler.submit")
     listed: list[int] = tokens[0].tolist()
     return listed
 
@@ -128,5 +128,5 @@ def _as_tensor(tokens: Tensor | Sequence[int]) -> Tensor:
     listed = isinstance(tokens, Sequence) and not isinstance(tokens, str)
     if not listed or not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
         reason = f"it must be a tensor or a list of token ids, not {tokens!r:.40}"
-        raise errors.BadInput(argument="input_ids", reason=reason)
+        raise errors.BadInput(argument="input_ids", reason=reason, of="slim.Scheduler.submit")
     return torch.tensor(tokens, dtype=torch.int64)

@@ -36,7 +36,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         def refuse(option: str, wanted: str) -> None:
-            raise errors.BadInput(argument=option, reason=f"{getattr(self, option)!r} is not {wanted}")
+            raise errors.BadInput(
+                argument=option, reason=f"{getattr(self, option)!r} is not {wanted}", of="slim.Sampling"
+            )
 
         if not _is_number(self.temperature) or not 0 < self.temperature < float("inf"):
             refuse("temperature", "a number above 0; leave do_sample out for the likeliest token")

@@ -82,7 +82,7 @@ class Scheduler:
     ) -> None:
         for name, value in (("max_tokens", max_tokens), ("max_batch", max_batch), ("chunk", chunk)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise errors.BadInput(argument=name, reason=f"{value!r} is no number above 0")
+                raise errors.BadInput(argument=name, reason=f"{value!r} is no number above 0", of="slim.Scheduler")
         if not model.paged or model.kv_cache.window is not None:
             wanted = 'compile with kv_cache=KVCacheConfig(layout="paged")'
             raise errors.CacheUnsupported(reason=f"a scheduler shares pages that keep all tokens: {wanted}")
@@ -118,9 +118,17 @@ class Scheduler:
         """
         prompt = prompt_tokens(input_ids, self.model.vocabulary)
         if sampling is not None and not isinstance(sampling, Sampling):
-            raise errors.BadInput(argument="sampling", reason=f"it must be a slim.Sampling, not {sampling!r:.40}")
+            raise errors.BadInput(
+                argument="sampling",
+                reason=f"it must be a slim.Sampling, not {sampling!r:.40}",
+                of="slim.Scheduler.submit",
+            )
         if not isinstance(max_new_tokens, int) or isinstance(max_new_tokens, bool) or max_new_tokens < 1:
-            raise errors.BadInput(argument="max_new_tokens", reason=f"{max_new_tokens!r} is no number of tokens")
+            raise errors.BadInput(
+                argument="max_new_tokens",
+                reason=f"{max_new_tokens!r} is no number of tokens",
+                of="slim.Scheduler.submit",
+            )
         total = len(prompt) + max_new_tokens - 1  # the last token is returned, and never run
         assert self.pool.limit is not None
         for limit in (self.pool.limit * PAGE, self.model.position_limit, self.model.kv_cache.max_tokens):
@@ -143,7 +151,7 @@ class Scheduler:
         """
         with self._lock:
             if request.done:
-                raise errors.BadInput(argument="request", reason=f"{request} does not go on")
+                raise errors.BadInput(argument="request", reason=f"{request} does not go on", of="slim.Scheduler.fork")
             twin = Request(self, next(self._numbers), list(request.prompt), request.limit, sampling)
             twin.tokens = list(request.tokens)
             self._begin_text(twin)
