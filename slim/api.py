@@ -65,6 +65,7 @@ def compile(
     pipeline = as_passes(passes)
     chosen = select(target, tune)
     context = _context(calibration, verify, strict, dump, progress)
+    Dump.to(context.dump).check()  # now, and not after the lift
     start = time.perf_counter()
     program = _lift(model, example_inputs)
     seconds = {"lift": time.perf_counter() - start}

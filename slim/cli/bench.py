@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from slim.cli.models import open_model, open_original, require_generative
+from slim.cli.models import open_model, open_original, require_generative, require_there
 from slim.cli.progress import Steps
 from slim.cli.shell import debug_option, target_option, tune_option
 from slim.cli.tables import print_table, rate
@@ -32,6 +32,8 @@ def bench(
     Compare numbers of one run only: with --against the two take turns, so that neighbours on the machine slow both.
     """
     with Steps() as steps:
+        if against is not None:
+            require_there(against)
         compiled = open_model(model, target, steps, tune)
         require_generative(compiled, model)
         models: dict[str, Any] = {} if against is None else {f"{against} (original)": open_original(against, steps)}

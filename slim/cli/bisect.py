@@ -6,7 +6,7 @@ import click
 
 from slim.cli.calibration import calibration_option, read_calibration
 from slim.cli.progress import Steps
-from slim.cli.shell import debug_option, pipeline_option, read_pipeline_option
+from slim.cli.shell import Number, debug_option, pipeline_option, read_pipeline_option
 
 _FOUND = 1  # exit status, so that scripts and git bisect can ask
 
@@ -17,7 +17,7 @@ _FOUND = 1  # exit status, so that scripts and git bisect can ask
 @calibration_option
 @click.option(
     "--threshold",
-    type=float,
+    type=Number(min=0),
     default=1e-2,
     show_default=True,
     help="How far the output of a probe may be off, relative to its largest number.",
@@ -33,14 +33,18 @@ def bisect(model: str, pipeline: str, calibration: str | None, threshold: float,
     slim bisect path/to/model -p 'fold_norms, quantize("int4")' --threshold 0.05
     """
     text = read_pipeline_option(pipeline)
+    if not text.strip() and not whole:
+        raise click.UsageError(
+            "there is nothing to look through: give passes with -p, or --lift for the rules of the lift"
+        )
     texts = None if calibration is None else read_calibration(calibration)
     with Steps() as steps:
         from slim.cli.models import load_original
         from slim.inspection import bisect as find
-        from slim.passes import parse_pipeline
+        from slim.passes import as_passes
         from slim.runtime.artifact import is_artifact, load
 
-        passes = parse_pipeline(text)
+        passes = as_passes(text)
         steps.stage(f"reading {model}")
         start = load(model, target="eager").program if is_artifact(model) else load_original(model) if whole else model
         found = find(start, passes, threshold, calibration=texts, progress=steps)

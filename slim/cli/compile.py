@@ -55,10 +55,10 @@ def compile_(
     texts = None if calibration is None else read_calibration(calibration)
     with Steps() as steps:
         from slim.api import compile
-        from slim.passes import parse_pipeline
+        from slim.passes import as_passes
         from slim.runtime.artifact import check_destination
 
-        passes = parse_pipeline(text)
+        passes = as_passes(text)
         check_destination(output)  # now, and not after all the work
         steps.stage(f"lifting {model}")
         compiled = compile(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from slim.cli.models import open_model
@@ -31,6 +33,9 @@ def export(model: str, output: str, format_: str, dequantize: bool) -> None:
     slim export small -o for-vllm --format compressed-tensors
     """
     with Steps() as steps:
+        from slim.runtime.export import check_request
+
+        check_request(output, format_, dequantize=dequantize, source=Path(model))  # now, and not after all the work
         compiled = open_model(model, "eager", steps)
         steps.stage(f"writing {output}")
         compiled.export(output, format_, dequantize=dequantize)

@@ -10,19 +10,17 @@ import click
 from slim import errors
 from slim.cli.models import open_model, require_generative
 from slim.cli.progress import Steps
-from slim.cli.shell import debug_option, target_option
+from slim.cli.shell import Number, debug_option, target_option
 
 
 @click.command()
 @click.argument("model", metavar="DIR|MODEL")
 @click.option("--prompt", required=True, metavar="TEXT", help="What to go on from.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--temperature", type=click.FloatRange(min=0), help="Sample; 0 takes the likeliest token each time.")
+@click.option("--temperature", type=Number(min=0), help="Sample; 0 takes the likeliest token each time.")
 @click.option("--top-k", type=click.IntRange(min=1), help="Sample from the K likeliest tokens.")
-@click.option(
-    "--top-p", type=click.FloatRange(0, 1, min_open=True), help="Sample from the likeliest tokens that add up to P."
-)
-@click.option("--seed", type=int, help="The same text again, when sampling.")
+@click.option("--top-p", type=Number(0, 1, min_open=True), help="Sample from the likeliest tokens that add up to P.")
+@click.option("--seed", type=click.IntRange(-(2**63), 2**64 - 1), help="The same text again, when sampling.")
 @click.option("--stream/--no-stream", default=True, help="Whether to print words as they come.", show_default=True)
 @target_option
 @debug_option

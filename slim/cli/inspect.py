@@ -70,6 +70,8 @@ def inspect(
         terminal={"--charts": charts, "--rules": rules},
     )
     text = read_pipeline_option(pipeline)
+    if calibration is not None and not text.strip():
+        raise click.UsageError("--calibration is for the passes of -p, and there are none")
     texts = None if calibration is None else read_calibration(calibration)
     with Steps() as steps:
         if html is not None:
@@ -125,10 +127,10 @@ def _program(
     from slim.compiler.lift import lift_path
     from slim.compiler.passes_base import Context
     from slim.compiler.pipeline import run_pipeline
-    from slim.passes import parse_pipeline
+    from slim.passes import as_passes
     from slim.runtime.artifact import is_artifact, load
 
-    passes = parse_pipeline(text)
+    passes = as_passes(text)
     steps.stage(f"reading {model}")
     if is_artifact(model):
         compiled = load(model, target="eager")
@@ -144,11 +146,13 @@ def _program(
 
 def _story(model: str, text: str, texts: list[str] | None, steps: Steps, target: str) -> Story:
     """The compilation of ``model``; of a compiled one, what its artifact knows."""
+    from slim.codegen import select
     from slim.inspection.tell import compiled_story, tell
-    from slim.passes import parse_pipeline
+    from slim.passes import as_passes
     from slim.runtime.artifact import is_artifact, load
 
-    passes = parse_pipeline(text)
+    passes = as_passes(text)
+    select(target)  # an unknown one is refused before a model is read
     steps.stage(f"reading {model}")
     if is_artifact(model) and not passes:
         return compiled_story(model, load(model, target=target))

@@ -40,6 +40,15 @@ def open_original(path: str, steps: Steps) -> Any:
     return load_original(path)
 
 
+def require_there(path: str) -> None:
+    """Raises ModelNotFound where there is neither an artifact nor a model."""
+    from slim.compiler.lift.checkpoint import locate
+    from slim.runtime.artifact import is_artifact
+
+    if not is_artifact(path):
+        locate(path)
+
+
 def load_original(path: str) -> Any:
     """transformers' own model at ``path``, in evaluation mode."""
     from transformers import AutoModelForCausalLM

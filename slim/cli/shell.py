@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,17 @@ from slim import errors
 
 if TYPE_CHECKING:
     from slim.compiler.report import PipelineReport
+
+
+class Number(click.FloatRange):
+    """A finite float in a range; click's own takes NaN for one in any."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is no number.", param, ctx)
+        return number
+
 
 _DEBUG = "slim.debug"
 MISTAKE, INTERRUPTED = 2, 130  # exit statuses; 130 is what a shell gives a command that SIGINT ended
@@ -66,7 +78,7 @@ target_option: Decorator = click.option(
 )
 tune_option: Decorator = click.option(
     "--tune",
-    type=click.FloatRange(min=0, min_open=True),
+    type=Number(min=0, min_open=True),
     metavar="SECONDS",
     help="Spend this on finding the fastest configurations of GPU kernels; what was found is kept for later.",
 )

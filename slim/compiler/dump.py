@@ -34,6 +34,14 @@ class Dump:
         chosen = folder or os.environ.get("SLIM_DUMP")
         return cls(Path(chosen) if chosen else None)
 
+    def check(self) -> None:
+        """Raises SaveFailed where nothing could be written: worth asking before a long compile."""
+        if self.folder is None:
+            return
+        existing = next(parent for parent in (self.folder, *self.folder.absolute().parents) if parent.exists())
+        if not existing.is_dir() or not os.access(existing, os.W_OK):
+            raise errors.SaveFailed(path=self.folder, reason=f"{existing} is no directory that can be written to")
+
     def stage(self, name: str, program: Program) -> None:
         """The Program as ``00_lift.py``, ``01_<pass>.py``, ...: text that runs and that reads back."""
         file = f"{self.written:02d}_{name}.py"

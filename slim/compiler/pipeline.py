@@ -40,7 +40,7 @@ def run_pipeline(program: Program, passes: Sequence[Pass], ctx: Context) -> tupl
         PassOrder: before anything runs. PassFailed, NotLossless: with a reproducer. PassMatchedNothing: when strict.
         What a pass raises of slim's own errors about the user's model or options comes out as it is.
     """
-    check_order(program, passes)
+    check_order(passes, program)
     report = PipelineReport(notes=list(program.facts.notes), rules=dict(program.raised))
     run = _Run(tuple(passes), ctx, Dump.to(ctx.dump), report)
     run.begin(program)
@@ -56,17 +56,23 @@ def run_pipeline(program: Program, passes: Sequence[Pass], ctx: Context) -> tupl
     return program, run.report
 
 
-def check_order(program: Program, passes: Sequence[Pass]) -> None:
-    """Raises PassOrder where a pass requires what an earlier one, or the model itself, has taken away."""
+def check_order(passes: Sequence[Pass], program: Program | None = None) -> None:
+    """Raises PassOrder where a pass requires what an earlier one, or the model itself if given, has taken away."""
+    lost = {} if program is None else _lacking(program)
+    for pass_ in passes:
+        for fact in sorted(pass_.requires & lost.keys()):
+            raise errors.PassOrder(pass_name=repr(pass_), reason=f"it needs {fact}, and {lost[fact]}")
+        lost |= dict.fromkeys(pass_.invalidates, f"{pass_!r} before it takes them away")
+
+
+def _lacking(program: Program) -> dict[str, str]:
+    """What the model comes without -> the reason."""
     lost: dict[str, str] = {}
     if any(stored_in(node.args[0]) for node in program.nodes(DEQUANTIZE)):
         lost[FLOAT_WEIGHTS] = "the model comes without them: it is quantised already"
     if any(any(pair_bits(node)) for node in program.attention_nodes()):
         lost[FLOAT_KV] = "the model comes with rounded ones"
-    for pass_ in passes:
-        for fact in sorted(pass_.requires & lost.keys()):
-            raise errors.PassOrder(pass_name=repr(pass_), reason=f"it needs {fact}, and {lost[fact]}")
-        lost |= dict.fromkeys(pass_.invalidates, f"{pass_!r} before it takes them away")
+    return lost
 
 
 @dataclass

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from slim import errors
 from slim.compiler.passes_base import Pass
+from slim.compiler.pipeline import check_order
 from slim.compiler.pipeline_text import read_pipeline
 
 
@@ -43,16 +44,28 @@ def parse_pipeline(text: str) -> tuple[Pass, ...]:
 
 
 def as_passes(passes: str | Pass | Sequence[str | Pass]) -> tuple[Pass, ...]:
-    """Passes however a user writes them: one, several, as objects or as text."""
+    """Passes however a user writes them: one, several, as objects or as text; in an order that may be right.
+
+    Raises:
+        What parse_pipeline raises of a text. BadInput: for what is no pass. PassOrder: where one cannot follow another.
+    """
+    pipeline = tuple(_each(passes))
+    check_order(pipeline)
+    return pipeline
+
+
+def _each(passes: str | Pass | Sequence[str | Pass]) -> Iterator[Pass]:
     if isinstance(passes, str):
-        return parse_pipeline(passes)
-    if isinstance(passes, Pass):
-        return (passes,)
-    if isinstance(passes, type) and issubclass(passes, Pass):
+        yield from parse_pipeline(passes)
+    elif isinstance(passes, Pass):
+        yield passes
+    elif isinstance(passes, type) and issubclass(passes, Pass):
         raise errors.BadInput(argument="passes", reason=f"{passes.__name__} is a class: write {passes.__name__}()")
-    if not isinstance(passes, Sequence):
+    elif isinstance(passes, Sequence):
+        for item in passes:
+            yield from _each(item)
+    else:
         raise errors.BadInput(argument="passes", reason=f"{passes!r} is not a pass, a pipeline text, or a list of them")
-    return tuple(one for item in passes for one in as_passes(item))
 
 
 __all__ = ["PASSES", "Pass", "as_passes", "parse_pipeline", *sorted(kind.__name__ for kind in PASSES.values())]

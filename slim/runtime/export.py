@@ -18,7 +18,7 @@ from slim.runtime import compressed_tensors
 from slim.runtime.artifact import TOKENIZER_FILES, copy_tokenizer
 from slim.runtime.fitting import Lazy, architecture, fitted, main_dtype, originals, refuse
 from slim.runtime.quantised import QUANTIZE, restored
-from slim.runtime.storage import written_directory
+from slim.runtime.storage import check_destination, written_directory
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +52,22 @@ def export(program: Program, directory: str | Path, format: str = "transformers"
         >>> slim.compile(model, 'quantize("int4", group_size=32)').export("out", format="compressed-tensors")
         >>> AutoModelForCausalLM.from_pretrained("out")
     """
-    if format not in FORMATS:
-        refuse(format, f"there is no such format; there is {', '.join(FORMATS)}")
+    check_request(directory, format, dequantize=dequantize, source=program.facts.source)
     _refuse_patterns(program, format)
     write = _prepared(program, format, dequantize)
     with written_directory(directory, lambda folder: _is_export(folder, program.facts.source)) as folder:
         write(folder)
         copy_tokenizer(program.facts.source, folder)
+
+
+def check_request(directory: str | Path, format: str, *, dequantize: bool, source: Path | None) -> None:
+    """What can be refused of an export of the model at ``source`` without reading it; raises as ``export`` does."""
+    if format not in FORMATS:
+        refuse(format, f"there is no such format; there is {', '.join(FORMATS)}")
+    if dequantize and format != "transformers":
+        reason = f"{format} is there to hold quantised weights; format='transformers' holds their floating-point values"
+        raise errors.ContradictoryOptions(a="dequantize=True", b=f"format={format!r}", reason=reason)
+    check_destination(directory, lambda folder: _is_export(folder, source))
 
 
 def _refuse_patterns(program: Program, format: str) -> None:
@@ -73,9 +82,6 @@ def _prepared(program: Program, format: str, dequantize: bool) -> Callable[[Path
     """What writes the model into a folder, once it is known that it can."""
     if format == "transformers":
         return _plain(program, dequantize)
-    if dequantize:
-        reason = f"{format} is there to hold quantised weights; format='transformers' holds their floating-point values"
-        raise errors.ContradictoryOptions(a="dequantize=True", b=f"format={format!r}", reason=reason)
     return compressed_tensors.prepared(program)
 
 

@@ -204,7 +204,7 @@ def test_an_order_that_cannot_be_right_is_refused_before_anything_runs(start):
     needs = planted(requires=frozenset({FLOAT_WEIGHTS}))
     with pytest.raises(errors.PassOrder, match=r"it needs float weights, and planted.*takes them away"):
         run_pipeline(start, [rounds, needs], Context())
-    check_order(start, [needs, rounds])
+    check_order([needs, rounds], start)
 
 
 INT8 = "w = slim.dequantize.default(weights['q'], weights['s'], axis=0)"

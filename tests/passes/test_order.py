@@ -6,7 +6,7 @@ from slim import errors
 from slim.compiler.passes_base import Context
 from slim.compiler.pipeline import check_order, run_pipeline
 from slim.compiler.program import Program
-from slim.passes import PASSES, parse_pipeline
+from slim.passes import PASSES, as_passes, parse_pipeline
 from tests.compiled import lifted
 
 WRONG = {
@@ -45,9 +45,15 @@ def test_a_wrong_order_is_refused_with_the_reason_before_calibration_is_missed(l
     assert first in str(raised.value)
 
 
+@pytest.mark.parametrize("text", WRONG)
+def test_a_wrong_order_is_refused_before_there_is_a_model(text: str) -> None:
+    with pytest.raises(errors.PassOrder, match=WRONG[text]):
+        as_passes(text)
+
+
 @pytest.mark.parametrize("text", RIGHT)
 def test_a_right_order_is_let_through(llama: Program, text: str) -> None:
-    check_order(llama, parse_pipeline(text))
+    check_order(parse_pipeline(text), llama)
 
 
 def test_every_pass_stands_in_some_order_of_this_file() -> None:

@@ -226,6 +226,45 @@ def test_a_bad_pipeline_is_refused(model: Path, tmp_path: Path, pipeline: str, s
     assert said in fails(tmp_path, "compile", model, "-p", pipeline, "-o", tmp_path / "small")
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("bisect MODEL -p quantize --threshold -1", "-1.0 is not in the range x>=0"),
+        ("bisect MODEL -p quantize --threshold nan", "nan is no number"),
+        ("bisect MODEL", "there is nothing to look through"),
+        ("bisect MODEL -p quantize,fold_norms", "cannot run here"),
+        ("compile MODEL -o OUT -p quantize,fold_norms", "cannot run here"),
+        ("compile MODEL -o FILE", "there is a file of that name"),
+        ("compile MODEL -o OUT --dump FILE", "is no directory that can be written to"),
+        ("compile MODEL -o OUT --target gpu", "there is no target 'gpu'"),
+        ("generate MODEL --prompt x --target gpu", "there is no target 'gpu'"),
+        ("generate MODEL --prompt x --temperature nan", "nan is no number"),
+        ("generate MODEL --prompt x --seed 99999999999999999999", "is not in the range"),
+        ("bench MODEL --target cpu --tune 3", "kernels are tuned on a GPU"),
+        ("bench MODEL --tune inf", "inf is no number"),
+        ("bench MODEL --against nowhere/else/at-all", "no model at 'nowhere/else/at-all'"),
+        ("eval MODEL --text FILE --target gpu", "there is no target 'gpu'"),
+        ("export MODEL -o FILE", "there is a file of that name"),
+        ("export MODEL -o OUT --format compressed-tensors --dequantize", "contradict"),
+        ("inspect MODEL -p quantize,fold_norms", "cannot run here"),
+        ("inspect MODEL --html nowhere/page.html", "there is no directory nowhere"),
+        ("inspect MODEL --html FILE.html --target gpu", "there is no target 'gpu'"),
+        ("inspect MODEL --html FILE.html --charts", "--charts is for the terminal"),
+        ("inspect MODEL --calibration FILE", "--calibration is for the passes"),
+    ],
+)
+def test_options_that_no_model_could_suit_are_refused_before_one_is_read(
+    tmp_path: Path, command: str, said: str
+) -> None:
+    (tmp_path / "file").write_text("something")
+    places = {"MODEL": tmp_path / "absent", "OUT": tmp_path / "out", "FILE": tmp_path / "file"}
+    result = run(*(re.sub("MODEL|OUT|FILE", lambda word: str(places[word[0]]), part) for part in command.split()))
+    assert result.exit_code == 2, result.output
+    assert said in result.output
+    assert str(places["MODEL"]) not in result.output.partition("rror: ")[2]
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
 @pytest.mark.parametrize("command", ["compile", "generate", "bench", "eval", "inspect"])
 def test_a_missing_model_is_told_by_every_command(tmp_path: Path, text: Path, command: str) -> None:
     needed = {"compile": ("-o", tmp_path / "out"), "generate": ("--prompt", "x"), "eval": ("--text", text)}
