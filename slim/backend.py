@@ -86,7 +86,8 @@ def slim_backend(module: fx.GraphModule, examples: Sequence[Any], *, options: An
 class Pieces:
     """A captured graph, compiled for each set of weights that it is called with: takes and returns what that did.
 
-    Dynamo has one graph for all instances of a class, and for a block that is used several times.
+    Dynamo has one graph for all instances of a class, and for a block that is used several times. Where sizes cannot be
+    left open, each set of sizes has a piece too.
     """
 
     def __init__(self, module: fx.GraphModule, options: Options, examples: Sequence[Any]) -> None:
@@ -114,7 +115,7 @@ class Piece:
     @classmethod
     def of(cls, module: fx.GraphModule, options: Options, examples: Sequence[Any]) -> Piece | _Nothing:
         passes, target = as_passes(options.passes), select(options.target)
-        captured = capture(module, examples)
+        captured = _captured(module, examples)
         if captured.program is None:
             log.warning("a captured graph computes nothing: all that it returns are its inputs, or views of them")
             return _Nothing(module)
@@ -128,7 +129,8 @@ class Piece:
         return cls(captured, CompiledModel(program, target, report=report, pipeline=text))
 
     def is_for(self, arguments: Sequence[Any]) -> bool:
-        return all(arguments[place] is weight for place, weight in self.captured.frozen.items())
+        shaped = all(arguments[place].shape == shape for place, shape in self.captured.shapes.items())
+        return shaped and all(arguments[place] is weight for place, weight in self.captured.frozen.items())
 
     def __call__(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         for place, weight in self.captured.frozen.items():
@@ -140,6 +142,16 @@ class Piece:
         for place, output in self.captured.mutated:
             arguments[place].copy_(outputs[output])
         return tuple(give(arguments, outputs) for give in self.captured.results)
+
+
+def _captured(module: fx.GraphModule, examples: Sequence[Any]) -> Captured:
+    """For whatever sizes Dynamo lets change; where that cannot be lifted, for those of ``examples`` alone, with a warning."""
+    try:
+        return capture(module, examples)
+    except errors.LiftFailed as error:
+        captured = capture(module, examples, fixed=True)
+        log.warning("a graph is compiled for each set of sizes that comes: %s", error)
+        return captured
 
 
 class _Nothing:

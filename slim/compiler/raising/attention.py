@@ -204,7 +204,7 @@ def _from_softmax(m: Match) -> fx.Node | None:
     if len(_shape(m.node)) == 4:
         return out
     shape: Any = flat.args[1]
-    return m.new(aten.reshape.default, out, [*shape[:2], -1])
+    return m.new(aten.reshape.default, out, [*shape[:2], _shape(v)[-1]])
 
 
 def _four_dimensional(x: fx.Node | None) -> fx.Node:
