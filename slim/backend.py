@@ -145,7 +145,7 @@ class Piece:
 
 
 def _captured(module: fx.GraphModule, examples: Sequence[Any]) -> Captured:
-    """For whatever sizes Dynamo lets change; where that cannot be lifted, for those of ``examples`` alone, with a warning."""
+    """For all sizes that Dynamo lets change; where that cannot be lifted, for those of ``examples``, with a warning."""
     try:
         return capture(module, examples)
     except errors.LiftFailed as error:
