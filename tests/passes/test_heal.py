@@ -21,7 +21,7 @@ from slim.passes.healing.trained import find_trained
 from tests.compiled import lifted
 
 TOKENS = [torch.randint(3, 96, (8, 24), generator=torch.Generator().manual_seed(i)) for i in range(24)]
-QUICK = dict(steps=50, tokens=192, rank=8, learning_rate=4e-3)
+QUICK = dict(steps=50, tokens=192, learning_rate=0.03)
 
 
 def healed(program: Program, passes: list[Pass], **context: Any) -> tuple[Program, Report]:
