@@ -49,7 +49,7 @@ class Product(Trained):
 
     def __init__(self, name: str, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         m, n = weight.shape
-        down = torch.randn(rank, n, generator=generator) * n**-0.5
+        down = torch.randn(rank, n, generator=generator) * rank**-0.5  # a step of up changes W as one of a whole weight
         super().__init__(name, weight, [down.to(weight.device), torch.zeros(m, rank, device=weight.device)])
 
     def value(self) -> Tensor:
