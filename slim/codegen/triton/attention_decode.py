@@ -11,6 +11,7 @@ from slim.codegen.regions.schedule import Attention
 from slim.codegen.triton.attention_cache import less_offset, page, stored
 from slim.codegen.triton.attention_parts import (
     LOG2E,
+    Nearer,
     Softmax,
     across,
     address,
@@ -49,6 +50,7 @@ class _Decode:
         self.softmax = Softmax(self.writer, region, "start")
         self.kept = Kept(self.writer, region, "u", "head[:, None]", self._works_on)
         self.turn = Turn(self.writer, region.rope, inside("d", self.g.width), padded(self.g.width))
+        self.nearer = Nearer(self.writer, region, self.g)
         self.k, self.v = stored(self.writer, region, self.g.dtype, {})
 
     def kernel(self) -> Kernel:
@@ -112,7 +114,8 @@ class _Decode:
                 lines[1], keys, *self.kept.begin(), "u = start - origin", "u_first = u", "u_last = u",
                 *self.kept.bounds("BLOCK_T"),
             ]  # fmt: skip
-            tiles = ["tiles = ahead // BLOCK_T + tl.cdiv(tl.maximum(tl.minimum(end, until) - lo, 0), BLOCK_T)"]
+            before = "tl.minimum(ahead // BLOCK_T, tl.cdiv(end, BLOCK_T))"
+            tiles = [f"tiles = {before} + tl.cdiv(tl.maximum(tl.minimum(end, until) - lo, 0), BLOCK_T)"]
         return [
             *lines, *tiles, "each = tl.maximum(tl.cdiv(tiles, tl.num_programs(1)), 1)",
             "busy = tl.maximum(tl.cdiv(tiles, each), 1)",
@@ -126,6 +129,7 @@ class _Decode:
         return [
             *self.turn.begin(), *self.turn.angles(None),
             *self.turn.load("q_new", self.region.q, "q", ["b", "head[:, None]", None], "row_in[:, None]"),
+            *self.nearer.load(["b", "head[:, None]", None], "row_in[:, None]"),
             *self.softmax.begin("head", "[:, None]", "row_in"), *start(str(self.rows), self.g),
             *self.softmax.limit("start + 1" if self.cached else "end"),
             *self.k.begin("BLOCK_T"), *self.v.begin("BLOCK_T"),
@@ -166,7 +170,7 @@ class _Decode:
             values = [*self.softmax.enough(), "if enough:", *indented(values)]
         return [
             *page(self.writer, self.region, "t", "there"), *self.k.load("there"),
-            f"s = tl.dot(q_new, tl.trans(key){self.g.precision})",
+            f"s = tl.dot(q_new, tl.trans(key){self.g.precision})", *self.nearer.scores(),
             *([] if self.k.scale is None else ["s = s * k_scales[None, :]"]),
             *self._scores(["there[None, :]", *self.kept.seen()], "there"), *values,
         ]  # fmt: skip
@@ -194,10 +198,16 @@ class _Decode:
             *less_offset(self.writer, region, self.g.width),
             f"v_new = tl.load({place}{masked(across(inside('e', self.g.value_width)), other='0.0')})",
             *self.k.append("1", None, writes), *self.v.append("1", None, writes),
-            "s = tl.sum(q_new.to(tl.float32) * k_new.to(tl.float32), 1, keep_dims=True)",
+            *self._newest_score(),
             *self._scores([], None), *self.softmax.step(guarded=True), "acc += p * v_new.to(tl.float32)",
         ]  # fmt: skip
         return ["if split == busy - 1:", *indented(body)]
+
+    def _newest_score(self) -> list[str]:
+        q = "q_new"
+        if self.nearer:
+            q = f"tl.where(start < {self.region.first}, q_near, q_new)"
+        return [f"s = tl.sum({q}.to(tl.float32) * k_new.to(tl.float32), 1, keep_dims=True)"]
 
     # -- the end -------------------------------------------------------------------------------------------------------
 

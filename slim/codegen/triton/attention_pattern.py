@@ -52,7 +52,8 @@ class Kept:
     def bounds(self, block: str) -> list[str]:
         """Tiles with a key that is kept begin below ``ahead``, or from ``lo`` on below ``until``.
 
-        ``ahead`` and ``lo`` are multiples of ``block``, and ``ahead`` is no more than ``lo``.
+        ``ahead`` and ``lo`` are multiples of ``block``, and ``ahead`` is no more than ``lo``. Keys that are looked at
+        with queries of their own lie below ``ahead``.
         """
         lows, aheads, untils = zip(*(self._ends(terms) for _, _, terms in self._groups), strict=True)
         lines = [
@@ -62,8 +63,8 @@ class Kept:
         if self._region.window is not None:
             lines.append(f"lo = tl.maximum(lo, u_first + origin - {self._region.window - 1})")
         return [
-            *lines, f"lo = tl.maximum(lo, 0) // {block} * {block}",
-            f"ahead = tl.minimum(tl.cdiv(ahead, {block}) * {block}, lo)",
+            *lines, f"ahead = tl.cdiv(tl.maximum(ahead, {self._region.first}), {block}) * {block}",
+            f"lo = tl.maximum(tl.maximum(lo, 0) // {block} * {block}, ahead)",
         ]  # fmt: skip
 
     def _ends(self, terms: tuple[Term, ...]) -> tuple[str, str, str]:

@@ -8,6 +8,7 @@ from slim.codegen.regions.schedule import Attention
 from slim.codegen.regions.views import Buffer, View
 from slim.codegen.triton.attention_cache import less_offset, page, stored
 from slim.codegen.triton.attention_parts import (
+    Nearer,
     Softmax,
     across,
     address,
@@ -79,6 +80,7 @@ class _Prefill:
         self.softmax = Softmax(self.writer, region, "index[:, None]")
         self.kept = Kept(self.writer, region, "u[:, None]", "h", lambda first, last: f"(h >= {first}) & (h <= {last})")
         self.turn = Turn(self.writer, region.rope, inside("d", self.g.width), padded(self.g.width))
+        self.nearer = Nearer(self.writer, region, self.g)
         self.k, self.v = stored(self.writer, region, self.g.dtype, kept)
 
     def kernel(self) -> Kernel:
@@ -93,7 +95,7 @@ class _Prefill:
         width = max(padded(self.g.width), padded(self.g.value_width)) * self.g.bytes // 2
         choices = next(choices for limit, choices in _TILES if width <= limit)
         if width <= 64 and (self.region.key_mask is not None or self.kept):  # masks and patterns take registers too
-            choices = (*choices[3:], *choices[:3])
+            choices = (*choices[1:], choices[0]) if self.nearer else (*choices[3:], *choices[:3])
         found: list[Config] = []
         for m, n, warps, stages in choices:
             config = dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
@@ -142,7 +144,7 @@ class _Prefill:
         """Tiles that all queries see whole are read without asking; those at the edges of what is seen with."""
         lines, edges = self._bounds()
         for begin, end, edge in reversed(edges) if self.region.skip else edges:
-            body = self._tile(edge)
+            body = self._tile(edge, near=begin != "lo" or not self.kept)
             if not self.region.skip:
                 lines += [f"for first in range({begin}, {end}, BLOCK_N):", *indented(body)]
                 continue
@@ -175,14 +177,15 @@ class _Prefill:
         ]  # fmt: skip
         return lines, [("lo", "tl.minimum(whole, hi)", True), ("whole", "full", False), ("full", "hi", True)]
 
-    def _tile(self, edge: bool) -> list[str]:
+    def _tile(self, edge: bool, near: bool) -> list[str]:
+        """``near`` says whether it may hold keys that are looked at with queries of their own."""
         there = ["there = t < keys"] if edge else []
-        visit = self._visit(edge)
+        visit = self._visit(edge, near)
         if self.kept.is_tested:
             visit = [f"if {self.kept.worth()}:", *indented(visit)]
         return ["t = first + tl.arange(0, BLOCK_N)", *there, *self.kept.tile("BLOCK_N"), *visit]
 
-    def _visit(self, edge: bool) -> list[str]:
+    def _visit(self, edge: bool, near: bool) -> list[str]:
         region = self.region
         there = "there" if edge else None
         seen = self._seen() if edge else ["counts[None, :]"] if region.key_mask is not None else []
@@ -200,12 +203,17 @@ class _Prefill:
             values = [*self.softmax.enough(), "if enough:", *indented(values)]
         return [
             *page(self.writer, region, "t", there), *self.k.load(there),
-            f"s = tl.dot(q_new, tl.trans(key){self.g.precision})",
+            f"s = tl.dot(q_new, tl.trans(key){self.g.precision})", *(self._nearer() if near else []),
             *([] if self.k.scale is None else ["s = s * k_scales[None, :]"]),
             *key_mask(self.writer, region, there),
             *(["place = tl.where(counts, t, 1 << 30)"] if region.key_mask is not None and edge else []),
             *self.softmax.scores(seen, bias), *values,
         ]  # fmt: skip
+
+    def _nearer(self) -> list[str]:
+        """Loaded where they are used: few tiles hold first keys."""
+        row = "tl.cast(i, tl.int64)[:, None]"
+        return [*self.nearer.load(["b", "h", row], "row_in[:, None]"), *self.nearer.scores()]
 
     def _seen(self) -> list[str]:
         """Which keys of a tile at an edge the queries see; ``place`` is far beyond all for keys that none may see."""

@@ -21,7 +21,7 @@ from slim.codegen.triton.writer import WRITERS, Target
 
 WANTS = Wants(
     wide=False, packed=False, formats=frozenset({"f32", "bf16", "f16", *QUANTIZED}), int8_rows=True, own_steps=True,
-    requantises=True, pitched=True, terms=TAKEN,
+    requantises=True, pitched=True, terms=TAKEN, first=True,
 )  # fmt: skip
 
 

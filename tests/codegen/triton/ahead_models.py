@@ -59,11 +59,12 @@ def pairs(*passes: Pass) -> Schedule:
     return schedule
 
 
-def sparse(text: str, skip: float, paging: Paging | None) -> Schedule:
-    """Attention of the same Llama by a pattern."""
+def sparse(text: str | None, skip: float, paging: Paging | None) -> Schedule:
+    """Attention of the same Llama by a pattern, or by that of a ring."""
     torch.manual_seed(0)
     lifted = lift(LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).eval())
-    SparseAttention(text, skip=skip).run(lifted, Context())
+    if text is not None:
+        SparseAttention(text, skip=skip).run(lifted, Context())
     schedule = lower(bind_cache(lifted, masked=paging is None, last_only=True, bits=8, paging=paging), WANTS)
     schedule.regions = [region for region in schedule.regions if isinstance(region, Attention)]
     return schedule
@@ -135,6 +136,7 @@ def facts(kernel: Kernel, arch: str, sizes: dict[str, int] | None = None) -> dic
 def main(*archs: str) -> None:
     schedules = {"bf16": llama(), "pairs": [pairs()]}
     schedules["window in pages"] = [sparse("window(1024) | columns(4)", 1e-3, Paging(64))]
+    schedules["ring"] = [sparse(None, 0.0, Paging(64, fixed=1, window=1024, sinks=4))]
     schedules["bigbird"] = [sparse("blocks(64, 3) | columns(64) | random(64, 3, 0)", 1e-3, None)]
     for format in FORMATS:
         schedules[format] = [lower(gate_and_up(format), WANTS)]

@@ -51,6 +51,7 @@ class Case:
     quantised: int = 0  # bits of the cache's numbers; 0 are floats
     page: int | None = None  # tokens of a page
     pattern: str | None = None
+    first: int = 0  # keys that are looked at with queries of their own
     splits: int = 2
     scale: float = 0.3
 
@@ -87,8 +88,12 @@ class Call:
     def expected(self) -> Tensor:
         """The dialect's attention in float32."""
         case, options = self.case, self.options
+        q, k = self.q, self.k
+        if case.first:  # pairs of keys, of which each query meets one
+            near = (torch.arange(case.total) < case.first)[:, None]
+            q, k = torch.cat([q, options["q_first"]], -1), torch.cat([k.masked_fill(near, 0.0), k * near], -1)
         return attend(
-            self.q, self.k, self.v, options.get("key_mask"), options.get("bias"), options.get("sinks"),
+            q, k, self.v, options.get("key_mask"), options.get("bias"), options.get("sinks"),
             options.get("slopes"), scale=case.scale, causal=case.causal, window=case.window, softcap=case.softcap,
             pattern=case.pattern, offset=case.held or 0,
         )  # fmt: skip
@@ -230,6 +235,10 @@ def _options(case: Case, region: Attention, given: Any) -> dict[str, Tensor]:
         mask[0, : case.padding] = False
         options["key_mask"] = mask
         region.key_mask = given("key_mask", (B, T), mask)
+    if case.first:
+        near = torch.randn(case.batch, case.heads, case.queries, case.width).to(case.dtype)
+        options["q_first"] = near.float()
+        region.q_first, region.first = given("q_first", (B, case.heads, S, case.width), near), case.first
     for name in ("sinks", "slopes"):
         if getattr(case, name):
             options[name] = torch.rand(case.heads)
@@ -295,6 +304,8 @@ DECODE = {
     "heads_that_differ": Case(pattern="0: dense; 1: window(6); 2-3: stride(9) | columns(3)", held=69, window=40),
     "blocks_in_pages": Case(pattern="blocks(16, 1) | summary(16, 3)", held=50, page=8, padding=3),
     "random_blocks": Case(pattern="window(3) | random(8, 2, 5)", held=77, padding=5),
+    "nearer_sinks": Case(pattern="window(9) | columns(3)", first=3, held=60, page=8, rope="half"),
+    "nearer_sinks_of_bytes": Case(pattern="window(9) | columns(3)", first=3, held=2, page=8, quantised=8),
 }
 PREFILL = {
     "whole_prompt": Case(held=0, queries=37, rope="half"),
@@ -330,6 +341,11 @@ PREFILL = {
     "heads_that_differ": Case(pattern="0: dense; 1: stride(9); 2-3: window(4)", held=21, queries=30, rope="half"),
     "bytes_in_pages": Case(pattern="stride(40)", held=37, queries=20, page=8, quantised=8, window=30),
     "random_after_padding": Case(pattern="window(3) | random(8, 2, 5)", held=41, queries=30, padding=5),
+    "nearer_sinks": Case(pattern="window(9) | columns(3)", first=3, held=37, queries=20, page=8, width=20),
+    "nearer_sinks_of_bytes": Case(
+        pattern="window(9) | columns(3)", first=3, held=0, queries=37, page=8, quantised=8, dtype=BF16
+    ),
+    "nearer_keys_alone": Case(first=3, held=None, queries=20),
 }
 
 

@@ -141,19 +141,38 @@ def test_terms_that_have_a_kernel_are_those_that_look_at_no_key() -> None:
     }  # fmt: skip
 
 
+def test_a_ring_keeps_its_sinks_near_when_its_pages_take_turns() -> None:
+    """Six pages of 8 tokens, of which the first stays: after 57 tokens others have been written twice."""
+    new, held = (f"f32[B, {GROUPS}, S, {WIDTH}]", f"f32[N, {GROUPS}, 8, {WIDTH}]")
+    options = 'layer=0, scale=0.5, pattern="window(9) | columns(3)", fixed=1, first=3'
+    text = f"a = slim.paged_attention.default(q, k, v, kc, vc, table, lengths, q_first=near, {options})\nreturn (a,)"
+    queries = ", ".join(f"{name}: f32[B, {HEADS}, S, {WIDTH}]" for name in ("q", "near"))
+    rest = f"k: {new}, v: {new}, table: i32[B, P], lengths: i64[B], kc: {held}, vc: {held}"
+    made = program(text, {}, f"{queries}, {rest}")
+    eager, generated = EagerExecutable(made), TritonExecutable(made)
+    assert not generated.schedule.foreign
+    table = torch.randperm(12, generator=torch.Generator().manual_seed(1)).reshape(2, 6).int()
+    both = [[torch.zeros(12, GROUPS, 8, WIDTH) for _ in range(2)] for _ in range(2)]
+    lengths = torch.zeros(2, dtype=torch.int64)
+    for step, count in enumerate([1, 30, 24, 1, 1]):
+        q, k, v = tensors(step, 2, count)
+        near = tensors(step + 99, 2, count)[0]
+        wanted, got = (run(q, near, k, v, table, lengths, *c) for run, c in zip((eager, generated), both, strict=True))
+        close(got[0], wanted[0], f"call {step}")
+        lengths += count
+
+
 @pytest.mark.parametrize(
-    ("config", "long"),
+    "config",
     [
-        (KVCacheConfig(layout="paged"), False),
-        (KVCacheConfig(layout="paged", dtype="int8"), False),
-        (KVCacheConfig(layout="paged", window=8, sinks=2), True),
+        KVCacheConfig(layout="paged"),
+        KVCacheConfig(layout="paged", dtype="int8"),
+        KVCacheConfig(layout="paged", window=8, sinks=2),
     ],
     ids=["pages", "int8 pages", "ring"],
 )
-def test_a_model_writes_what_eager_writes(config: KVCacheConfig, long: bool) -> None:
+def test_a_model_writes_what_eager_writes(config: KVCacheConfig) -> None:
     tokens, mask = prompt()
-    if long:  # more than a ring's 11 pages hold
-        tokens, mask = tokens[2:].repeat(1, 80), mask[2:].repeat(1, 80)
     options = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
     eager, generated = (CompiledModel(pair("llama")[1].program.copy(), t, kv_cache=config) for t in ("eager", "cuda"))
     assert torch.equal(generated.generate(tokens, **options).cpu(), eager.generate(tokens, **options))
