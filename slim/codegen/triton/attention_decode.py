@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slim.codegen.regions.schedule import Attention
+from slim.codegen.regions.views import View
 from slim.codegen.triton.attention_cache import less_offset, page, stored
+from slim.codegen.triton.attention_choices import Bounds, Choices, block_size, no_bounds
 from slim.codegen.triton.attention_parts import (
     LOG2E,
     Nearer,
@@ -25,6 +27,7 @@ from slim.codegen.triton.attention_parts import (
     start,
 )
 from slim.codegen.triton.attention_pattern import Kept
+from slim.codegen.triton.attention_top import choose_of_one
 from slim.codegen.triton.kernel import Config, Kernel
 from slim.codegen.triton.rotation import Turn
 from slim.codegen.triton.writer import Target, Writer, indented, power_of_two
@@ -32,14 +35,19 @@ from slim.codegen.triton.writer import Target, Writer, indented, power_of_two
 _ROWS = 64  # query heads that one program takes at most
 
 
-def decode(region: Attention, target: Target) -> Kernel:
-    """The kernel for one query in each row of the batch."""
-    return _Decode(region, target).kernel()
+def decode(region: Attention, target: Target, choices: Choices) -> list[Kernel]:
+    """The kernels for one query in each row of the batch.
+
+    Args:
+        choices: where the query notes what it chooses.
+    """
+    choosing = [] if choices.listed is None else [choose_of_one(region, target, choices)]
+    return [*choosing, _Decode(region, target, choices.listed).kernel()]
 
 
 class _Decode:
-    def __init__(self, region: Attention, target: Target) -> None:
-        self.region, self.target = region, target
+    def __init__(self, region: Attention, target: Target, listed: View | None) -> None:
+        self.region, self.target, self.listed = region, target, listed
         self.writer = Writer(region, target)
         self.g = geometry(region)
         self.cached = region.k_cache is not None
@@ -51,7 +59,7 @@ class _Decode:
         self.kept = Kept(self.writer, region, "u", "head[:, None]", self._works_on)
         self.turn = Turn(self.writer, region.rope, inside("d", self.g.width), padded(self.g.width))
         self.nearer = Nearer(self.writer, region, self.g)
-        self.k, self.v = stored(self.writer, region, self.g.dtype, {})
+        self.k, self.v = stored(self.writer, region, self.g.dtype, {}, scattered=listed is not None)
 
     def kernel(self) -> Kernel:
         pairs = f"{self.writer.size(self.region.q.shape[0])} * {self.g.kv_heads * self.parts}"
@@ -108,7 +116,15 @@ class _Decode:
         elif region.window is not None:
             lines[0] = f"lo = tl.maximum(start - {region.window - 1}, 0)"
         tiles = ["tiles = tl.cdiv(end - lo, BLOCK_T)"]
-        if self.kept:
+        if self.listed is not None:
+            size = block_size(region)
+            lines = [
+                lines[1], "keys = start + 1", *self.kept.begin(), "u = start - origin",
+                f"listed_at = {address(self.writer, self.listed, 'listed', ['b', 'g'])}",
+                f"many = tl.load(listed_at) * {size}",
+            ]  # fmt: skip
+            tiles = ["tiles = tl.cdiv(many, BLOCK_T)"]
+        elif self.kept:
             keys = "keys = start + 1" if self.cached else "keys = end"
             lines = [
                 lines[1], keys, *self.kept.begin(), "u = start - origin", "u_first = u", "u_last = u",
@@ -146,18 +162,29 @@ class _Decode:
         first = "first = lo + tile * BLOCK_T"
         if self.kept:
             first = "first = tl.where(tile * BLOCK_T < ahead, tile * BLOCK_T, lo + tile * BLOCK_T - ahead)"
-        there = "t < end"
+        keys, there = [first, "t = first + tl.arange(0, BLOCK_T)"], "t < end"
+        if self.listed is not None:
+            keys, there = self._listed_keys(), "(place < many) & (t < end)"
         if self.kept and region.window is not None:
-            there = f"(t < end) & (t > start - {region.window})"
+            there = f"({there}) & (t > start - {region.window})"
         tile = [f"tile = {end} - 1 - back"] if region.skip else []  # what scores high early lets more be skipped
         visit = self._visit()
         if self.kept.is_tested:
             visit = [f"if {self.kept.worth()}:", *indented(visit)]
         body = [
-            *tile, first, "t = first + tl.arange(0, BLOCK_T)", f"there = {there}", *self.kept.tile("BLOCK_T"), *visit
+            *tile, *keys, f"there = {there}", *self.kept.tile("BLOCK_T"), *visit
         ]  # fmt: skip
         span = f"back in range(0, {end} - {begin})" if region.skip else f"tile in range({begin}, {end})"
         return [f"for {span}:", *indented(body)]
+
+    def _listed_keys(self) -> list[str]:
+        """``t``: keys of blocks that lie side by side in the list, not in memory."""
+        size = block_size(self.region)
+        return [
+            "place = tile * BLOCK_T + tl.arange(0, BLOCK_T)",
+            f"entry = tl.load(listed_at + 1 + place // {size}, mask=place < many, other=0)",
+            f"t = origin + (entry >> 1) * {size} + place % {size}", "best = (entry & 1) != 0",
+        ]  # fmt: skip
 
     def _visit(self) -> list[str]:
         """One tile of keys, and of values where they may count."""
@@ -192,16 +219,34 @@ class _Decode:
         writes = "(part == 0)" if self.parts > 1 else None
         place = address(self.writer, region.v, "v", ["b", "g", None, "e[None, :]"])
         body = [
+            *self._own_block(),
             "at = start.to(tl.int64) + tl.arange(0, 1)", "t = start + tl.arange(0, 1)",
             *page(self.writer, region, "t", None),
             *self.turn.load("k_new", region.k, "k", ["b", "g", None], None),
             *less_offset(self.writer, region, self.g.width),
             f"v_new = tl.load({place}{masked(across(inside('e', self.g.value_width)), other='0.0')})",
             *self.k.append("1", None, writes), *self.v.append("1", None, writes),
-            *self._newest_score(),
+            *self._newest_score(), *self._own_bounds(writes),
             *self._scores([], None), *self.softmax.step(guarded=True), "acc += p * v_new.to(tl.float32)",
         ]  # fmt: skip
         return ["if split == busy - 1:", *indented(body)]
+
+    def _own_block(self) -> list[str]:
+        """``low_of`` and ``high_of`` of the block ``c`` that the new key belongs to, without that key."""
+        if self.listed is None:
+            return []
+        size = block_size(self.region)
+        return [
+            f"c = tl.maximum(u, 0) // {size} + tl.zeros((1,), tl.int32)", f"begin = origin + tl.maximum(u, 0) // {size} * {size}",
+            *no_bounds(padded(self.g.width)), *Bounds(self.writer, self.region).grow(self.k, "start", "BLOCK_T"),
+        ]  # fmt: skip
+
+    def _own_bounds(self, writes: str | None) -> list[str]:
+        """The same with the new key, into memory."""
+        if self.listed is None:
+            return []
+        ends = [f"{n}_of = tl.{m}({n}_of, k_new.to(tl.float32))" for n, m in (("low", "minimum"), ("high", "maximum"))]
+        return [*ends, *Bounds(self.writer, self.region).store(inside("d", self.g.width), writes)]
 
     def _newest_score(self) -> list[str]:
         q = "q_new"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from slim.codegen.regions.schedule import Attention
 from slim.codegen.regions.views import Buffer, View
 from slim.codegen.triton.attention_cache import less_offset, page, stored
+from slim.codegen.triton.attention_choices import Choices, most_keys
 from slim.codegen.triton.attention_parts import (
     Nearer,
     Softmax,
@@ -21,6 +22,8 @@ from slim.codegen.triton.attention_parts import (
     start,
 )
 from slim.codegen.triton.attention_pattern import Kept
+from slim.codegen.triton.attention_top import choose, note_bounds
+from slim.codegen.triton.attention_vote import vote
 from slim.codegen.triton.kernel import Config, Kernel
 from slim.codegen.triton.rotation import Turn
 from slim.codegen.triton.writer import Target, Writer, indented
@@ -30,8 +33,12 @@ _APPEND: tuple[Config, ...] = tuple(
 )
 
 
-def prefill(region: Attention, target: Target) -> tuple[list[Kernel], list[Buffer]]:
-    """The kernels for any number of queries, in order, and the memory they pass between them."""
+def prefill(region: Attention, target: Target, choices: Choices) -> tuple[list[Kernel], list[Buffer]]:
+    """The kernels for any number of queries, in order, and the memory that is theirs alone.
+
+    Args:
+        choices: where queries note what they choose.
+    """
     kept: dict[str, View] = {}
     temps: list[Buffer] = []
     if region.rope is not None and region.k_cache is None:
@@ -40,7 +47,11 @@ def prefill(region: Attention, target: Target) -> tuple[list[Kernel], list[Buffe
     kernels = []
     if kept or region.k_cache is not None:
         kernels.append(_append(region, target, kept))
-    return [*kernels, _Prefill(region, target, kept).kernel()], temps
+    if choices.tops is not None:
+        kernels += [note_bounds(region, target, kept), choose(region, target, choices)]
+    if choices.columns is not None:
+        kernels.append(vote(region, target, choices, kept))
+    return [*kernels, _Prefill(region, target, kept, choices).kernel()], temps
 
 
 def _append(region: Attention, target: Target, kept: dict[str, View]) -> Kernel:
@@ -73,12 +84,14 @@ def _append(region: Attention, target: Target, kept: dict[str, View]) -> Kernel:
 class _Prefill:
     """Text of the kernel; the names of its variables are those of attention_parts."""
 
-    def __init__(self, region: Attention, target: Target, kept: dict[str, View]) -> None:
+    def __init__(self, region: Attention, target: Target, kept: dict[str, View], choices: Choices) -> None:
         self.region, self.target = region, target
         self.writer = Writer(region, target)
         self.g = geometry(region)
         self.softmax = Softmax(self.writer, region, "index[:, None]")
-        self.kept = Kept(self.writer, region, "u[:, None]", "h", lambda first, last: f"(h >= {first}) & (h <= {last})")
+        self.kept = Kept(
+            self.writer, region, "u[:, None]", "h", lambda first, last: f"(h >= {first}) & (h <= {last})", choices
+        )
         self.turn = Turn(self.writer, region.rope, inside("d", self.g.width), padded(self.g.width))
         self.nearer = Nearer(self.writer, region, self.g)
         self.k, self.v = stored(self.writer, region, self.g.dtype, kept)
@@ -89,7 +102,10 @@ class _Prefill:
         tiles = f"triton.cdiv({queries}, BLOCK_M)"
         grid = [tiles, str(self.g.heads), size(self.region.q.shape[0])]
         body = [*self._program(queries), *self._queries(), *self._loops(), *self._end()]
-        return self.writer.kernel("attention_prefill", body, self._configs(), grid)
+        scratch = "0"
+        if self.kept.is_listed:  # the numbers of each program's tiles
+            scratch = f"{tiles} * {' * '.join(grid[1:])} * triton.cdiv({size(most_keys(self.region))}, BLOCK_N)"
+        return self.writer.kernel("attention_prefill", body, self._configs(), grid, scratch)
 
     def _configs(self) -> list[Config]:
         width = max(padded(self.g.width), padded(self.g.value_width)) * self.g.bytes // 2
@@ -97,7 +113,10 @@ class _Prefill:
         if width <= 64 and (self.region.key_mask is not None or self.kept):  # masks and patterns take registers too
             choices = (*choices[1:], choices[0]) if self.nearer else (*choices[3:], *choices[:3])
         found: list[Config] = []
+        top = None if self.region.pattern is None else self.region.pattern.top
         for m, n, warps, stages in choices:
+            if top is not None:
+                n = min(n, 32 * top.size)  # the blocks of a tile are bits of one number
             config = dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
             if config not in found:
                 found.append(config)
@@ -143,6 +162,8 @@ class _Prefill:
     def _loops(self) -> list[str]:
         """Tiles that all queries see whole are read without asking; those at the edges of what is seen with."""
         lines, edges = self._bounds()
+        if self.kept.is_listed:
+            return [*lines, *self._listed()]
         for begin, end, edge in reversed(edges) if self.region.skip else edges:
             body = self._tile(edge, near=begin != "lo" or not self.kept)
             if not self.region.skip:
@@ -152,6 +173,18 @@ class _Prefill:
             first = f"first = {begin} + (tl.cdiv({end} - {begin}, BLOCK_N) - 1) * BLOCK_N - back"
             lines += [f"for back in range(0, {end} - {begin}, BLOCK_N):", *indented([first, *body])]
         return lines
+
+    def _listed(self) -> list[str]:
+        """Tiles that some query has chosen a key of, or that the pattern keeps anyway."""
+        memory = f"{self.writer.pointer('scratch')}.to(tl.pointer_type(tl.int32), bitcast=True)"
+        number = "(tl.program_id(2).to(tl.int64) * tl.num_programs(1) + h) * tl.num_programs(0) + tl.program_id(0)"
+        most = f"tl.cdiv({self.writer.size(most_keys(self.region))}, BLOCK_N)"
+        step = "count - 1 - step" if self.region.skip else "step"
+        body = [f"first = tl.load(tiles + {step}) * BLOCK_N", *self._tile(edge=True, near=True)]
+        return [
+            *self.kept.begin_choices(), f"tiles = {memory} + ({number}) * {most}",
+            *self.kept.listing("tiles", "hi", "BLOCK_N"), "for step in range(0, count):", *indented(body),
+        ]  # fmt: skip
 
     def _bounds(self) -> tuple[list[str], list[tuple[str, str, bool]]]:
         """(statements, (from, to, whether at an edge) of each loop)."""
