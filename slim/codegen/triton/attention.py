@@ -26,7 +26,7 @@ def _attention(region: Attention, target: Target) -> Stage:
             return Stage(forms, queries, temps)
     choices = choices_of(region, single=False)
     temps += choices.buffers
-    looks = [(region, choices, None)]
+    looks: list[tuple[Attention, Choices, int | None]] = [(region, choices, None)]
     if few is not region:
         looks.insert(0, (few, Choices(tops=choices.tops), VOTERS - 1))
     for look, chosen, upto in looks:

@@ -237,7 +237,7 @@ class _Decode:
             return []
         size = block_size(self.region)
         return [
-            f"c = tl.maximum(u, 0) // {size} + tl.zeros((1,), tl.int32)", f"begin = origin + tl.maximum(u, 0) // {size} * {size}",
+            f"own = tl.maximum(u, 0) // {size}", "c = own + tl.zeros((1,), tl.int32)", f"begin = origin + own * {size}",
             *no_bounds(padded(self.g.width)), *Bounds(self.writer, self.region).grow(self.k, "start", "BLOCK_T"),
         ]  # fmt: skip
 

@@ -179,7 +179,7 @@ class Kept:
         return lines
 
     def listing(self, tiles: str, end: str, block: str) -> list[str]:
-        """``count`` tiles from ``lo`` on and below ``end`` that are worth a visit: ``tiles`` points to their numbers."""
+        """The numbers of the ``count`` tiles from ``lo`` on, below ``end``, that are worth a visit, to ``tiles``."""
         body = [
             f"tile = piece + tl.arange(0, {_TILES})", f"first = tile * {block}", "j_first = first - origin",
             f"j_last = j_first + {block} - 1", *self._worth_of_choices(block),
@@ -265,7 +265,7 @@ class Kept:
                 return "best[None, :]"
             case Top():
                 chosen = "((bits[:, None] >> (j_block - low)[None, :].to(tl.int64)) & 1) != 0"
-                before, own = ("(j_block[None, :] {} u_own[:, None])".format(sign) for sign in ("<", "=="))
+                before, own = (f"(j_block[None, :] {sign} u_own[:, None])" for sign in ("<", "=="))
                 return f"(({chosen}) & {before}) | {own}"
             case VerticalSlash():
                 return "(column[None, :] | slash) != 0"

@@ -109,9 +109,10 @@ class _Prefill:
 
     def _configs(self) -> list[Config]:
         width = max(padded(self.g.width), padded(self.g.value_width)) * self.g.bytes // 2
-        choices = next(choices for limit, choices in _TILES if width <= limit)
+        choices: tuple[tuple[int, int, int, int], ...] = next(tiles for limit, tiles in _TILES if width <= limit)
         if width <= 64 and (self.region.key_mask is not None or self.kept):  # masks and patterns take registers too
-            choices = (*choices[1:], choices[0]) if self.nearer else (*choices[3:], *choices[:3])
+            first = 5 if self.nearer else 1 if self.kept.is_listed else 3
+            choices = (*choices[first:], *choices[:first])
         found: list[Config] = []
         top = None if self.region.pattern is None else self.region.pattern.top
         for m, n, warps, stages in choices:

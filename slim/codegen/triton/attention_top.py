@@ -115,8 +115,8 @@ class _ChooseMany(_Chooser):
             *indented([*program, *self._ranks(), *self._chosen(choices.tops)]),
         ]  # fmt: skip
         configs: list[Config] = [
-            dict(BLOCK_Q=rows, BLOCK_C=blocks, num_warps=4, num_stages=2)
-            for rows, blocks in ((32, 32), (16, 64), (16, 32), (64, 32))
+            dict(BLOCK_Q=rows, BLOCK_C=blocks, num_warps=warps, num_stages=2)
+            for rows, blocks, warps in ((16, 32, 8), (32, 32, 8), (16, 32, 4), (64, 32, 8))
         ]
         return writer.kernel("choose_blocks", body, configs, [grid], f"{grid} * BLOCK_Q * {self.blocks}")
 
@@ -187,8 +187,8 @@ class _ChooseOne(_Chooser):
             f'arrived = tl.atomic_add({counters} + pair, 1, sem="acq_rel")',
             "if arrived == tl.num_programs(1) - 1:",
             *indented([
-                f"tl.store({counters} + pair, 0)", *self._ranks(), f"head = g * {self.g.share} + tl.arange(0, {each_head})",
-                *self._list(choices.listed),
+                f"tl.store({counters} + pair, 0)", *self._ranks(),
+                f"head = g * {self.g.share} + tl.arange(0, {each_head})", *self._list(choices.listed),
             ]),
         ]  # fmt: skip
         configs: list[Config] = [

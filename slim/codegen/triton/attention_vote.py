@@ -42,7 +42,7 @@ class _Vote:
         body = [
             *self._program(), *self._statistics(), *self._weights(), barrier, *self._slashes(), barrier,
             *self._highest("column", term.columns, choices.columns),
-            *self._highest("slash", term.slashes, choices.slashes, "(i == 0)"),
+            *self._highest("slash", term.slashes, choices.slashes, "(place == 0)"),
         ]  # fmt: skip
         grid = [str(self.g.heads), batch]
         return self.writer.kernel(
@@ -127,12 +127,12 @@ class _Vote:
     def _highest(self, name: str, count: int, out: View, always: str | None = None) -> list[str]:
         """The ``count`` highest sums, and all that equal the last of them: floats of no sign order as their bits do."""
         nth = self.writer.function("nth_highest")
-        place = address(self.writer, out, f"{name}s", ["b", "h"])
-        kept = f"((x >= limit){f' | {always}' if always else ''}) & (i < keys)"
+        to = address(self.writer, out, f"{name}s", ["b", "h"])
+        kept = f"((x >= limit){f' | {always}' if always else ''}) & (place < keys)"
         body = [
-            f"i = first + tl.arange(0, {_PIECE})", f"x = tl.load({name}_bits + i, mask=i < keys, other=-1)",
+            f"place = first + tl.arange(0, {_PIECE})", f"x = tl.load({name}_bits + place, mask=place < keys, other=-1)",
             f"kept = ({kept}).to(tl.int32)", "before = many + tl.cumsum(kept, 0) - kept",
-            f"tl.store({place} + i, before * 2 + kept, mask=i < keys)", "many += tl.sum(kept, 0)",
+            f"tl.store({to} + place, before * 2 + kept, mask=place < keys)", "many += tl.sum(kept, 0)",
         ]  # fmt: skip
         one = f"{name}_bits + tl.zeros((1, 1), tl.int32)"
         return [

@@ -14,10 +14,10 @@ from slim.codegen.regions.schedule import Attention, Foreign, Norm, Reduce, Regi
 from slim.codegen.regions.views import Size
 from slim.codegen.regions.wants import Wants
 from slim.codegen.triton import attention, linear, loops  # noqa: F401  they register what writes each region
-from slim.compiler.patterns.terms import TERMS
 from slim.codegen.triton.kernel import Kernel, Stage
 from slim.codegen.triton.weights import QUANTIZED
 from slim.codegen.triton.writer import WRITERS, Target
+from slim.compiler.patterns.terms import TERMS
 
 WANTS = Wants(
     wide=False, packed=False, formats=frozenset({"f32", "bf16", "f16", *QUANTIZED}), int8_rows=True, own_steps=True,

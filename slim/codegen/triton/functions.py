@@ -164,7 +164,7 @@ def descent(x):
 
 @triton.jit
 def nth_highest(rows, count, wanted, block: tl.constexpr):
-    """The ``wanted``-th highest [n] of the first ``count`` int32 of each row, none below 0; ``rows`` [n, 1] are pointers.
+    """The ``wanted``-th highest [n] of the first ``count`` int32 at ``rows`` [n, 1], of which none is below 0.
 
     It is made bit by bit, the highest first. 0 where there are fewer than wanted; above all where none is.
     """
