@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from slim.codegen.regions.schedule import Attention
-from slim.codegen.regions.views import Buffer, same
+from slim.codegen.regions.views import same
 from slim.codegen.triton.attention_choices import Choices, choices_of, keeps_bounds, without_votes
 from slim.codegen.triton.attention_decode import decode
+from slim.codegen.triton.attention_mass import level_of, weigh
 from slim.codegen.triton.attention_prefill import prefill
 from slim.codegen.triton.kernel import Form, Stage
 from slim.codegen.triton.writer import Target, writes
@@ -18,10 +19,12 @@ def _attention(region: Attention, target: Target) -> Stage:
     _check(region)
     queries, few = region.q.shape[2], without_votes(region)
     forms: list[Form] = []
-    temps: list[Buffer] = []
+    levels = level_of(region)
+    temps = [] if levels is None else [levels.buffer]
+    weighing = [] if levels is None else [weigh(region, target, levels)]
     if _steps(region):
         choices = choices_of(few, single=True)
-        forms, temps = [Form(decode(few, target, choices), upto=1)], choices.buffers
+        forms, temps = [Form([*decode(few, target, choices, levels), *weighing], upto=1)], temps + choices.buffers
         if same(queries, 1):
             return Stage(forms, queries, temps)
     choices = choices_of(region, single=False)
@@ -30,8 +33,8 @@ def _attention(region: Attention, target: Target) -> Stage:
     if few is not region:
         looks.insert(0, (few, Choices(tops=choices.tops), VOTERS - 1))
     for look, chosen, upto in looks:
-        kernels, own = prefill(look, target, chosen)
-        forms.append(Form(kernels, upto))
+        kernels, own = prefill(look, target, chosen, levels)
+        forms.append(Form([*kernels, *weighing], upto))
         temps += own
     return Stage(forms, queries, temps)
 

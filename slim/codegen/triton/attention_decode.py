@@ -11,6 +11,7 @@ from slim.codegen.regions.schedule import Attention
 from slim.codegen.regions.views import View
 from slim.codegen.triton.attention_cache import less_offset, page, stored
 from slim.codegen.triton.attention_choices import Bounds, Choices, block_size, no_bounds
+from slim.codegen.triton.attention_mass import level
 from slim.codegen.triton.attention_parts import (
     LOG2E,
     Nearer,
@@ -35,19 +36,20 @@ from slim.codegen.triton.writer import Target, Writer, indented, power_of_two
 _ROWS = 64  # query heads that one program takes at most
 
 
-def decode(region: Attention, target: Target, choices: Choices) -> list[Kernel]:
+def decode(region: Attention, target: Target, choices: Choices, levels: View | None) -> list[Kernel]:
     """The kernels for one query in each row of the batch.
 
     Args:
         choices: where the query notes what it chooses.
+        levels: where it notes what its weights add up to, if anyone asks; see ``attention_mass``.
     """
     choosing = [] if choices.listed is None else [choose_of_one(region, target, choices)]
-    return [*choosing, _Decode(region, target, choices.listed).kernel()]
+    return [*choosing, _Decode(region, target, choices.listed, levels).kernel()]
 
 
 class _Decode:
-    def __init__(self, region: Attention, target: Target, listed: View | None) -> None:
-        self.region, self.target, self.listed = region, target, listed
+    def __init__(self, region: Attention, target: Target, listed: View | None, levels: View | None) -> None:
+        self.region, self.target, self.listed, self.levels = region, target, listed, levels
         self.writer = Writer(region, target)
         self.g = geometry(region)
         self.cached = region.k_cache is not None
@@ -261,7 +263,11 @@ class _Decode:
         region, width = self.region, self.g.value_width
         out = address(self.writer, region.out, "out", ["b", "head[:, None]", None, "e[None, :]"])
         channels = across(inside("e", width))
-        alone = [*self.softmax.finish(), f"tl.store({out}, acc{masked('row_in[:, None]', channels)})"]
+        alone = [
+            *self.softmax.finish(),
+            *self._level("head", level("top", "total"), "row_in"),
+            f"tl.store({out}, acc{masked('row_in[:, None]', channels)})",
+        ]
         scratch, counters = self.writer.pointer("scratch"), self.writer.pointer("counters")
         stored_rows = f"row < {self.share}"
         share = [
@@ -294,6 +300,7 @@ class _Decode:
             f"sums = tl.load(sums_at + (pair * splits + i) * {size} + column[None, :], {held}0.0)",
             "peak = tl.max(tops, 0)", 'peak = tl.where(peak == float("-inf"), 0.0, peak)',
             "weight = tl.exp2(tops - peak[None, :])", "divisor = tl.sum(totals * weight, 0)", *self._joined_sinks(),
+            *self._level("of", level("peak", "divisor"), " & ".join(["here", f"(column % {width} == 0)", *rest])),
             "joined = tl.sum(sums * weight, 0) / tl.where(divisor == 0.0, 1.0, divisor)",
             f"tl.store({out}, joined{masked('here', *rest)})",
         ]  # fmt: skip
@@ -302,6 +309,11 @@ class _Decode:
             "COLUMNS: tl.constexpr = 4096 // SPLITS", "i = tl.arange(0, SPLITS)[:, None]",
             f"for chunk in range(0, {size}, COLUMNS):", *indented(body),
         ]  # fmt: skip
+
+    def _level(self, head: str, level: str, mask: str) -> list[str]:
+        if self.levels is None:
+            return []
+        return [f"tl.store({address(self.writer, self.levels, 'level', ['b', head])}, {level}, mask={mask})"]
 
     def _joined_sinks(self) -> list[str]:
         if self.region.sinks is None:

@@ -194,9 +194,13 @@ class Softmax:
             lines.append('base = tl.where(most == float("-inf"), 0.0, most)')
             base = "base"
         return [
-            *lines, f"p = tl.exp2(s{self._factor} - {base}[:, None])", f"left = tl.exp2(top - {base})",
+            *lines, f"p = {self.weights(base)}", f"left = tl.exp2(top - {base})",
             "total = total * left + tl.sum(p, 1)", "acc = acc * left[:, None]", "top = most",
         ]  # fmt: skip
+
+    def weights(self, level: str) -> str:
+        """The exponentials of ``s`` less the level of each row."""
+        return f"tl.exp2(s{self._factor} - {level}[:, None])"
 
     def finish(self) -> list[str]:
         """``acc``, divided by all that was summed; rows that saw no key are zeros."""

@@ -8,6 +8,7 @@ from slim.codegen.regions.schedule import Attention
 from slim.codegen.regions.views import Buffer, View
 from slim.codegen.triton.attention_cache import less_offset, page, stored
 from slim.codegen.triton.attention_choices import Choices, most_keys
+from slim.codegen.triton.attention_mass import level
 from slim.codegen.triton.attention_parts import (
     Nearer,
     Softmax,
@@ -33,11 +34,14 @@ _APPEND: tuple[Config, ...] = tuple(
 )
 
 
-def prefill(region: Attention, target: Target, choices: Choices) -> tuple[list[Kernel], list[Buffer]]:
+def prefill(
+    region: Attention, target: Target, choices: Choices, levels: View | None
+) -> tuple[list[Kernel], list[Buffer]]:
     """The kernels for any number of queries, in order, and the memory that is theirs alone.
 
     Args:
         choices: where queries note what they choose.
+        levels: where they note what their weights add up to, if anyone asks; see ``attention_mass``.
     """
     kept: dict[str, View] = {}
     temps: list[Buffer] = []
@@ -51,7 +55,7 @@ def prefill(region: Attention, target: Target, choices: Choices) -> tuple[list[K
         kernels += [note_bounds(region, target, kept), choose(region, target, choices)]
     if choices.columns is not None:
         kernels.append(vote(region, target, choices, kept))
-    return [*kernels, _Prefill(region, target, kept, choices).kernel()], temps
+    return [*kernels, _Prefill(region, target, kept, choices, levels).kernel()], temps
 
 
 def _append(region: Attention, target: Target, kept: dict[str, View]) -> Kernel:
@@ -84,8 +88,10 @@ def _append(region: Attention, target: Target, kept: dict[str, View]) -> Kernel:
 class _Prefill:
     """Text of the kernel; the names of its variables are those of attention_parts."""
 
-    def __init__(self, region: Attention, target: Target, kept: dict[str, View], choices: Choices) -> None:
-        self.region, self.target = region, target
+    def __init__(
+        self, region: Attention, target: Target, kept: dict[str, View], choices: Choices, levels: View | None
+    ) -> None:
+        self.region, self.target, self.levels = region, target, levels
         self.writer = Writer(region, target)
         self.g = geometry(region)
         self.softmax = Softmax(self.writer, region, "index[:, None]")
@@ -266,7 +272,11 @@ class _Prefill:
         row = "tl.cast(i, tl.int64)[:, None]"
         out = address(self.writer, self.region.out, "out", ["b", "h", row, "e[None, :]"])
         channels = across(inside("e", self.g.value_width))
-        return [*self.softmax.finish(), f"tl.store({out}, acc{masked('row_in[:, None]', channels)})"]
+        levels = []
+        if self.levels is not None:
+            place = address(self.writer, self.levels, "level", ["b", "h", "tl.cast(i, tl.int64)"])
+            levels = [f"tl.store({place}, {level('top', 'total')}, mask=row_in)"]
+        return [*self.softmax.finish(), *levels, f"tl.store({out}, acc{masked('row_in[:, None]', channels)})"]
 
 
 # widest of a key and a value, in 16-bit numbers -> (queries, keys, warps, stages)

@@ -17,11 +17,10 @@ from slim.codegen.triton import attention, linear, loops  # noqa: F401  they reg
 from slim.codegen.triton.kernel import Kernel, Stage
 from slim.codegen.triton.weights import QUANTIZED
 from slim.codegen.triton.writer import WRITERS, Target
-from slim.compiler.patterns.terms import TERMS
 
 WANTS = Wants(
     wide=False, packed=False, formats=frozenset({"f32", "bf16", "f16", *QUANTIZED}), int8_rows=True, own_steps=True,
-    requantises=True, pitched=True, terms=frozenset(TERMS.values()), first=True,
+    requantises=True, pitched=True,
 )  # fmt: skip
 
 
