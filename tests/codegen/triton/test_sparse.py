@@ -165,10 +165,10 @@ def test_a_ring_keeps_its_sinks_near_when_its_pages_take_turns() -> None:
     "config",
     [
         KVCacheConfig(layout="paged"),
-        KVCacheConfig(layout="paged", dtype="int8"),
+        KVCacheConfig(eviction="h2o", budget=8, dtype="int8"),
         KVCacheConfig(layout="paged", window=8, sinks=2),
     ],
-    ids=["pages", "int8 pages", "ring"],
+    ids=["pages", "int8 of which some are evicted", "ring"],
 )
 def test_a_model_writes_what_eager_writes(config: KVCacheConfig) -> None:
     tokens, mask = prompt()
