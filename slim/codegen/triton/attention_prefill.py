@@ -116,7 +116,8 @@ class _Prefill:
     def _configs(self) -> list[Config]:
         width = max(padded(self.g.width), padded(self.g.value_width)) * self.g.bytes // 2
         choices: tuple[tuple[int, int, int, int], ...] = next(tiles for limit, tiles in _TILES if width <= limit)
-        if width <= 64 and (self.region.key_mask is not None or self.kept):  # masks and patterns take registers too
+        masks = self.region.key_mask is not None and self.region.k_scale is None
+        if width <= 64 and (masks or self.kept):  # masks and patterns take registers too; four warps bear scales
             first = 5 if self.nearer else 1 if self.kept.is_listed else 3
             choices = (*choices[first:], *choices[:first])
         found: list[Config] = []
