@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parents[3]
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}  # bytes that a block may have
-SPARSE = ("ring", "best blocks", "votes", "evicted", "bigbird")
+SPARSE = ("ring", "best blocks", "bigbird")
 CHOICES = {"choose_blocks_of_one", "note_bounds", "choose_blocks", "vote", "weigh_keys"}
 MODEL = {"linear_one_row", "linear_few_rows", "linear_tiles", "attention_decode", "attention_prefill", "choose"}
 FORMATS = {"int8", "int4", "int3", "nf4", "fp8", "int4-int4", "int3-int8", "int8 of int8", "int4 of int8", "pairs"}

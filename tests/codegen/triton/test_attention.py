@@ -467,8 +467,9 @@ def test_any_mixture_is_what_the_dialect_computes(share: int, **options: Any) ->
     check(replace(case, heads=share * case.kv_heads))
 
 
-def test_no_grid_depends_on_what_changes_between_replays() -> None:
-    call = called(Case(rope="half", padding=3))
+@pytest.mark.parametrize("pattern", [None, "top(4, 2) | columns(1)", "vertical_slash(3, 2)"])
+def test_no_grid_depends_on_what_changes_between_replays(pattern: str | None) -> None:
+    call = called(Case(rope="half", padding=3, pattern=pattern, votes=None if pattern else 0))
     stage = WRITERS[Attention](call.region, Target(["T"]))
     for kernel in (kernel for form in stage.forms for kernel in form.kernels):
         assert not any(T in sympy.sympify(size).free_symbols for size in kernel.sizes.values())
