@@ -125,7 +125,9 @@ class Piece:
         for note in report.notes:
             log.warning("%s", note)
         text = ", ".join(map(repr, passes))
-        return cls(captured, CompiledModel(program, target, report=report, pipeline=text))
+        compiled = CompiledModel(program, target, report=report, pipeline=text, dump=context.dumped)
+        context.dumped.report(report)
+        return cls(captured, compiled)
 
     def is_for(self, arguments: Sequence[Any]) -> bool:
         return all(arguments[place] is weight for place, weight in self.captured.frozen.items())

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from slim import errors
 from slim.compiler import options
+from slim.compiler.dump import Dump
 from slim.compiler.probe import Probe
 from slim.compiler.program import Program
 from slim.compiler.report import Report
@@ -138,6 +139,7 @@ class Context:
         original: the Program before any pass, for passes that hold a later one against it.
         watch: shown the lifted Program and that after each pass; they are not to be changed.
         probed: the probe and what the Program makes of it after the last pass, where the pipeline measured that.
+        dumped: where the pipeline wrote the stages, for what is made after it.
     """
 
     strict: bool = True
@@ -151,6 +153,7 @@ class Context:
     original: Program | None = None
     watch: Callable[[Program], None] = _unseen
     probed: tuple[Probe, Any] | None = None
+    dumped: Dump = field(default_factory=lambda: Dump(None))
 
     def track(self, what: str, items: Iterable[T]) -> Iterator[T]:
         """Yields ``items``, telling ``progress`` of each as it is done."""

@@ -50,7 +50,8 @@ def run_pipeline(program: Program, passes: Sequence[Pass], ctx: Context) -> tupl
     ctx.progress("passes", len(passes), len(passes))
     if ctx.calibration is not None and ctx.batches is None:
         report.notes.append("calibration was given, and no pass of this pipeline reads it")
-    run.dump.file("report.json", run.report.to_json())
+    run.dump.report(report)
+    ctx.dumped = run.dump
     if run.probe is not None:
         ctx.probed = (run.probe, run.latest)
     return program, run.report

@@ -9,35 +9,64 @@ from pathlib import Path
 import pytest
 import torch
 
+import slim
 from slim import errors
 from slim.compiler.passes_base import Context
 from slim.compiler.pipeline import run_pipeline
-from tests.programs import lifted, program
+from slim.compiler.report import PipelineReport
+from tests.programs import lifted, model, program
 
 ROOT = Path(__file__).resolve().parents[2]
 TRACED = """
 import torch
+import slim
 from slim.compiler.dump import Dump
-from slim.compiler.passes_base import Context
-from slim.compiler.pipeline import run_pipeline
-from slim.passes import Quantize
-from tests.programs import program
-start = program("y = aten.linear.default(x, weights['w'])\\nreturn (y,)", {"w": torch.randn(6, 8)})
-run_pipeline(start, [Quantize("int8")], Context())
-Dump(None).code({"whole/program.cpp": "int main;", "whole/a.cubin": b"binary"})
+slim.compile(torch.nn.Linear(8, 6), 'quantize("int8")', example_inputs=torch.randn(2, 8), target="eager")
+Dump(None).code({"whole/a.cubin": b"binary"})
 """
 
 
-def test_every_stage_and_all_code_are_artifacts_of_torchs_trace(tmp_path):
+def test_every_stage_all_code_and_the_report_are_artifacts_of_torchs_trace(tmp_path):
     environment = os.environ | {"TORCH_TRACE": str(tmp_path), "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, "-c", TRACED], env=environment, check=True, cwd=ROOT)
     (file,) = tmp_path.glob("*.log")
     text = file.read_text()
-    for name in ("slim_00_lift.py", "slim_01_quantize.py", "slim_generated_whole_program.cpp"):
+    names = ("slim_00_lift.py", "slim_01_quantize.py", "slim_generated_whole_forward.py", "slim_report.json")
+    for name in names:
         assert f'"artifact": {{"name": "{name}", "encoding": "string"}}' in text
     assert "slim.dequantize.default(" in text
-    assert "int main;" in text
+    assert text.count('"text": "quantize') == 2, "the report, after the passes and again with what was generated"
+    assert '"whole": {' in text
     assert "cubin" not in text
+
+
+# -- folders -----------------------------------------------------------------------------------------------------------
+
+
+def files(folder):
+    return sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+
+
+def test_each_compilation_has_a_folder_of_its_own_with_the_code_of_every_form(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIM_DUMP", str(tmp_path))
+    first = slim.compile(model("llama"), "fold_norms", target="eager")
+    slim.compile(model("llama"), target="eager")
+    last = "generated/step_last/forward.py"
+    assert files(tmp_path) == sorted(
+        ["00_lift.py", "01_fold_norms.py", "report.json", last, "2/00_lift.py", "2/report.json", f"2/{last}"]
+    )
+    assert "step_last" in PipelineReport.from_json((tmp_path / "report.json").read_text()).forms
+    first(input_ids=torch.ones(1, 3, dtype=torch.long))
+    assert (tmp_path / "generated/whole/forward.py").read_text() == first.code["whole/forward.py"]
+    assert not (tmp_path / "2/generated/whole").exists()
+
+
+def test_graphs_of_torch_compile_are_dumped_with_their_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("SLIM_DUMP", str(tmp_path))
+    fast = torch.compile(torch.nn.Linear(8, 6), backend="slim", options={"target": "eager"})
+    with torch.no_grad():
+        fast(torch.randn(2, 8))
+    assert files(tmp_path) == ["00_lift.py", "generated/whole/forward.py", "report.json"]
 
 
 # -- reproducers -------------------------------------------------------------------------------------------------------
