@@ -119,7 +119,8 @@ def needed(source: str, name: str) -> str:
         raise ValueError(f"it does not define {name} any more")
     lines = source.splitlines()
     kept = dict.fromkeys(line for index in sorted(taken) for line in _lines(statements[index]))
-    return "\n".join(lines[line - 1] for line in kept) + "\n"
+    gaps = {line for line in kept if line > 1 and not lines[line - 2].strip()} - {next(iter(kept))}
+    return "\n".join("\n" * (line in gaps and line - 1 not in kept) + lines[line - 1] for line in kept) + "\n"
 
 
 def _is_for_the_script(node: ast.stmt) -> bool:

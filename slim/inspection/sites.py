@@ -198,7 +198,7 @@ class _Search:
             before=self.prefix(first),
             with_it=self.prefix(last),
             alone=self.error(members),
-            largest=() if self.lossless else self._largest(),
+            largest=() if self.lossless or len(self.groups) == 1 else self._largest(),
             note=note,
         )
 

@@ -111,7 +111,7 @@ def _is_size(node: fx.Node) -> bool:
 def _of_one_length(nodes: list[fx.Node]) -> bool:
     """Whether the sizes that are read behind the first two dimensions of an input, if any, are one with all others."""
     lengths = [node for node in nodes if _is_size(node) and node.args[1] != 0]
-    behind = any(node.args[1] > 1 for node in lengths)
+    behind = any(node.args[1] != 1 for node in lengths)
     return not behind or len({str(node.meta["val"]) for node in lengths}) == 1
 
 
@@ -128,7 +128,7 @@ def _evaluate(
     values: dict[fx.Node, Any] = dict(inputs or {})
     for node in nodes:
         if _is_size(node):
-            values[node] = sizes[min(node.args[1], 1)]
+            values[node] = sizes[node.args[1] != 0]
         elif node.op == "get_attr":
             values[node] = program.weights[str(node.target)]
         elif node.op != "placeholder":
