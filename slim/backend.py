@@ -126,7 +126,9 @@ class Piece:
         for note in report.notes:
             log.warning("%s", note)
         text = ", ".join(map(repr, passes))
-        return cls(captured, CompiledModel(program, target, report=report, pipeline=text))
+        compiled = CompiledModel(program, target, report=report, pipeline=text, dump=context.dumped)
+        context.dumped.report(report)
+        return cls(captured, compiled)
 
     def is_for(self, arguments: Sequence[Any]) -> bool:
         shaped = all(arguments[place].shape == shape for place, shape in self.captured.shapes.items())

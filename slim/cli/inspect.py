@@ -97,7 +97,7 @@ def _check_writable(html: str) -> None:
 
 
 def _tell_near_misses(program: Program) -> None:
-    from slim.compiler.rules import near_misses
+    from slim.compiler.near import near_misses
 
     for miss in near_misses(program.raised):
         click.echo(miss)
