@@ -63,10 +63,10 @@ def measure_layers(program: Program, names: Sequence[str], tokens: int) -> Layer
         name = str(weight.target)
         add("weights, bytes", layer_of(name), program.weights.nbytes(name))
     (reading, prefill), (writing, decode) = calls(tokens).items()
-    for node, work in node_work(program):
-        layer = layer_of_node(node)
-        add(f"FLOPs {reading}", layer, number(work.flops, prefill))
-        add(f"bytes moved {writing}", layer, number(work.nbytes, decode))
+    for node, flops, _ in generation_work(program, prefill):
+        add(f"FLOPs {reading}", layer_of_node(node), flops)
+    for node, _, nbytes in generation_work(program, decode):
+        add(f"bytes moved {writing}", layer_of_node(node), nbytes)
     _formats(program, add)
     for node in program.nodes(*ATTENTION):
         layer = layer_of_node(node)

@@ -21,7 +21,7 @@ from slim.compiler.patterns.picture import share_kept
 from slim.inspection.layers import calls, layer_of, measure_layers, names_of
 from slim.inspection.masks import CELLS
 from slim.inspection.page import collect, render, write_page
-from slim.inspection.tell import tell
+from slim.inspection.tell import compiled_story, tell
 from slim.inspection.times import predict_layers
 from slim.runtime.compiled import CompiledModel
 from slim.runtime.speed import Speed
@@ -169,6 +169,17 @@ def test_layers_add_up_to_the_program(story):
         assert found[0] == found[1]
 
 
+def test_layers_add_up_to_the_points_of_the_roofline(story):
+    data = collect(story)
+    metrics = {metric["title"]: metric["series"] for metric in data["layers"]["metrics"]}
+    points = {name: (flops, moved, measured) for name, flops, moved, measured in data["roofline"]["points"]}
+    for version, series in (("as lifted", "as lifted"), ("compiled", "now")):
+        flops = metrics[f"FLOPs to read {story.tokens} tokens"]
+        assert sum(flops.get(series, flops["now"])) == points[f"prefill, {version}"][0]
+        assert sum(metrics["bytes moved to write one"][series]) == points[f"decode, {version}"][1]
+    assert points["decode, compiled"][2] == story.speed.decode.best * points["decode, compiled"][0]
+
+
 def test_layers_know_bits_heads_and_masks(story):
     metrics = {metric["title"]: metric["series"] for metric in embedded_layers(story)["metrics"]}
     assert metrics["bits a number"]["as lifted"][:2] == [32.0, 32.0]
@@ -219,9 +230,11 @@ def test_the_command_writes_a_file_of_a_model_and_of_what_was_compiled(tmp_path)
     assert run.stdout.startswith(f"wrote {file}")
     assert [step["name"] for step in embedded(file)["steps"]] == ["lift", "fold_norms()", 'quantize("int8")']
     CompiledModel(lift(model("llama")), "eager").save(tmp_path / "small")
-    run = CliRunner().invoke(main, ["inspect", str(tmp_path / "small"), "--html", str(file), "--target", "eager"])
+    run = CliRunner().invoke(
+        main, ["inspect", str(tmp_path / "small"), "-p", "fold_norms", "--html", str(file), "--target", "eager"]
+    )
     assert run.exit_code == 0, run.output
-    assert [ir["name"] for ir in embedded(file)["irs"]] == ["as it is"]
+    assert [ir["name"] for ir in embedded(file)["irs"]] == ["as saved", "fold_norms()"]
 
 
 def test_options_of_the_report_are_refused_without_it(tmp_path):
@@ -231,6 +244,39 @@ def test_options_of_the_report_are_refused_without_it(tmp_path):
 
 
 # -- in a browser ------------------------------------------------------------------------------------------------------
+
+TABS = ("pipeline", "ir", "layers", "code", "roofline")
+# Words whose contrast with what is behind them is less than WCAG's AA asks of text of that size.
+FAINT = """(() => {
+    const parts = colour => { const [r, g, b, a = 1] = colour.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
+    const light = ([r, g, b]) => [r, g, b].map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
+        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+    const behind = e => { for (; e; e = e.parentElement) { const found = parts(getComputedStyle(e).backgroundColor); if (found[3] > 0) return found; } };
+    return [...document.querySelectorAll("body *")].filter(e => e.getClientRects().length &&
+        [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).flatMap(e => {
+        const style = getComputedStyle(e), colour = parts(e.closest("svg") ? style.fill : style.color);
+        const [a, b] = [light(colour), light(behind(e))].sort((x, y) => y - x), ratio = (a + 0.05) / (b + 0.05);
+        return ratio < 4.5 ? [`${e.tagName}.${e.className} ${ratio.toFixed(1)}: ${e.textContent.slice(0, 30)}`] : [];
+    });
+})()"""
+# Labels of pictures that are small, cut off, or run into each other.
+CROWDED = """[...document.querySelectorAll(".plot svg")].filter(e => e.getClientRects().length).flatMap(svg => {
+    const frame = svg.getBoundingClientRect(), wrong = [], seen = [];
+    if (frame.right > innerWidth || frame.width < 200) wrong.push("picture of " + frame.width);
+    for (const text of svg.querySelectorAll("text")) {
+        const box = text.getBoundingClientRect();
+        if (parseFloat(getComputedStyle(text).fontSize) * frame.width / svg.viewBox.baseVal.width < 11.5) wrong.push("small " + text.textContent);
+        if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1 || box.bottom > frame.bottom + 1) wrong.push("cut off " + text.textContent);
+        for (const other of seen) if (box.left < other.box.right && other.box.left < box.right && box.top < other.box.bottom - 3 && other.box.top < box.bottom - 3)
+            wrong.push(`${text.textContent} on ${other.text.textContent}`);
+        seen.push({box, text});
+    }
+    return wrong;
+})"""
+# What can be scrolled sideways though it is no code, and what is wider than the screen.
+SIDEWAYS = """[...document.querySelectorAll("body *")].filter(e => e.getClientRects().length && !e.closest("pre, svg, #lines") &&
+    (e.getBoundingClientRect().right > innerWidth + 1 || e.scrollWidth > e.clientWidth + 1 && e.clientWidth && /auto|scroll/.test(getComputedStyle(e).overflowX)))
+    .map(e => `${e.tagName}#${e.id}.${e.className}`)"""
 
 
 @pytest.fixture(scope="module")
@@ -254,24 +300,54 @@ def test_search_and_stages_and_kernels_can_be_clicked_through(chromium, shots):
     assert chromium.text("h1") == "tiny"
     chromium.click('#pipeline table [data-step="2"]')  # from the pipeline to what that pass did
     assert chromium.count("#ir .row.made") > 0
-    assert "before and after quantize" in chromium.text("#said")
+    assert "Before and after quantize" in chromium.text("#said")
     chromium.click('#stages [data-stage="1"]')
-    assert "before and after fold_norms()" in chromium.text("#said")
+    assert "Before and after fold_norms()" in chromium.text("#said")
     assert chromium.count("#ir .row.changed mark") > 0
     chromium.type("#search", "layers.1.mlp.down_proj")
     found = int(chromium.text("#found").split()[0])
-    assert 0 < found == chromium.count("#ir .row")
+    assert 0 < found == chromium.count("#ir .row:not(.heads)")
     chromium.click('#stages [data-stage="2"]')
     name = "model.layers.1.mlp.down_proj.weight"
     chromium.run(f"showWeight({json.dumps(name)})")
     assert 'quantize("int8") changed it' in chromium.text("#details")
     chromium.click("#details [data-kernel]")  # and on to the kernel that reads it
     assert chromium.text("#hit").startswith("static void k")
-    assert chromium.count("#details") == 0
-    chromium.click("#code details [data-node]")
-    assert "lift made it" in chromium.text("#details")
+    assert chromium.count("#code .hit") > 2  # to its end
+    assert chromium.text("#details h2") in chromium.text("#hit")
+    assert name in chromium.text("#details dl")
     chromium.screenshot(shots / "kernel.png")
     assert (shots / "kernel.png").read_bytes().startswith(b"\x89PNG")
+    chromium.click("#details [data-node]")  # and back to a node
+    assert "lift made it" in chromium.text("#details")
+
+
+@NEEDS_BROWSER
+def test_every_kernel_of_the_code_leads_to_the_nodes_that_it_computes(chromium, story):
+    chromium.click("#tab-code")
+    kernels = {kernel.name for region in story.compiled.stages["whole"] for kernel in region.kernels}
+    assert chromium.count("#code .source [data-kernel]") == len(kernels)
+    chromium.click("#code .source [data-kernel]")
+    kernel = chromium.text("#details h2")
+    its = [region for region in story.compiled.stages["whole"] if kernel in [one.name for one in region.kernels]]
+    assert f"runs {len(its)} region" in chromium.text("#details dl")
+    assert chromium.count("#details [data-node]") == sum(len(region.nodes) for region in its)
+
+
+@NEEDS_BROWSER
+def test_the_panel_covers_nothing_and_escape_leads_back_to_the_line(chromium):
+    chromium.click("#tab-ir")
+    chromium.run('view.query = ""; view.stage = 2; drawIR()')
+    chromium.click("#lines .row.changed .new")
+    beside = (
+        "document.querySelector('main').getBoundingClientRect().right <= by('details').getBoundingClientRect().left"
+    )
+    assert chromium.run(beside)
+    picked = chromium.text("#lines .picked")
+    assert chromium.text("#details h2") == picked.partition(":")[0]
+    chromium.press("Escape")
+    assert chromium.count("#details") == 0
+    assert chromium.run("document.activeElement.innerText") == picked
 
 
 @NEEDS_BROWSER
@@ -281,8 +357,27 @@ def test_a_node_is_found_by_the_keyboard_alone(chromium):
     chromium.send("Input.insertText", text="rms_norm")
     chromium.press("Enter")
     assert chromium.text("#details h2").startswith("rms_norm")
+    first = chromium.text("#details h2")
+    chromium.press("ArrowDown")  # the panel goes along
+    assert chromium.text("#details h2") != first
+    chromium.press("ArrowUp")
+    assert chromium.text("#details h2") == first
     chromium.press("Escape")
     assert chromium.count("#details") == 0
+    chromium.run("by('tab-ir').focus()")
+    for key, tab in (("ArrowRight", "layers"), ("End", "roofline"), ("ArrowRight", "pipeline"), ("ArrowRight", "ir")):
+        chromium.press(key)
+        assert chromium.run("document.activeElement.id") == f"tab-{tab}"
+        assert chromium.count(f"#{tab}") == 1
+
+
+@NEEDS_BROWSER
+def test_a_search_without_hits_says_so(chromium):
+    chromium.click("#tab-ir")
+    chromium.run('view.query = ""; drawIR()')
+    chromium.type("#search", "nowhere")
+    assert chromium.text("#found") == "0 found."
+    assert 'has "nowhere" in it' in chromium.text("#lines")
 
 
 @NEEDS_BROWSER
@@ -294,17 +389,57 @@ def test_layers_and_the_roofline_are_drawn(chromium, shots):
     assert chromium.run(ink) == 255  # the last query of the first heads sees the first key
     chromium.screenshot(shots / "layers.png")
     chromium.click("#tab-roofline")
-    assert chromium.count("#roofline circle.measured") == 2
+    assert chromium.count("#roofline .measured") == 2
     assert "%" in chromium.text("#roofline table")
 
 
 @NEEDS_BROWSER
-def test_it_fits_a_phone_in_the_dark(page, tmp_path, shots):
-    with browser.Browser(tmp_path / "profile", width=390, height=800, dark=True) as phone:
-        phone.open(page)
-        for tab in ("pipeline", "ir", "layers", "code", "roofline"):
-            phone.click(f"#tab-{tab}")
-            assert phone.run("document.documentElement.scrollWidth") <= 390, tab
-            phone.screenshot(shots / f"phone-{tab}.png")
-        assert phone.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
-        assert phone.faults == []
+def test_a_bar_is_as_high_as_its_number_and_says_it_when_touched(chromium, story):
+    chromium.click("#tab-layers")
+    heights = chromium.run("""[...document.querySelectorAll("#layers figure")].find(e => /^seconds to write/i.test(e.innerText))
+        .querySelectorAll("rect:not(.touch)").values().map(e => e.height.baseVal.value).toArray()""")
+    call = list(calls(story.tokens))[1]
+    roof = predict_layers(story.programs[-1], story.machine, story.tokens)[call]
+    seconds = [*(roof[name] for name in ("0", "1", "rest")), 1e-4, 2e-4]
+    assert heights == pytest.approx([heights[-1] * each / 2e-4 for each in seconds], abs=0.02)
+    chromium.click("#layers figure .touch")
+    assert chromium.text("#layers .read.now").startswith("layer 0: as lifted ")
+
+
+@NEEDS_BROWSER
+@pytest.mark.parametrize(("width", "height", "dark"), [(390, 844, True), (1440, 900, False)])
+def test_every_view_fits_and_can_be_read(page, tmp_path, shots, width, height, dark):
+    with browser.Browser(tmp_path / "profile", width=width, height=height, dark=dark) as one:
+        one.open(page)
+        for tab in TABS:
+            one.click(f"#tab-{tab}")
+            assert one.run(SIDEWAYS) == [], tab
+            assert one.run(FAINT) == [], tab
+            assert one.run(CROWDED) == [], tab
+            one.screenshot(shots / f"{width}-{tab}.png")
+        one.click("#tab-ir")
+        one.click("#lines [data-line]")
+        one.run("scrollTo(0, document.body.scrollHeight)")  # what the panel lies over can be scrolled clear of it
+        clear = "document.querySelector('#lines').getBoundingClientRect()"
+        panel = "by('details').getBoundingClientRect()"
+        assert one.run(f"{clear}.bottom <= {panel}.top || {clear}.right <= {panel}.left")
+        assert one.run("getComputedStyle(document.body).backgroundColor") == (
+            "rgb(20, 23, 26)" if dark else "rgb(255, 255, 255)"
+        )
+        assert one.faults == []
+
+
+@NEEDS_BROWSER
+def test_passes_of_a_compiled_directory_are_told_without_their_irs(chromium, story, tmp_path):
+    kept = compiled_story(
+        "small", SimpleNamespace(**vars(story.compiled), program=story.programs[-1], report=story.report)
+    )
+    chromium.open(write_page(kept, tmp_path / "kept.html"))
+    assert chromium.count("#pipeline [data-step]") == 0  # nothing to click that leads nowhere
+    assert "fold_norms()" in chromium.text("#pipeline table")
+    assert f"slim inspect MODEL -p 'fold_norms(), quantize(\"int8\"), {SPARSE}'" in chromium.text("#not-kept")
+    chromium.click("#tab-ir")
+    assert "lines after all passes" in chromium.text("#said")
+    chromium.run('openNode("linear_1")')
+    assert chromium.text("#details dl").count('quantize("int8") changed it') == 1
+    assert "as it is" not in chromium.text("#details")

@@ -38,6 +38,7 @@ class Story:
         machine, speed: what was measured, for the roofline; None where nothing was.
         seconds: what each layer takes, where that was measured.
         sensitive: whether to measure what each layer alone does to the output.
+        start: what the first Program is called.
     """
 
     model: str
@@ -49,14 +50,15 @@ class Story:
     speed: Speed | None = None
     seconds: LayerSeconds = field(default_factory=dict)
     sensitive: bool = False
+    start: str = "lift"
 
 
 def collect(story: Story) -> dict[str, Any]:
-    """The value that ``page.js`` reads."""
+    """The value that the scripts of the page read."""
     lines = _Lines()
     passes = story.report.passes if story.report is not None else []
     complete = len(story.programs) == len(passes) + 1
-    names = ["lift", *(item.text for item in passes)] if complete and passes else ["as it is"]
+    names = [story.start, *(item.text for item in passes)] if complete else ["after all passes"]
     final, compiled = story.programs[-1], story.compiled
     code, stages = ({}, {}) if compiled is None else (compiled.code, compiled.stages)
     return {
@@ -70,7 +72,8 @@ def collect(story: Story) -> dict[str, Any]:
         ],
         "lines": lines.table,
         "origins": lines.origins,
-        "steps": [_start(story.programs[0], passes), *map(_step, passes)],
+        "whole": complete,
+        "steps": [_start(story, passes), *map(_step, passes)],
         "report": _remarks(story.report),
         "weights": {name: _held(final, name) for name in final.weights},
         "code": {name: text for name, text in code.items() if isinstance(text, str)},
@@ -120,9 +123,10 @@ def _printed(program: Program) -> Iterator[tuple[str, fx.Node]]:
 # -- the pipeline ------------------------------------------------------------------------------------------------------
 
 
-def _start(program: Program, passes: Sequence[Report]) -> dict[str, Any]:
+def _start(story: Story, passes: Sequence[Report]) -> dict[str, Any]:
+    program = story.programs[0]
     size = (passes[0].before if passes else None) or Size.of(program)
-    return {"name": "lift", "size": dataclasses.asdict(size), "seconds": {}, "notes": program.facts.notes}
+    return {"name": story.start, "size": dataclasses.asdict(size), "seconds": {}, "notes": program.facts.notes}
 
 
 def _step(item: Report) -> dict[str, Any]:
@@ -138,6 +142,7 @@ def _step(item: Report) -> dict[str, Any]:
         "notes": item.notes,
         "charts": [dataclasses.asdict(chart) for chart in item.charts],
         "rules": _rules(item.rules),
+        "nodes": dataclasses.asdict(item.changes.nodes),
         "weights": dataclasses.asdict(item.changes.weights),
     }
 
