@@ -25,7 +25,7 @@ from slim.inspection.tell import compiled_story, tell
 from slim.inspection.times import predict_layers
 from slim.runtime.compiled import CompiledModel
 from slim.runtime.speed import Speed
-from tests import browser
+from tests import browser, sight
 from tests.programs import model, program
 
 HEADS = "0-1: dense; 2-3: window(4) | columns(1)"
@@ -51,7 +51,7 @@ def with_code(story):
 def story():
     made = with_code(tell("tiny", model("llama"), f"{PASSES}, {SPARSE}", target="eager"))
     made.machine, made.speed = Machine(2e10, 5e10, 1), Speed([1000.0], [100.0])
-    made.seconds = {call: {"0": 1e-4, "1": 2e-4} for call in calls(made.tokens)}
+    made.seconds = {call: {"0": 1e-4, "1": 2e-4} for call in calls(made.programs[-1], made.tokens)}
     made.sensitive = True
     return made
 
@@ -246,37 +246,6 @@ def test_options_of_the_report_are_refused_without_it(tmp_path):
 # -- in a browser ------------------------------------------------------------------------------------------------------
 
 TABS = ("pipeline", "ir", "layers", "code", "roofline")
-# Words whose contrast with what is behind them is less than WCAG's AA asks of text of that size.
-FAINT = """(() => {
-    const parts = colour => { const [r, g, b, a = 1] = colour.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
-    const light = ([r, g, b]) => [r, g, b].map(c => c / 255).map(c => c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
-        .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-    const behind = e => { for (; e; e = e.parentElement) { const found = parts(getComputedStyle(e).backgroundColor); if (found[3] > 0) return found; } };
-    return [...document.querySelectorAll("body *")].filter(e => e.getClientRects().length &&
-        [...e.childNodes].some(n => n.nodeType === 3 && n.data.trim())).flatMap(e => {
-        const style = getComputedStyle(e), colour = parts(e.closest("svg") ? style.fill : style.color);
-        const [a, b] = [light(colour), light(behind(e))].sort((x, y) => y - x), ratio = (a + 0.05) / (b + 0.05);
-        return ratio < 4.5 ? [`${e.tagName}.${e.className} ${ratio.toFixed(1)}: ${e.textContent.slice(0, 30)}`] : [];
-    });
-})()"""
-# Labels of pictures that are small, cut off, or run into each other.
-CROWDED = """[...document.querySelectorAll(".plot svg")].filter(e => e.getClientRects().length).flatMap(svg => {
-    const frame = svg.getBoundingClientRect(), wrong = [], seen = [];
-    if (frame.right > innerWidth || frame.width < 200) wrong.push("picture of " + frame.width);
-    for (const text of svg.querySelectorAll("text")) {
-        const box = text.getBoundingClientRect();
-        if (parseFloat(getComputedStyle(text).fontSize) * frame.width / svg.viewBox.baseVal.width < 11.5) wrong.push("small " + text.textContent);
-        if (box.left < frame.left - 1 || box.right > frame.right + 1 || box.top < frame.top - 1 || box.bottom > frame.bottom + 1) wrong.push("cut off " + text.textContent);
-        for (const other of seen) if (box.left < other.box.right && other.box.left < box.right && box.top < other.box.bottom - 3 && other.box.top < box.bottom - 3)
-            wrong.push(`${text.textContent} on ${other.text.textContent}`);
-        seen.push({box, text});
-    }
-    return wrong;
-})"""
-# What can be scrolled sideways though it is no code, and what is wider than the screen.
-SIDEWAYS = """[...document.querySelectorAll("body *")].filter(e => e.getClientRects().length && !e.closest("pre, svg, #lines") &&
-    (e.getBoundingClientRect().right > innerWidth + 1 || e.scrollWidth > e.clientWidth + 1 && e.clientWidth && /auto|scroll/.test(getComputedStyle(e).overflowX)))
-    .map(e => `${e.tagName}#${e.id}.${e.className}`)"""
 
 
 @pytest.fixture(scope="module")
@@ -396,9 +365,10 @@ def test_layers_and_the_roofline_are_drawn(chromium, shots):
 @NEEDS_BROWSER
 def test_a_bar_is_as_high_as_its_number_and_says_it_when_touched(chromium, story):
     chromium.click("#tab-layers")
-    heights = chromium.run("""[...document.querySelectorAll("#layers figure")].find(e => /^seconds to write/i.test(e.innerText))
-        .querySelectorAll("rect:not(.touch)").values().map(e => e.height.baseVal.value).toArray()""")
-    call = list(calls(story.tokens))[1]
+    heights = chromium.run("""[...[...document.querySelectorAll("#layers figure")]
+        .find(e => /^seconds to write/i.test(e.innerText))
+        .querySelectorAll("rect:not(.touch)")].map(e => e.height.baseVal.value)""")
+    call = list(calls(story.programs[-1], story.tokens))[1]
     roof = predict_layers(story.programs[-1], story.machine, story.tokens)[call]
     seconds = [*(roof[name] for name in ("0", "1", "rest")), 1e-4, 2e-4]
     assert heights == pytest.approx([heights[-1] * each / 2e-4 for each in seconds], abs=0.02)
@@ -413,9 +383,9 @@ def test_every_view_fits_and_can_be_read(page, tmp_path, shots, width, height, d
         one.open(page)
         for tab in TABS:
             one.click(f"#tab-{tab}")
-            assert one.run(SIDEWAYS) == [], tab
-            assert one.run(FAINT) == [], tab
-            assert one.run(CROWDED) == [], tab
+            assert one.run(sight.SIDEWAYS) == [], tab
+            assert one.run(sight.FAINT) == [], tab
+            assert one.run(sight.CROWDED) == [], tab
             one.screenshot(shots / f"{width}-{tab}.png")
         one.click("#tab-ir")
         one.click("#lines [data-line]")

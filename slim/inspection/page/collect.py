@@ -219,12 +219,15 @@ def _masks(program: Program, tokens: int) -> dict[str, Any]:
 
 
 def _roofline(story: Story) -> dict[str, Any] | None:
-    """FLOPs and bytes of reading a prompt and of writing a token, and what was measured of both."""
+    """FLOPs and bytes of the calls, and what was measured of them."""
+    final = story.programs[-1]
+    writes = final.facts.kind == "causal_lm"
     points = []
-    for label, program in (("as lifted", story.programs[0]), ("compiled", story.programs[-1])):
+    for label, program in (("as lifted", story.programs[0]), ("compiled", final)):
         if cost(program).flops == 0 or (label == "as lifted" and len(story.programs) == 1):
             continue
-        for kind, sizes in zip(("prefill", "decode"), calls(story.tokens).values(), strict=True):
+        kinds = ("prefill", "decode") if writes else ("call",)
+        for kind, sizes in zip(kinds, calls(program, story.tokens).values(), strict=True):
             work = list(generation_work(program, sizes))
             flops, moved = sum(each[1] for each in work), sum(each[2] for each in work)
             measured = None
@@ -233,4 +236,4 @@ def _roofline(story: Story) -> dict[str, Any] | None:
                 measured = rate / sizes["S"] * flops
             points.append([f"{kind}, {label}", flops, moved, measured])
     machine = None if story.machine is None else dataclasses.asdict(story.machine)
-    return {"machine": machine, "points": points} if points else None
+    return {"machine": machine, "points": points, "writes": writes} if points else None

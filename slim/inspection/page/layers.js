@@ -7,7 +7,8 @@ function drawLayers() {
     const drawn = found.map(([name, values], row) => ({name, values, colour: colour(found.length > 1 ? 1 - row : 0)}));
     return drawBars(title, names, drawn, format, inWords(title, drawn, format), "layer");
   });
-  by("layers").innerHTML = `<p class="dim">One bar a layer; "rest" is what belongs to none: embeddings, the last norm, the head. Point at a bar to read it.</p>
+  by("layers").innerHTML = `<p class="dim">By layer; "rest" is what belongs to none: embeddings, the last norm, the head. Point at a bar to read it.
+    ${metrics.some(({series}) => series.measured) ? "Measured seconds are those of the kernels, run one by one; the roofline has the whole call's." : ""}</p>
     <div class="grid">${pictures.join("")}</div>${masks.length ? `<h2>What attention sees</h2>
     <p class="dim">Queries down, keys across; the darker, the more of them is kept. What is chosen by looking is shown for random queries and keys.</p>${alike(masks).map(drawMask).join("")}` : ""}`;
   fillPlots(by("layers"));

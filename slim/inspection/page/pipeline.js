@@ -21,8 +21,8 @@ function drawPipeline() {
   });
   const heads = ["stage", "when", "#time", "#sites", "#nodes", "#parameters", "#bytes", "#output moved", "#since the start"];
   by("pipeline").innerHTML = `${table(heads, cells)}
-    <p class="dim caption">${total ? `Bars run from left to right over ${time(total)}: <i class="key run"></i> the work itself, <i class="key check"></i> verifying and probing it. ` : ""}How
-    far the output moved is relative, on a probe of random inputs; sites are the places that a pass changed, of those it looked at.</p>
+    <p class="dim caption">${total ? `Bars run from left to right over ${time(total)}: <i class="key run"></i> the work itself, <i class="key check"></i> verifying and probing it. ` : ""}
+    ${data.steps.length > 1 ? "How far the output moved is relative, on a probe of random inputs; sites are the places that a pass changed, of those it looked at." : ""}</p>
     ${data.whole ? "" : notKept()}
     ${data.report.error == null ? "" : `<p>Code for ${escape(data.target)}: the output is off by ${small(data.report.error)} of its largest.</p>`}
     ${data.steps.map((step, number) => remarks(step, number ? step.rules : data.report.rules)).join("")}`;

@@ -17,7 +17,9 @@ function drawRoofline() {
   const heads = ["call", "#FLOPs", "#bytes moved", "#FLOPs a byte", ...(machine ? ["#roof", "#measured", "#of the roof"] : [])];
   by("roofline").innerHTML = (machine ? picture(machine, found)
     : '<p class="note">No machine was measured: <code>slim inspect --measure</code> draws the roof, and how far below it the model runs.</p>') +
-    `${table(heads, rows)}<p class="dim caption">For one row: prefill reads ${data.tokens} tokens, decode writes the last of as many; both make the logits of the last token alone.</p>`;
+    `${table(heads, rows)}<p class="dim caption">${data.roofline.writes
+      ? `For one row: prefill reads ${data.tokens} tokens, decode writes the last of as many; both make the logits of the last token alone. Measured is the time of generate, with all that it prepares.`
+      : `For one row, of ${data.tokens} tokens where it takes any.`}</p>`;
   fillPlots(by("roofline"));
 }
 
@@ -26,7 +28,7 @@ function picture(machine, found) {
   const keys = key.map(point => `<span><svg width="14" height="14" aria-hidden="true">${symbol(point.call, 7, 7, 4.5, point.colour, true)}</svg> ${escape(point.name)}</span>`).join("");
   return `<figure class="wide"><figcaption><b>Roofline of this machine</b><span class="keys">${keys}</span></figcaption>${plot(width => roof(machine, found, width))}
     <p class="read">Hollow: the roof for that call; filled: measured. The roof rises with ${bytes(machine.bandwidth)} a second read, and is flat at ${rate(machine.flops_rate)} of float32 products,
-    ${plural(machine.threads, "thread")}, both measured here. Integer kernels may pass it.</p></figure>`;
+    ${plural(machine.threads, "thread")}, both measured here. Integer kernels, and weights that stay in a cache, may pass it.</p></figure>`;
 }
 
 /** Prefill is round and decode square; hollow is the roof, filled is measured. */
@@ -47,21 +49,21 @@ function roof(machine, found, width) {
   const begin = Math.max(across.low, up.low / machine.bandwidth);
   const line = `<polyline fill="none" stroke="var(--dim)" stroke-width="2" points="${[[begin, begin * machine.bandwidth], [ridge, machine.flops_rate], [across.high, machine.flops_rate]].map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ")}"/>`;
   const dots = found.map(point => symbol(point.call, x(point.intensity), y(point.bound), 4, point.colour, false)).join("") +
-    found.filter(point => point.measured).map(point => measuredDot(point, x(point.intensity), y(point.measured), right, wide)).join("");
+    found.filter(point => point.measured).map(point => measuredDot(point, x(point.intensity), y(point.measured), left, right, base, wide)).join("");
   return svg(width, height, "Roofline: FLOPs a second over FLOPs a byte moved", grid + line + dots + label((left + right) / 2, height - 6, "FLOPs a byte moved", "middle"));
 }
 
-/** A dot, and beside it on the side that has room how fast that is. */
-function measuredDot(point, x, y, right, wide) {
-  const words = (wide ? point.call + " " : "") + rate(point.measured), after = x + 10 + words.length * LETTER < right;
-  return symbol(point.call, x, y, 5, point.colour, true, ' class="measured"') + label(after ? x + 10 : x - 10, y + 4, words, after ? "start" : "end", ' class="halo"');
+/** A dot, and how fast that is: above it where it stands above the roof or at the bottom, or else below, so that the words are clear of the roof. */
+function measuredDot(point, x, y, left, right, base, wide) {
+  const words = (wide ? point.call + " " : "") + rate(point.measured), half = words.length * LETTER / 2;
+  const place = Math.max(left + half, Math.min(right - half, x));
+  return symbol(point.call, x, y, 5, point.colour, true, ' class="measured"') + label(place, y + (point.measured > point.bound || y + 24 > base ? -10 : 20), words, "middle", ' class="halo"');
 }
 
-/** A logarithmic axis around values: its ends, the powers of ten on it, and where a value stands, from 0 to 1. */
+/** A logarithmic axis around values: its ends, round numbers on it, and where a value stands, from 0 to 1. */
 function decades(values, room) {
   const low = Math.min(...values) / room, high = Math.max(...values) * room, from = Math.log10(low), range = Math.log10(high) - from;
-  let marks = [];
-  for (let power = Math.ceil(from); power <= from + range; power++) marks.push(10 ** power);
-  if (marks.length < 2) marks = [low, high];
-  return {low, high, marks, at: value => (Math.log10(value) - from) / range};
+  const steps = range < 2 ? [1, 2, 5] : [1], marks = [];
+  for (let power = Math.floor(from); power <= from + range; power++) marks.push(...steps.map(step => step * 10 ** power));
+  return {low, high, marks: marks.filter(mark => mark >= low && mark <= high), at: value => (Math.log10(value) - from) / range};
 }
