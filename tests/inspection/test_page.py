@@ -1,5 +1,6 @@
 """The report in HTML holds what was compiled, needs nothing from outside, and does what is clicked."""
 
+import dataclasses
 import json
 import os
 import re
@@ -15,9 +16,11 @@ from slim.cli import main
 from slim.codegen.cpp.emit import WANTS, emit
 from slim.codegen.regions.lower import lower
 from slim.codegen.regions.provenance import Kernel, stages
+from slim.compiler.charts import Chart
 from slim.compiler.lift import lift
 from slim.compiler.machine import Machine
 from slim.compiler.patterns.picture import share_kept
+from slim.compiler.report import PipelineReport
 from slim.inspection.layers import calls, layer_of, measure_layers, names_of
 from slim.inspection.masks import CELLS
 from slim.inspection.page import collect, render, write_page
@@ -413,3 +416,24 @@ def test_passes_of_a_compiled_directory_are_told_without_their_irs(chromium, sto
     chromium.run('openNode("linear_1")')
     assert chromium.text("#details dl").count('quantize("int8") changed it') == 1
     assert "as it is" not in chromium.text("#details")
+
+
+@NEEDS_BROWSER
+def test_charts_of_passes_are_drawn_and_their_curves_can_be_read(chromium, story, tmp_path):
+    sites = [f"model.layers.{layer}.mlp.{name}_proj.weight" for layer in range(4) for name in ("gate", "up", "down")]
+    curves = {site: [1.0, 0.5 / (1 + row), 0.01] for row, site in enumerate(sites)}
+    marks = dict.fromkeys(sites, 1)
+    report = dataclasses.replace(story.report.passes[0], charts=[
+        Chart("What is lost", "matrix", "share", {"told": [0.1] * 12, "measured": [0.2] * 12}, sites, style=".1%"),
+        Chart("What a rank loses", "rank", "share", curves, marks=marks, kind="lines", log=True, style=".1%"),
+    ])  # fmt: skip
+    saved = SimpleNamespace(
+        **vars(story.compiled), program=story.programs[-1], report=PipelineReport([report], target="cpu")
+    )
+    chromium.open(write_page(compiled_story("charts", saved), tmp_path / "charts.html"))
+    labels = "[...document.querySelectorAll('#pipeline figure:nth-child(%d) text')].map(e => e.textContent)"
+    assert chromium.run(labels % 1) == ["0%", "10%", "20%", "0", "1", "2", "3"]  # long names give their layers
+    assert chromium.run(labels % 2) == ["1%", "10%", "100%", "0", "2"]
+    assert chromium.count("#pipeline .curve") == 12
+    assert chromium.run("document.querySelector('#pipeline g').dataset.read") == f"{sites[0]}: 50.0% at 1"
+    assert chromium.run(sight.CROWDED) == []

@@ -4,7 +4,7 @@ function drawLayers() {
   const {names, metrics, masks} = data.layers;
   const pictures = metrics.map(({title, series}) => {
     const found = Object.entries(series), format = formatOf(title);
-    const drawn = found.map(([name, values], row) => ({name, values, colour: colour(found.length > 1 ? 1 - row : 0)}));
+    const drawn = found.map(([name, values], row) => ({name, values, colour: pairColour(row, found.length)}));
     return drawBars(title, names, drawn, format, inWords(title, drawn, format), "layer");
   });
   by("layers").innerHTML = `<p class="dim">By layer; "rest" is what belongs to none: embeddings, the last norm, the head. Point at a bar to read it.

@@ -2,7 +2,12 @@
 
 const colours = ["var(--after)", "var(--before)", "var(--third)", "var(--fourth)", "var(--fifth)", "var(--sixth)"];
 const colour = row => colours[row % colours.length];
-const LETTER = 7.2, LINE = 16;  // pixels of a digit, and of a line, at the size that labels have
+const pairColour = (row, all) => colour(all === 2 ? 1 - row : row);  // what was there first, or foretold, is grey
+const LINE = 16;  // pixels of a line of labels
+const pen = document.createElement("canvas").getContext("2d");
+pen.font = `12px ${getComputedStyle(document.body).fontFamily}`;  // as page.css has labels
+const widthOf = text => pen.measureText(text).width;
+const widest = texts => Math.max(...texts.map(widthOf));
 
 const plots = [];  // functions of a width that give an SVG
 const plot = draw => `<div class="plot" data-plot="${plots.push(draw) - 1}"></div>`;
@@ -41,7 +46,7 @@ function drawBars(title, ticks, series, format, note, where) {
   const values = series.flatMap(one => one.values).filter(value => value != null);
   const levels = roundTicks(Math.max(...values, 0) || 1, values.every(Number.isInteger)), words = levels.map(level => short(format(level)));
   const least = Math.min(0, ...values), top = levels[levels.length - 1], height = 168, floor = height - LINE - 4;
-  const left = Math.ceil(Math.max(...words.map(word => word.length)) * LETTER) + 8;
+  const left = Math.ceil(widest(words)) + 8;
   const y = value => floor - (value - least) / (top - least) * (floor - 10);
   return figure(title, series, plot(width => {
     const step = (width - left) / ticks.length, each = step * (step > 6 ? 0.8 : 1) / series.length;
@@ -55,36 +60,55 @@ function drawBars(title, ticks, series, format, note, where) {
 const told = (place, series, index, format) => `${place}: ` + (series.filter(one => one.values[index] != null).map(one =>
   (series.length > 1 ? one.name + " " : "") + format(one.values[index])).join(", ") || "none");
 
-/** Names under the bars: as many as there is room for, the last always. */
+/** Names under the bars: as many as there is room for, the last always. Of long ones, which stand in what is read, the layer where it begins. */
 function names(ticks, left, step, y) {
-  const room = (Math.max(...ticks.map(tick => Math.min(tick.length, 12))) + 1) * LETTER, every = Math.max(1, Math.ceil(room / step));
-  const last = ticks.length - 1, cut = tick => tick.length > 12 ? tick.slice(0, 11) + "…" : tick;
-  return ticks.map((tick, index) => {
-    const place = left + (index + 0.5) * step, half = cut(tick).length * LETTER / 2;
-    if (index !== last && (index % every || last - index < every)) return "";
-    return place + half > left + step * ticks.length ? label(left + step * ticks.length, y, cut(tick), "end") : label(place, y, cut(tick), "middle");
-  }).join("");
+  if (areLong(ticks)) ticks = layersOf(ticks);
+  const last = ticks.length - 1, end = left + step * ticks.length, drawn = [];
+  let free = 0;
+  const put = index => {
+    const half = widthOf(ticks[index]) / 2, place = Math.min(left + (index + 0.5) * step, end - half);
+    return {begin: place - half, end: place + half, text: label(place, y, ticks[index], "middle")};
+  };
+  const final = put(last), every = Math.ceil((widest(ticks) + 8) / step);
+  for (let index = 0; index < last; index++) {
+    const one = put(index);
+    if (!ticks[index] || one.begin < free || (ticks[index - 1] && index % every) || (ticks[last] && one.end + 8 > final.begin)) continue;
+    drawn.push(one.text);
+    free = one.end + 8;
+  }
+  return drawn.join("") + (ticks[last] ? final.text : "");
 }
+const areLong = ticks => ticks.some(tick => tick.length > 12);
+const layersOf = ticks => ticks.map(tick => (tick.match(/(?:^|\.)(\d+)\./) || ["", ""])[1]).map((layer, index, all) => layer === all[index - 1] ? "" : layer);
 
 function drawCurves(chart) {
   const series = Object.entries(chart.series), format = styled(chart.style), level = value => chart.log ? Math.log10(Math.max(value, 1e-12)) : value;
   const all = series.flatMap(([, values]) => values.map(level)), longest = Math.max(...series.map(([, values]) => values.length));
   const low = chart.log ? Math.min(...all) : Math.min(0, ...all), high = Math.max(...all), range = high - low || 1;
-  const shown = value => format(chart.log ? 10 ** value : value), levels = [low, low + range / 2, low + range], words = levels.map(shown);
-  const height = 180, floor = height - LINE - 4, left = Math.ceil(Math.max(...words.map(word => word.length)) * LETTER) + 8;
-  const key = series.slice(0, colours.length).map(([name], row) => ({name, colour: colour(row)}));
-  const more = series.length > key.length ? `; ${series.length} curves, of which the key names ${key.length}` : "";
+  const shown = value => short(format(chart.log ? 10 ** value : value)), levels = [low, low + range / 2, low + range], words = levels.map(shown);
+  const height = 180, floor = height - LINE - 4, left = Math.ceil(widest(words)) + 8;
+  const many = series.length > colours.length, ink = row => many ? `color-mix(in oklab, var(--third) ${Math.round(100 * row / (series.length - 1))}%, var(--after))` : colour(row);
+  const key = many ? [] : series.map(([name], row) => ({name, colour: ink(row)}));
+  const more = many ? `; ${series.length} curves, from the first in blue to the last in orange: point at one to read its name` : "";
   return figure(chart.title, key, plot(width => {
     const x = index => left + index / Math.max(1, longest - 1) * (width - left - 4), y = value => floor - (level(value) - low) / range * (floor - 10);
     const grid = levels.map((value, index) => rule(left, floor - index / 2 * (floor - 10), width, floor - index / 2 * (floor - 10)) + label(left - 6, floor - index / 2 * (floor - 10) + 4, words[index], "end"));
-    const lines = series.map(([name, values], row) => `<polyline fill="none" stroke-width="1.5" stroke="${colour(row)}" points="${values.map((value, index) => `${x(index).toFixed(1)},${y(value).toFixed(1)}`).join(" ")}"><title>${escape(name)}</title></polyline>` +
-      (chart.marks[name] == null || chart.marks[name] >= values.length ? "" : `<circle r="4" cx="${x(chart.marks[name]).toFixed(1)}" cy="${y(values[chart.marks[name]]).toFixed(1)}" fill="${colour(row)}"><title>${escape(name)}: ${chart.marks[name]}</title></circle>`));
+    const lines = series.map(([name, values], row) => {
+      const points = values.map((value, index) => `${x(index).toFixed(1)},${y(value).toFixed(1)}`).join(" "), mark = chart.marks[name];
+      const marked = mark == null || mark >= values.length ? "" : `: ${format(values[mark])} at ${mark}`;
+      return `<g data-read="${escape(name + marked)}"><polyline class="reach" points="${points}"/><polyline class="curve" stroke="${ink(row)}" points="${points}"/>` +
+        (marked && `<circle r="4" cx="${x(mark).toFixed(1)}" cy="${y(values[mark]).toFixed(1)}" fill="${ink(row)}"/>`) + "</g>";
+    });
     return svg(width, height, chart.title, grid.join("") + lines.join("") + label(left, height - 4, "0") + label(width, height - 4, String(longest - 1), "end"));
   }), `${chart.y_label} by ${chart.x_label}${chart.log ? ", logarithmic" : ""}${more}`);
 }
 
-const drawChart = chart => chart.kind === "lines" ? drawCurves(chart) : drawBars(chart.title, chart.ticks,
-  Object.entries(chart.series).map(([name, values], row) => ({name, values, colour: colour(row)})), styled(chart.style), `${chart.y_label} by ${chart.x_label}`, chart.x_label);
+function drawChart(chart) {
+  if (chart.kind === "lines") return drawCurves(chart);
+  const series = Object.entries(chart.series).map(([name, values], row, all) => ({name, values, colour: pairColour(row, all.length)}));
+  const numbered = areLong(chart.ticks) ? ", numbered by layer" : "";
+  return drawBars(chart.title, chart.ticks, series, styled(chart.style), `${chart.y_label} by ${chart.x_label}${numbered}`, chart.x_label);
+}
 
 /** Says in the line below a picture what stands at the place that was touched; its own note again elsewhere. */
 function read(event) {

@@ -44,9 +44,9 @@ function remarks(step, counts) {
   const skipped = (step.skipped || []).map(([site, reason]) => `<li><b>${escape(site)}</b>: ${escape(reason)}</li>`).join("");
   const charts = (step.charts || []).map(drawChart).join(""), matching = rules(counts);
   if (!notes && !skipped && !charts && !matching) return "";
-  return `<section class="step"><h2>${escape(step.name)}</h2>${notes ? `<ul>${notes}</ul>` : ""}
-    ${skipped ? `<details><summary>${plural(step.skipped.length, "site")} left alone</summary><ul>${skipped}</ul></details>` : ""}
-    ${charts ? `<div class="grid">${charts}</div>` : ""}${matching}</section>`;
+  const said = !notes ? "" : step.notes.length > 6 ? `<details><summary>${plural(step.notes.length, "note")}</summary><ul>${notes}</ul></details>` : `<ul>${notes}</ul>`;
+  return `<section class="step"><h2>${escape(step.name)}</h2>${charts ? `<div class="grid">${charts}</div>` : ""}${said}
+    ${skipped ? `<details><summary>${plural(step.skipped.length, "site")} left alone</summary><ul>${skipped}</ul></details>` : ""}${matching}</section>`;
 }
 
 function rules(counts) {

@@ -41,11 +41,11 @@ function symbol(call, x, y, size, fill, filled, more = "") {
 function roof(machine, found, width) {
   const ridge = machine.flops_rate / machine.bandwidth, wide = width > 560;
   const across = decades([ridge, ...found.map(point => point.intensity)], 2), up = decades([machine.flops_rate, ...found.flatMap(point => [point.bound, point.measured]).filter(Boolean)], 1.6);
-  const words = up.marks.map(mark => short(rate(mark))), left = Math.ceil(Math.max(...words.map(word => word.length)) * LETTER) + 10;
+  const words = up.marks.map(mark => short(rate(mark))), left = Math.ceil(widest(words)) + 10;
   const height = Math.round(Math.min(380, Math.max(280, width * 0.5))), base = height - 2 * LINE - 8, right = width - 8;
   const x = value => left + across.at(value) * (right - left), y = value => base - up.at(value) * (base - 8);
   const grid = up.marks.map((mark, row) => rule(left, y(mark), right, y(mark)) + label(left - 6, y(mark) + 4, words[row], "end")).join("") +
-    across.marks.map(mark => rule(x(mark), 8, x(mark), base) + label(Math.min(x(mark), width - short(count(mark)).length * LETTER / 2), base + LINE, short(count(mark)), "middle")).join("");
+    across.marks.map(mark => rule(x(mark), 8, x(mark), base) + label(Math.min(x(mark), width - widthOf(short(count(mark))) / 2), base + LINE, short(count(mark)), "middle")).join("");
   const begin = Math.max(across.low, up.low / machine.bandwidth);
   const line = `<polyline fill="none" stroke="var(--dim)" stroke-width="2" points="${[[begin, begin * machine.bandwidth], [ridge, machine.flops_rate], [across.high, machine.flops_rate]].map(([a, b]) => `${x(a).toFixed(1)},${y(b).toFixed(1)}`).join(" ")}"/>`;
   const dots = found.map(point => symbol(point.call, x(point.intensity), y(point.bound), 4, point.colour, false)).join("") +
@@ -53,11 +53,11 @@ function roof(machine, found, width) {
   return svg(width, height, "Roofline: FLOPs a second over FLOPs a byte moved", grid + line + dots + label((left + right) / 2, height - 6, "FLOPs a byte moved", "middle"));
 }
 
-/** A dot, and how fast that is: above it where it stands above the roof or at the bottom, or else below, so that the words are clear of the roof. */
+/** A dot, and how fast that is: above it where it stands above the roof or at the bottom, or else below, and to the side where the roof is not. */
 function measuredDot(point, x, y, left, right, base, wide) {
-  const words = (wide ? point.call + " " : "") + rate(point.measured), half = words.length * LETTER / 2;
-  const place = Math.max(left + half, Math.min(right - half, x));
-  return symbol(point.call, x, y, 5, point.colour, true, ' class="measured"') + label(place, y + (point.measured > point.bound || y + 24 > base ? -10 : 20), words, "middle", ' class="halo"');
+  const words = (wide ? point.call + " " : "") + rate(point.measured), length = widthOf(words), above = point.measured > point.bound;
+  const place = Math.max(left, Math.min(right - length, above ? x + 8 - length : x - 8));
+  return symbol(point.call, x, y, 5, point.colour, true, ' class="measured"') + label(place, y + (above || y + 24 > base ? -10 : 20), words, "start", ' class="halo"');
 }
 
 /** A logarithmic axis around values: its ends, round numbers on it, and where a value stands, from 0 to 1. */
