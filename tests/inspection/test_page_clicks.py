@@ -83,11 +83,14 @@ def test_every_kernel_of_the_code_leads_to_the_nodes_that_it_computes(chromium, 
 def test_the_panel_covers_nothing_and_escape_leads_back_to_the_line(chromium):
     chromium.click("#tab-ir")
     chromium.click('#stages [data-stage="2"]')
+    line = "document.querySelector('#lines .row.changed .new')"
+    top = chromium.run(f"({line}.scrollIntoView({{block: 'center'}}), {line}.getBoundingClientRect().top)")
     chromium.click("#lines .row.changed .new")
     beside = (
         "document.querySelector('main').getBoundingClientRect().right <= by('details').getBoundingClientRect().left"
     )
     assert chromium.run(beside)
+    assert abs(chromium.run("document.querySelector('#lines .picked').getBoundingClientRect().top") - top) <= 1
     picked = chromium.text("#lines .picked")
     assert chromium.text("#details h2") == picked.partition(":")[0]
     chromium.press("Escape")

@@ -65,15 +65,17 @@ function mark(number) {
   for (const line of document.querySelectorAll(`#lines [data-line="${number}"]`)) line.classList.add("picked");
 }
 
-/** Opens the panel beside what is shown, or below it on a narrow screen; what was clicked stays in sight. */
+/** Opens the panel beside what is shown, or below it on a narrow screen; what was clicked stays where it was. */
 function details(title, rows) {
-  const anchor = document.activeElement && document.activeElement.closest("#lines [data-line]");
+  const anchor = document.activeElement && document.activeElement.closest("#lines [data-line]"), was = anchor && anchor.getBoundingClientRect().top;
   by("details").innerHTML = `<button class="close" aria-label="Close (Escape)">close</button><h2>${escape(title)}</h2><dl>` +
     rows.filter(Boolean).map(([term, html]) => `<dt>${term}</dt><dd>${html}</dd>`).join("") + "</dl>";
   by("details").hidden = false;
   by("details").scrollTop = 0;
   document.body.classList.add("told");
-  if (anchor) anchor.scrollIntoView({block: "nearest"});
+  if (!anchor) return;
+  scrollBy(0, anchor.getBoundingClientRect().top - was);
+  anchor.scrollIntoView({block: "nearest"});
 }
 
 function closeDetails() {
