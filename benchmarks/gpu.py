@@ -2,6 +2,8 @@
 
     python benchmarks/gpu.py                                             # everything: JSON, table, picture in results/
     python benchmarks/gpu.py --shapes 8b --formats int8 --batches 1,8 --prefill 0 --out $OUT/int8.json
+    python benchmarks/gpu.py --shapes 8b --formats bf16,window,block_topk,vertical_slash,ring,h2o --prompt 16384 \\
+        --prefill 16384 --batches 1 --out $OUT/sparse.json               # what attention gains that visits less
     python benchmarks/gpu.py --profile --shapes 8b --formats int8        # the kernels of one decode step, by time
     python benchmarks/gpu.py --join a.json b.json --out results/gpu.json # several runs as one; wants no GPU
     python benchmarks/gpu.py --dry-run --shapes tiny                     # on the CPU, to try this program
@@ -14,7 +16,7 @@ file is written anew after every measurement.
 Decode is (time of N tokens - time of 1) / (N - 1) of ``generate`` for slim, host included; for PyTorch's loops, the
 time of their N - 1 steps. Prefill ends when the next token is known. Shares are of what the same process measured just
 before: the weights and the cache read once, over the bandwidth of a copy; the prompt's operations, over the rate of
-bfloat16 cubes.
+bfloat16 cubes; both as if attention visited everything.
 """
 
 from __future__ import annotations

@@ -72,14 +72,14 @@ def compile(
     program, report = run_pipeline(program, pipeline, context)
     start = time.perf_counter()
     compiled = CompiledModel(
-        program, chosen, report=report, kv_cache=kv_cache, pipeline=", ".join(repr(pass_) for pass_ in pipeline)
+        program, chosen, report=report, kv_cache=kv_cache, pipeline=", ".join(map(repr, pipeline)), dump=context.dumped
     )
     report.seconds = seconds | report.seconds | {"lower": time.perf_counter() - start}
-    Dump.to(context.dump).code(compiled.code)
     generated = any(form.regions for form in report.forms.values())
     if generated and chosen.runs and context.probed is not None:
         probe, expected = context.probed
         report.error = probe.error(expected, _on_target(compiled, probe.inputs))
+    context.dumped.report(report)
     return compiled
 
 

@@ -88,7 +88,8 @@ def slim_backend(module: fx.GraphModule, examples: Sequence[Any], *, options: An
 class Pieces:
     """A captured graph, compiled for each set of weights that it is called with: takes and returns what that did.
 
-    Dynamo has one graph for all instances of a class, and for a block that is used several times.
+    Dynamo has one graph for all instances of a class, and for a block that is used several times. Where sizes cannot be
+    left open, each set of sizes has a piece too.
     """
 
     def __init__(self, module: fx.GraphModule, options: Options, examples: Sequence[Any]) -> None:
@@ -116,7 +117,7 @@ class Piece:
     @classmethod
     def of(cls, module: fx.GraphModule, options: Options, examples: Sequence[Any]) -> Piece | _Nothing:
         passes, target = as_passes(options.passes), select(options.target)
-        captured = capture(module, examples)
+        captured = _captured(module, examples)
         if captured.program is None:
             log.warning("a captured graph computes nothing: all that it returns are its inputs, or views of them")
             return _Nothing(module)
@@ -127,10 +128,13 @@ class Piece:
         for note in report.notes:
             log.warning("%s", note)
         text = ", ".join(map(repr, passes))
-        return cls(captured, CompiledModel(program, target, report=report, pipeline=text))
+        compiled = CompiledModel(program, target, report=report, pipeline=text, dump=context.dumped)
+        context.dumped.report(report)
+        return cls(captured, compiled)
 
     def is_for(self, arguments: Sequence[Any]) -> bool:
-        return all(arguments[place] is weight for place, weight in self.captured.frozen.items())
+        shaped = all(arguments[place].shape == shape for place, shape in self.captured.shapes.items())
+        return shaped and all(arguments[place] is weight for place, weight in self.captured.frozen.items())
 
     def __call__(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         for place, weight in self.captured.frozen.items():
@@ -142,6 +146,16 @@ class Piece:
         for place, output in self.captured.mutated:
             arguments[place].copy_(outputs[output])
         return tuple(give(arguments, outputs) for give in self.captured.results)
+
+
+def _captured(module: fx.GraphModule, examples: Sequence[Any]) -> Captured:
+    """For all sizes that Dynamo lets change; where that cannot be lifted, for those of ``examples``, with a warning."""
+    try:
+        return capture(module, examples)
+    except errors.LiftFailed as error:
+        captured = capture(module, examples, fixed=True)
+        log.warning("a graph is compiled for each set of sizes that comes: %s", error)
+        return captured
 
 
 class _Nothing:

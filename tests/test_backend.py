@@ -83,6 +83,29 @@ def test_a_language_model_equals_eager() -> None:
         close(ours, model(input_ids=tokens, use_cache=False).logits)
 
 
+@pytest.mark.parametrize("name", ["bloom", "mixtral"])
+def test_spellings_that_only_torch_compile_meets_take_other_sizes(name: str) -> None:
+    """Heads that were folded into the batch by a -1; experts as one call of a grouped product."""
+    model = zoo.build(name)
+    fast = compiled(model, target="cpu")
+    with torch.no_grad():
+        for shape in ((1, 9), (2, 7), (3, 5)):
+            tokens = torch.randint(3, 90, shape)
+            close(fast(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
+
+
+def test_what_cannot_be_lifted_for_all_sizes_is_compiled_for_each_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(nn.Conv1d(1, 4, 29, stride=3), nn.Conv1d(4, 2, 5)).eval()
+    fast = compiled(model)
+    with torch.no_grad():
+        for length in (80, 120, 90, 120):
+            x = torch.randn(1, 1, length)
+            close(fast(x), model(x))
+    told = [message for message in caplog.messages if "for each set of sizes" in message]
+    assert len(told) == 2, "the first is compiled for its sizes by Dynamo itself, and the last is there already"
+    assert "Kernel size" in told[0]
+
+
 def test_generated_code_of_a_language_model_takes_other_sizes_at_one_recompile() -> None:
     model = zoo.build("llama")
     counter = CompileCounterWithBackend(

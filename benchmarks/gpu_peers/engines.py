@@ -15,7 +15,7 @@ from torch import Tensor
 
 import slim
 from benchmarks.gpu_peers.device import Device
-from slim.passes import Quantize
+from slim.passes import Quantize, SparseAttention
 
 PEERS = ("slim", "torch.compile", "torchao", "transformers")
 GROUP = 32  # numbers that share a scale in int4 and int3, here and in torchao
@@ -28,7 +28,15 @@ PASSES: dict[str, list[Any]] = {
     "int3": [Quantize("int3", group_size=GROUP)],
     "nf4": [Quantize("nf4")],
 }
-FORMATS = tuple(PASSES)
+# What attention visits, over bfloat16 weights: to be run with long prompts.
+SPARSE: dict[str, tuple[list[Any], slim.KVCacheConfig | None]] = {
+    "window": ([SparseAttention("window", window=1024, sinks=4)], None),
+    "block_topk": ([SparseAttention("block_topk", block=64, share=8)], None),
+    "vertical_slash": ([SparseAttention("vertical_slash", columns=1000, slashes=1000)], None),
+    "ring": ([], slim.KVCacheConfig(layout="paged", window=1024, sinks=4)),
+    "h2o": ([], slim.KVCacheConfig(eviction="h2o", budget=1024)),
+}
+FORMATS = (*PASSES, *SPARSE)
 USUAL = FORMATS[:3]  # measured where a call names none
 
 
@@ -122,7 +130,9 @@ class Slim:
     def __init__(self, setup: Setup, form: str) -> None:
         self._device = setup.device
         options: dict[str, Any] = {"tune": setup.tune} if setup.tune else {}
-        self._compiled = slim.compile(setup.model, PASSES[form], target=setup.target, verify=False, **options)
+        passes, cache = SPARSE.get(form) or (PASSES[form], None)
+        self._has_own_cache = cache is not None
+        self._compiled = slim.compile(setup.model, passes, target=setup.target, kv_cache=cache, verify=False, **options)
         weights = self._compiled.program.weights
         self.nbytes = sum(weights[name].nbytes for name in weights if _is_multiplied(name, weights[name]))
         originals = {weight.data_ptr() for weight in setup.model.parameters()}
@@ -137,6 +147,8 @@ class Slim:
 
     @torch.no_grad()
     def prefill(self, prompt: Tensor) -> float:
+        if self._has_own_cache:  # which says how much of a prompt is run at once
+            return self._device.seconds(lambda: self._write(prompt, 1))
         batch, length = prompt.shape
         step = self._compiled.step(masked=False, last_only=True)
         cache = self._compiled.new_cache(batch, length)

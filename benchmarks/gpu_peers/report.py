@@ -12,6 +12,7 @@ WANTED_PREFILL = 0.70  # share of the matmul rate
 PUBLISHED = {"bf16": 0.82, "int8": 0.63, "int4": 0.51}  # gpt-fast's README: A100-80GB, Llama-2-7B, groups of 32
 RIVALS = ("torch.compile", "torchao")
 DECODE, PREFILL = "decode", "prefill"
+VISITS_LESS = ("window", "block_topk", "vertical_slash", "ring", "h2o")  # no share of a whole prompt's operations
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _share_goals(rows: list[Row]) -> Iterator[Goal]:
     for form, wanted in WANTED.items():
         found = [row for row in ours if (row.shape, row.format, row.kind, row.batch) == ("8b", form, DECODE, 1)]
         yield Goal("8b", f"decode {form} x 1 / copy bandwidth", max((row.share for row in found), default=None), wanted)
-    prefills = [row for row in ours if row.kind == PREFILL]
+    prefills = [row for row in ours if row.kind == PREFILL and row.format not in VISITS_LESS]
     for row in prefills:
         yield Goal(row.shape, f"{row.case} {row.format} / matmul rate", row.share, WANTED_PREFILL)
     if not any(row.shape == "8b" for row in prefills):

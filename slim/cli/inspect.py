@@ -111,8 +111,8 @@ def _check_writable(html: str) -> None:
 
 def _tell_lift(program: Program, rules: bool) -> None:
     """What the rules of the lift nearly matched, and if asked all of them."""
+    from slim.compiler.near import near_misses
     from slim.compiler.report import PipelineReport
-    from slim.compiler.rules import near_misses
 
     if rules:
         click.echo(f"\n{PipelineReport(rules=program.raised).rules_table() or 'no rule was tried'}\n")
@@ -156,8 +156,12 @@ def _story(model: str, text: str, texts: list[str] | None, steps: Steps, target:
     steps.stage(f"reading {model}")
     if is_artifact(model) and not passes:
         return compiled_story(model, load(model, target=target))
-    start = load(model, target="eager").program if is_artifact(model) else model
-    return tell(model, start, passes, calibration=texts, target=target, progress=steps)
+    if not is_artifact(model):
+        return tell(model, model, passes, calibration=texts, target=target, progress=steps)
+    saved = load(model, target="eager").program
+    story = tell(model, saved, passes, calibration=texts, target=target, progress=steps)
+    story.start = "as saved"
+    return story
 
 
 def _measure(story: Story, tokens: int, measured: bool, sensitive: bool, steps: Steps) -> None:

@@ -12,9 +12,10 @@ from typing import Any, ClassVar, TypeVar, get_type_hints
 
 from slim import errors
 from slim.compiler import options
+from slim.compiler.dump import Dump
 from slim.compiler.probe import Probe
 from slim.compiler.program import Program
-from slim.compiler.report import Report
+from slim.compiler.report import PipelineReport, Report
 
 # What may be true of a Program and taken away for good: the vocabulary of requires and invalidates.
 FLOAT_WEIGHTS = "float weights"
@@ -138,6 +139,8 @@ class Context:
         original: the Program before any pass, for passes that hold a later one against it.
         watch: shown the lifted Program and that after each pass; they are not to be changed.
         probed: the probe and what the Program makes of it after the last pass, where the pipeline measured that.
+        report: what the pipeline has done so far.
+        dumped: where the pipeline wrote the stages, for what is made after it.
     """
 
     strict: bool = True
@@ -151,6 +154,8 @@ class Context:
     original: Program | None = None
     watch: Callable[[Program], None] = _unseen
     probed: tuple[Probe, Any] | None = None
+    report: PipelineReport = field(default_factory=PipelineReport)
+    dumped: Dump = field(default_factory=lambda: Dump(None))
 
     def track(self, what: str, items: Iterable[T]) -> Iterator[T]:
         """Yields ``items``, telling ``progress`` of each as it is done."""

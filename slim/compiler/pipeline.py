@@ -6,6 +6,7 @@ A pass works on a copy, so that one that fails leaves nothing behind but a repro
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import time
@@ -20,7 +21,7 @@ from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, Context, Pass
 from slim.compiler.probe import Outputs, Probe, make_probe, rounding_noise, tolerance
 from slim.compiler.program import Program
 from slim.compiler.report import PipelineReport, Report, Size
-from slim.compiler.reproducer import write_reproducer
+from slim.compiler.reproducer import Reproducer, write_reproducer
 from slim.compiler.rounded_kv import pair_bits
 from slim.compiler.uses import DEQUANTIZE, stored_in
 from slim.compiler.verify import verify
@@ -43,6 +44,7 @@ def run_pipeline(program: Program, passes: Sequence[Pass], ctx: Context) -> tupl
     check_order(passes, program)
     report = PipelineReport(notes=list(program.facts.notes), rules=dict(program.raised))
     run = _Run(tuple(passes), ctx, Dump.to(ctx.dump), report)
+    ctx.report, ctx.dumped = report, run.dump
     run.begin(program)
     for index, pass_ in enumerate(passes):
         ctx.progress("passes", index, len(passes))
@@ -50,7 +52,7 @@ def run_pipeline(program: Program, passes: Sequence[Pass], ctx: Context) -> tupl
     ctx.progress("passes", len(passes), len(passes))
     if ctx.calibration is not None and ctx.batches is None:
         report.notes.append("calibration was given, and no pass of this pipeline reads it")
-    run.dump.file("report.json", run.report.to_json())
+    run.dump.report(report)
     if run.probe is not None:
         ctx.probed = (run.probe, run.latest)
     return program, run.report
@@ -101,12 +103,15 @@ class _Run:
         try:
             after, report, outputs = self._attempt(before, pass_)
         except errors.NotLossless as error:
-            error.add_note(f"reproducer: {self._reproduce(before, pass_, error)}")
-            raise
+            made = self._reproduce(before, pass_, error)
+            raise dataclasses.replace(error, reproducer=made.file, caveat=made.caveat) from None
         except errors.VerificationFailed as error:
             raise self._failed(before, pass_, error) from error
-        except errors.SlimError:
-            raise
+        except errors.SlimError as error:
+            spoilt = _left_by_pass(before, error)
+            if spoilt is None:
+                raise
+            raise self._failed(before, pass_, spoilt) from error
         except Exception as error:  # a fault of the pass, whatever it is; KeyboardInterrupt is not one
             raise self._failed(before, pass_, error) from error
         self._keep(after, pass_, report, outputs)
@@ -144,7 +149,7 @@ class _Run:
         try:
             outputs = self.probe.run(after)
         except errors.NonFiniteWeight as error:  # all weights were finite before the pass
-            raise ArithmeticError(f"it left weight '{error.name}' with {error.count} {error.kind} values") from error
+            raise _spoilt(error) from error
         report.error = self.probe.error(self.latest, outputs)
         report.drift = self.probe.error(self.lifted, outputs)
         if pass_.lossless and report.error > tolerance(before):
@@ -160,7 +165,9 @@ class _Run:
         noise = rounding_noise(self.probe, before, self.latest)
         allowed = max(tolerance(before), _NOISES * noise)
         if not report.error <= allowed:
-            raise errors.NotLossless(pass_name=repr(pass_), error=report.error, tolerance=allowed)
+            raise errors.NotLossless(
+                pass_name=repr(pass_), error=report.error, tolerance=allowed, reproducer="(not written yet)"
+            )
         report.notes.append(f"rounding alone moves the output of this model by {noise:.1e}")
 
     def _keep(self, after: Program, pass_: Pass, report: Report, outputs: Outputs) -> None:
@@ -174,11 +181,27 @@ class _Run:
     def _failed(self, before: Program, pass_: Pass, error: Exception) -> errors.PassFailed:
         reason = str(error).strip().splitlines()
         told = f"{type(error).__name__}: {reason[0]}" if reason else type(error).__name__
-        reproducer = self._reproduce(before, pass_, error)
-        return errors.PassFailed(pass_name=repr(pass_), reason=told, reproducer=reproducer)
+        made = self._reproduce(before, pass_, error)
+        return errors.PassFailed(pass_name=repr(pass_), reason=told, reproducer=made.file, caveat=made.caveat)
 
-    def _reproduce(self, before: Program, pass_: Pass, error: Exception) -> str:
+    def _reproduce(self, before: Program, pass_: Pass, error: Exception) -> Reproducer:
         return write_reproducer(before, self.passes, pass_, self.ctx, error, self.dump.folder)
+
+
+def _left_by_pass(before: Program, error: errors.SlimError) -> ArithmeticError | None:
+    """What to say of a pass that read a weight which it had itself made NaN or infinite."""
+    if not isinstance(error, errors.NonFiniteWeight):
+        return None
+    if error.name in before.weights:
+        try:
+            before.weights[error.name]
+        except errors.NonFiniteWeight:  # it came so
+            return None
+    return _spoilt(error)
+
+
+def _spoilt(error: errors.NonFiniteWeight) -> ArithmeticError:
+    return ArithmeticError(f"it left weight '{error.name}' with {error.count} {error.kind} values")
 
 
 @contextmanager

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from slim import errors
 from slim.compiler.charts import Chart
 from slim.compiler.difference import AllGone, Changes, Gone, Names
+from slim.compiler.near import near_misses
 from slim.compiler.program import Program
-from slim.compiler.rules import Count, Counts, near_misses
+from slim.compiler.rules import Count, Counts
 
 VERSION = 1
 

@@ -6,7 +6,6 @@ for each token of each head. What a KV cache holds is then the numbers and the s
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -83,11 +82,11 @@ def shifted(value: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     return x, offset
 
 
-def done_by_attention(program: Program, has_kernel: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    """The nodes whose work attention does itself, where it has a kernel: rounding keys and values as a cache would."""
+def done_by_attention(program: Program) -> set[fx.Node]:
+    """The nodes whose work attention does itself: rounding keys and values as a cache would."""
     found: set[fx.Node] = set()
     for node in program.attention_nodes():
-        if not rounds_itself(node) or not has_kernel(node):
+        if not rounds_itself(node):
             continue
         for name in ("k", "v"):
             part = rounded(argument(node, name))

@@ -192,12 +192,24 @@ class Match:
 
 
 @dataclass(frozen=True)
+class Near:
+    """A spelling that looks like a rule's left side: why the rule does not take it, with what is bound in braces."""
+
+    pattern: Pattern
+    reason: str
+
+
+@dataclass(frozen=True)
 class Rule:
-    """``build`` returns the node that replaces the root, or None; it may raise NearMiss with the reason."""
+    """``build`` returns the node that replaces the root, or None; it may raise NearMiss with the reason.
+
+    ``near`` is read when all rules have come to rest, and is no part of what they match: see ``slim.compiler.near``.
+    """
 
     name: str
     pattern: Pattern
     build: Callable[[Match], fx.Node | None]
+    near: tuple[Near, ...] = ()
 
 
 @dataclass
@@ -249,14 +261,6 @@ def observed(observer: Observer) -> Iterator[None]:
         yield
     finally:
         _observer.reset(token)
-
-
-def near_misses(counts: Counts) -> Iterator[str]:
-    """A line a rule whose pattern fitted where it did not apply: the rule, the first places, the reasons."""
-    for name, count in counts.items():
-        if count.misses:
-            more = f" (and {len(count.misses) - 1} more)" if len(count.misses) > 1 else ""
-            yield f"near miss of {name}, at {count.misses[0]}{more}"
 
 
 # Each sweep rewrites every node it can; a program that still changes after this many goes round in a circle.

@@ -117,22 +117,28 @@ class PassFailed(SlimError):
     """A pass raised; the program was rolled back to what it was before."""
 
     message = "{pass_name} failed and was rolled back: {reason}"
-    hint = "please report it with the reproducer, which holds the IR and the pipeline: {reproducer}"
+    hint = "please report it with the reproducer, which holds the IR and the pipeline: {reproducer}{caveat}"
 
     pass_name: str
     reason: str
     reproducer: StrPath
+    caveat: str = ""  # why the reproducer cannot run as it is
 
 
 class NotLossless(SlimError):
     """A pass that promises the same function changed it."""
 
     message = "{pass_name} must preserve the function and moved the output by {error:.3g} (allowed {tolerance:.3g})"
-    hint = "please report it with the SLIM_DUMP=<dir> files; verify=False lets it pass at your own risk."
+    hint = (
+        "please report it with the reproducer, which holds the IR and the pipeline: {reproducer}{caveat}. "
+        "verify=False lets it pass at your own risk."
+    )
 
     pass_name: str
     error: float
     tolerance: float
+    reproducer: StrPath
+    caveat: str = ""  # why the reproducer cannot run as it is
 
 
 class ContradictoryOptions(SlimError, ValueError):

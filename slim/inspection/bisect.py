@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,7 +59,8 @@ class Finding:
         stage: the pass that crosses the threshold, as text; None where none does.
         index: its place in the pipeline, from 0.
         culprit: its site or sites, with errors; None where no pass crosses.
-        places: the nodes that the culprit changes, with the lines of the model's source.
+        places: the nodes that the culprit inserts or changes, with the lines of the model's source.
+        inserted: those among them that only the Program after the pass has.
         rewrites: rules that changed a value, in the order they were applied: a later one may hand on what an earlier
             one did. Of the lift only where a module was given.
     """
@@ -68,6 +71,7 @@ class Finding:
     index: int | None = None
     culprit: Culprit | None = None
     places: list[str] = field(default_factory=list)
+    inserted: list[str] = field(default_factory=list)
     rewrites: list[BadRewrite] = field(default_factory=list)
 
     def __bool__(self) -> bool:
@@ -91,7 +95,8 @@ class Finding:
         named = culprit.sites[:_SHOWN] + (["..."] if len(culprit.sites) > _SHOWN else [])
         found = [f"{'site' if len(culprit.sites) == 1 else 'sites'}: {', '.join(named)}"]
         found.append(f"  before {culprit.before:.1e}, with it {culprit.with_it:.1e}, it alone {culprit.alone:.1e}")
-        found += [f"  changes {place}" for place in self.places[:_SHOWN]]
+        verbs = ("inserts" if place in self.inserted else "changes" for place in self.places)
+        found += [f"  {verb} {place}" for verb, place in itertools.islice(zip(verbs, self.places, strict=True), _SHOWN)]
         if culprit.largest:
             found.append("largest alone: " + ", ".join(f"{site} {error:.1e}" for site, error in culprit.largest))
         return [*found, f"  {culprit.note}"] if culprit.note else found
@@ -142,33 +147,59 @@ def bisect(
         lifted = model if isinstance(model, Program) else lift_path(model, example_inputs)
     probe = watcher.probe = make_probe(lifted)
     stages: list[Program] = []
+    spoilt: dict[str, str] = {}
 
     def watch(program: Program) -> None:
         stages.append(program)
+        spoilt.update(_spoilt(*stages[-2:]) if len(stages) > 1 else {})
+        if spoilt:  # what comes behind it would fail for that
+            raise _Stopped
         watcher.stages = watcher.stages[1:]
 
     watcher.stages += map(repr, pipeline)
     ctx = Context(verify=False, calibration=calibration, watch=watch)
     ctx.progress = progress or ctx.progress
-    with observed(watcher.see):
-        _, report = run_pipeline(lifted, pipeline, ctx)
-    for after, item in zip(stages[1:], report.passes, strict=True):
+    with observed(watcher.see), contextlib.suppress(_Stopped):
+        run_pipeline(lifted, pipeline, ctx)
+    done = ctx.report.passes
+    for after, item in zip(stages[1:], done, strict=True):
         verify(after, item.text)
     outputs = probe.run(lifted)
     found = Finding(threshold, [("lift", 0.0)])
-    found.errors += [
-        (item.text, probe.error(outputs, probe.run(after)))
-        for after, item in zip(stages[1:], report.passes, strict=True)
-    ]
+    for after, item in zip(stages[1:], done, strict=True):
+        broken = bool(spoilt) and after is stages[-1]
+        found.errors.append((item.text, math.inf if broken else probe.error(outputs, probe.run(after))))
     found.rewrites = watcher.bad
-    _find(found, probe, outputs, stages, report)
+    _find(found, probe, outputs, stages, ctx.report, spoilt)
+    return found
+
+
+class _Stopped(Exception):
+    """No more passes are to run."""
+
+
+def _spoilt(before: Program, after: Program) -> dict[str, str]:
+    """The weights that are not finite after a pass, and were others before it: name -> what they hold."""
+    found = {}
+    for name in after.weights:
+        if name in before.weights and after.weights.raw(name) is before.weights.raw(name):
+            continue
+        try:
+            after.weights[name]
+        except errors.NonFiniteWeight as error:
+            found[name] = f"{error.count} {error.kind} value{'s' * (error.count > 1)}"
     return found
 
 
 def _find(
-    found: Finding, probe: Probe, outputs: tuple[Any, ...], stages: list[Program], report: PipelineReport
+    found: Finding,
+    probe: Probe,
+    outputs: tuple[Any, ...],
+    stages: list[Program],
+    report: PipelineReport,
+    spoilt: dict[str, str],
 ) -> None:
-    """Fills in the pass that crosses the threshold, and its site."""
+    """Fills in the pass that crosses the threshold, and its site, or the weights that the last one spoilt."""
     crossing = next((i for i, (_, error) in enumerate(found.errors) if not error <= found.threshold), None)
     if crossing is None:
         return
@@ -178,9 +209,21 @@ def _find(
         return probe.error(outputs, hybrid.run(probe.inputs, chosen))
 
     found.stage, found.index = made.text, crossing - 1
-    found.culprit = find_site(before, after, made.matched, measure, found.threshold, lossless=made.lossless)
-    nodes = {node.name: node for node in (*before.graph.nodes, *after.graph.nodes)}
+    if spoilt and after is stages[-1]:
+        found.culprit = _culprit(after, spoilt, found.errors[crossing - 1][1])
+    else:
+        found.culprit = find_site(before, after, made.matched, measure, found.threshold, lossless=made.lossless)
+    old = {node.name: node for node in before.graph.nodes}
+    nodes = old | {node.name: node for node in after.graph.nodes}
     found.places = [where(nodes[name]) for name in found.culprit.nodes]
+    found.inserted = [where(nodes[name]) for name in found.culprit.nodes if name not in old]
+
+
+def _culprit(after: Program, spoilt: dict[str, str], before: float) -> Culprit:
+    """Weights with NaN or infinity, and the nodes that read them."""
+    readers = [node.name for node in after.nodes() if any(str(n.target) in spoilt for n in node.all_input_nodes)]
+    note = "; ".join(f"the pass left {held} in {name}" for name, held in spoilt.items())
+    return Culprit(list(spoilt), readers, before, math.inf, math.inf, note=note)
 
 
 class _Watcher:

@@ -107,6 +107,46 @@ class Hybrid:
                 elif other.name not in self._joint and other.op != "output":
                     waiting += [*other.all_input_nodes, *other.users]
 
+    def origins(self, name: str) -> list[str]:
+        """What makes a joint one that is touched, by name.
+
+        New nodes and changed weights that it reads, directly or through nodes that are no joints, and itself where
+        it does something else than before; where there is none of these, the nodes before it that are gone.
+        """
+        made, gone = (self._sources(name, side) for side in (AFTER, BEFORE))
+        found = [_called(node) for node in made if self._is_new(node)]
+        return found + [name] * self.does_another_thing(name) or [_called(node) for node in gone] or [name]
+
+    def does_another_thing(self, name: str) -> bool:
+        """Whether a joint has another operation, or other numbers for it, whatever it reads."""
+        a, b = (self._nodes[side][name] for side in (BEFORE, AFTER))
+        return (a.target, *map(_without_nodes, (a.args, a.kwargs))) != (
+            b.target, *map(_without_nodes, (b.args, b.kwargs)),
+        )  # fmt: skip
+
+    def inserted(self, name: str) -> list[str]:
+        """The nodes that only the Program after has and that a joint reads; not those made of weights alone."""
+        return [
+            node.name
+            for node in self._sources(name, AFTER)
+            if node.op == "call_function" and node.name not in self._nodes[BEFORE] and node not in self._constant[AFTER]
+        ]
+
+    def _is_new(self, node: fx.Node) -> bool:
+        changed = str(node.target) in self._weights if node.op == "get_attr" else False
+        return changed or node.name not in self._nodes[BEFORE]
+
+    def _sources(self, name: str, side: int) -> list[fx.Node]:
+        """What a joint reads that only this side has: weights too, in the order of the graph."""
+        waiting, seen = list(self._nodes[side][name].all_input_nodes), set[fx.Node]()
+        while waiting:
+            node = waiting.pop()
+            if node in seen or node.name in self._joint or node.op == "placeholder":
+                continue
+            seen.add(node)
+            waiting += node.all_input_nodes
+        return [node for node in self.programs[side].graph.nodes if node in seen]
+
     # -- running -------------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
@@ -164,6 +204,10 @@ class _Run:
             return self.hybrid.programs[side].weights[str(node.target)]
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda source: self.value(side, source))
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _without_nodes(value: Any) -> Any:
+    return fx.map_arg(value, lambda node: None)
 
 
 def _called(node: fx.Node) -> str:

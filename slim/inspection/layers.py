@@ -47,26 +47,30 @@ def names_of(programs: Sequence[Program]) -> list[str]:
     return [*sorted(found - {REST}, key=int), REST]
 
 
-def calls(tokens: int) -> dict[str, dict[str, int]]:
-    """What costs are for, of one row: reading ``tokens`` tokens, and writing the last of as many."""
-    return {
-        f"to read {tokens} tokens": {"B": 1, "S": tokens, "T": tokens},
-        "to write one": {"B": 1, "S": 1, "T": tokens},
-    }
+def calls(program: Program, tokens: int) -> dict[str, dict[str, int]]:
+    """What costs are for, of one row: of a language model reading ``tokens`` tokens, and writing the last of as many.
+
+    What writes nothing is called once, with as many tokens if it takes any.
+    """
+    whole = {"B": 1, "S": tokens, "T": tokens}
+    if program.facts.kind == "causal_lm":
+        return {f"to read {tokens} tokens": whole, "to write one": {**whole, "S": 1}}
+    return {f"to read {tokens} tokens" if "S" in program.dims.values() else "of a call": whole}
 
 
 def measure_layers(program: Program, names: Sequence[str], tokens: int) -> Layers:
-    """Sizes, and costs of one row: of reading ``tokens`` tokens, and of writing the last of as many."""
+    """Sizes, and costs of one row: FLOPs of the first of the calls, and bytes moved by the last."""
     layers = Layers(list(names))
     add = _Adder(layers)
     for weight in weight_nodes(program):
         name = str(weight.target)
         add("weights, bytes", layer_of(name), program.weights.nbytes(name))
-    (reading, prefill), (writing, decode) = calls(tokens).items()
-    for node, work in node_work(program):
-        layer = layer_of_node(node)
-        add(f"FLOPs {reading}", layer, number(work.flops, prefill))
-        add(f"bytes moved {writing}", layer, number(work.nbytes, decode))
+    made = list(calls(program, tokens).items())
+    (reading, prefill), (writing, decode) = made[0], made[-1]
+    for node, flops, _ in generation_work(program, prefill):
+        add(f"FLOPs {reading}", layer_of_node(node), flops)
+    for node, _, nbytes in generation_work(program, decode):
+        add(f"bytes moved {writing}", layer_of_node(node), nbytes)
     _formats(program, add)
     for node in program.nodes(*ATTENTION):
         layer = layer_of_node(node)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import linecache
 import math
+import sys
 import tempfile
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -24,18 +27,25 @@ from slim.compiler.weights import Weights
 _CALIBRATION = (4, 64)  # rows and tokens of random text, for a pass that was given some
 
 
-def reproduce(program: str, weights: str, facts: str, made: dict[str, Any], options: dict[str, Any]) -> int:
+def reproduce(
+    program: str, weights: str, facts: str, made: dict[str, Any], source: str | None, options: dict[str, Any]
+) -> int:
     """Runs a pass again, and says what becomes of it.
 
     Args:
         program: IR text. weights: a line of JSON each, name, type, shape and perhaps numbers. facts: as JSON.
-        made: module, name and options of the pass.
+        made: module, name and options of the pass, and folders to import modules from.
+        source: Python text that defines the pass; None where the module can be imported.
         options: of the run: strict, verify, calibrated, and what was raised.
 
     Returns:
-        1 where the pass fails again, 0 where it does not.
+        1 where the pass fails again, 0 where it does not, 2 where it cannot be made.
     """
-    pass_ = _pass(made)
+    try:
+        pass_ = _pass(made, source)
+    except Exception as error:  # whatever a module of the user's does when it is imported
+        print(f"{made['module']}.{made['name']} cannot be made: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
     start = parse(program, random_weights(weights), decode_facts(json.loads(facts)))
     calibration = _calibration(start) if options["calibrated"] else None
     print(f"{pass_!r} on {len(start.graph.nodes)} nodes, with random weights")
@@ -46,7 +56,8 @@ def reproduce(program: str, weights: str, facts: str, made: dict[str, Any], opti
         except errors.SlimError as error:
             cause = error if error.__cause__ is None else error.__cause__
             same = "it fails again" if type(cause).__name__ == options["raised"] else "it fails, in another way"
-            print(f"{same}: {type(cause).__name__}: {cause}")
+            told = str(cause).partition("\n  hint: ")[0]  # which is of the first failure
+            print(f"{same}: {type(cause).__name__}: {told}")
             return 1
     print(report)
     print(f"it does not fail: the {options['raised']} hangs on the numbers of the weights, or of the calibration data")
@@ -76,17 +87,22 @@ def _random(dtype: torch.dtype, shape: list[int], generator: torch.Generator) ->
     return torch.zeros(shape, dtype=dtype)
 
 
-def _pass(made: dict[str, Any]) -> Pass:
-    """Raises BadInput where the class cannot be imported, as one made inside a function cannot."""
-    name = f"{made['module']}.{made['name']}"
-    try:
-        kind: Any = importlib.import_module(made["module"])
-        for part in made["name"].split("."):
-            kind = getattr(kind, part)
-    except (ImportError, AttributeError) as error:
-        raise errors.BadInput(argument="PASS", reason=f"{name} cannot be imported ({error})") from error
+def _pass(made: dict[str, Any], source: str | None) -> Pass:
+    sys.path += [path for path in made["paths"] if path not in sys.path]
+    kind: Any = importlib.import_module(made["module"]) if source is None else _module(made["module"], source)
+    for part in made["name"].split("."):
+        kind = getattr(kind, part)
     pass_: Pass = kind(**made["options"])
     return pass_
+
+
+def _module(name: str, source: str) -> ModuleType:
+    """A module made of ``source``, which tracebacks and ``inspect`` find as if it were a file."""
+    module, file = ModuleType(name), f"<{name}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    sys.modules[name] = module  # where dataclasses look for the types of their fields
+    exec(compile(source, file, "exec", dont_inherit=True), module.__dict__)
+    return module
 
 
 def _calibration(program: Program) -> list[Tensor]:

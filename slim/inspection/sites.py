@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from slim.compiler.program import Program
@@ -31,7 +31,7 @@ class Culprit:
 
     Attributes:
         sites: one, or several that cannot be told apart.
-        nodes: the nodes they change.
+        nodes: the nodes that they insert or change.
         before, with_it: the error with the sites ahead of them, and with them too.
         alone: with them and no other.
         largest: (site, error with it and no other), the largest three; of a pass that loses some.
@@ -50,7 +50,7 @@ class Culprit:
 def groups(hybrid: Hybrid, sites: Sequence[str]) -> list[Group]:
     """The sites in the order of the graph, each with the touched joints nearest to it.
 
-    Where the report names no site that the graph knows, every touched node is a site of its own.
+    Where the report names no site that the graph knows, the sites are what the pass inserted, changed or took out.
     """
     anchors = {site: hybrid.readers(site) for site in sites}
     owner: dict[str, list[str]] = defaultdict(list)
@@ -58,7 +58,7 @@ def groups(hybrid: Hybrid, sites: Sequence[str]) -> list[Group]:
         for joint in joints:
             owner[joint].append(site)
     if not owner:
-        return [Group([name], frozenset({name})) for name in hybrid.touched]
+        return _merged(hybrid, {name: hybrid.origins(name) for name in hybrid.touched})
     return _merged(hybrid, _claimed(hybrid, dict(owner)))
 
 
@@ -96,6 +96,16 @@ def _merged(hybrid: Hybrid, owner: dict[str, list[str]]) -> list[Group]:
         group.sites += [site for site in sites if site not in group.sites]
         group.joints |= {name}
     return list(held.values())
+
+
+def _nodes(hybrid: Hybrid, joints: Collection[str]) -> list[str]:
+    """What is new among that which these joints read, and those joints that do not just read it."""
+    found: dict[str, None] = {}
+    for name in hybrid.touched:
+        if name in joints:
+            new = hybrid.inserted(name)
+            found |= dict.fromkeys(new if new and not hybrid.does_another_thing(name) else [*new, name])
+    return list(found)
 
 
 def find_site(
@@ -184,11 +194,11 @@ class _Search:
         joints = {name for index in members for name in self.groups[index].joints}
         return Culprit(
             sites=[site for index in members for site in self.groups[index].sites],
-            nodes=[name for name in hybrid.touched if name in joints],
+            nodes=_nodes(hybrid, joints),
             before=self.prefix(first),
             with_it=self.prefix(last),
             alone=self.error(members),
-            largest=() if self.lossless else self._largest(),
+            largest=() if self.lossless or len(self.groups) == 1 else self._largest(),
             note=note,
         )
 
@@ -202,4 +212,4 @@ class _Search:
         sites = [site for group in self.groups for site in group.sites]
         note = "the sites of this pass cannot be separated: what it did is not in nodes that both Programs have"
         error = self.error(every)
-        return Culprit(sites, list(hybrid.touched), self.prefix(0), error, error, note=note)
+        return Culprit(sites, _nodes(hybrid, hybrid.touched), self.prefix(0), error, error, note=note)

@@ -53,8 +53,10 @@ def tell(
     ctx.progress = progress or ctx.progress
     final, report = run_pipeline(program, pipeline, ctx)
     begin = time.perf_counter()
-    compiled = CompiledModel(final, chosen, report=report, pipeline=", ".join(map(repr, pipeline)))
+    text = ", ".join(map(repr, pipeline))
+    compiled = CompiledModel(final, chosen, report=report, pipeline=text, dump=ctx.dumped)
     report.seconds = {"lift": lifted - start, **report.seconds, "lower": time.perf_counter() - begin}
+    ctx.dumped.report(report)
     return Story(name, programs, report, compiled)
 
 

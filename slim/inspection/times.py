@@ -23,8 +23,8 @@ LayerSeconds = dict[str, dict[str, float]]  # what is timed, as ``calls`` names 
 
 def predict_layers(program: Program, machine: Machine, tokens: int) -> LayerSeconds:
     """The roof: every node takes the longer of moving its bytes and of computing."""
-    found: LayerSeconds = {name: defaultdict(float) for name in calls(tokens)}
-    for name, sizes in calls(tokens).items():
+    found: LayerSeconds = {name: defaultdict(float) for name in calls(program, tokens)}
+    for name, sizes in calls(program, tokens).items():
         for node, flops, nbytes in generation_work(program, sizes):
             found[name][layer_of_node(node)] += max(nbytes / machine.bandwidth, flops / machine.flops_rate)
     return found
@@ -65,7 +65,7 @@ class _Round:
                 eos_token_id=None, streamer=self,
             )  # fmt: skip
         _, first, *_, last = self._seen
-        reading, writing = calls(self._tokens)
+        reading, writing = calls(self._compiled.program, self._tokens)
         return {
             reading: first,
             writing: {layer: (total - first[layer]) / (_NEW_TOKENS - 1) for layer, total in last.items()},

@@ -23,10 +23,10 @@ class Heal(Pass):
     """Distils from the original model what the passes before this one lost.
 
     The compressed model learns to give the original's outputs on the calibration data: for a language model the
-    distribution of every next token, for others the values themselves. What is trained is little, and nothing of it
-    remains as a part of its own: a product of two thin matrices beside each float weight of a linear, which is added
-    to the weight at the end (a small weight learns all of itself); the gains of norms, and biases; the scales of
-    quantised weights, whose numbers stay. Where rows or keys are rounded, gradients pass as if they were not.
+    distribution of every next token, for others the values themselves. Trained are the float weights of linears, the
+    gains of norms, and biases; the scales of quantised weights, whose numbers stay. Of large models' linears a product
+    of two thin matrices beside each weight is trained, and added to it at the end. Where rows or keys are rounded,
+    gradients pass as if they were not.
 
     An eighth of the data is held out. It is scored every 25 steps, the state that scored best is kept, and training
     ends early where it stops getting better. A run of more than half a minute leaves a checkpoint in the cache, from
@@ -36,25 +36,29 @@ class Heal(Pass):
 
     Args:
         steps: updates at most; 0 is refused.
-        rank: of the products; more learns more, and wants more data.
+        rank: of the products; more learns more, and wants more memory. None: weights are trained whole, or products of
+            rank 16 where linears hold more than 67 million numbers. A weight that is no larger than its product is
+            trained whole.
         loss: "forward" is KL(original || model), which covers all that the original thinks possible; "reverse" is
             KL(model || original), which keeps to what it thinks likely. This, temperature and mix are for language
             models; of others the outputs themselves are compared.
         temperature: what both logits are divided by first.
         mix: the share of the loss that is cross-entropy on the data's own next tokens, 0 to 1.
-        learning_rate: of AdamW, at its highest; it rises for a twentieth of the steps, and falls like a cosine.
+        learning_rate: of AdamW, at its highest, as a share of each weight's size (the root of its mean square); it
+            rises for a twentieth of the steps, and falls like a cosine.
         tokens: of a step, at least; batches are taken until there are as many.
         patience: how many scorings in a row may bring nothing before training ends.
         seed: of the order of the data and of the products' first values.
 
-    Sources: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; Hu et al., LoRA, 2021.
+    Sources: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; Hu et al., LoRA, 2021;
+    Shazeer and Stern, Adafactor, 2018 (rates relative to a weight's size).
 
     Example:
         >>> slim.compile(model, passes=[Prune(0.2), Heal(200)], calibration=texts)
     """
 
     steps: int = 200
-    rank: int = 16
+    rank: int | None = None
     loss: Literal["forward", "reverse"] = "forward"
     temperature: float = 1.0
     mix: float = 0.0
@@ -66,7 +70,8 @@ class Heal(Pass):
     def check(self) -> None:
         """Refuses options that train nothing."""
         for option in ("steps", "rank", "tokens", "patience"):
-            if getattr(self, option) < 1:
+            given = getattr(self, option)
+            if given is not None and given < 1:
                 self._refuse(option, "it is one at the least")
         for option in ("temperature", "learning_rate"):
             if not getattr(self, option) > 0:

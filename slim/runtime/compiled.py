@@ -17,6 +17,7 @@ from slim import errors
 from slim.codegen import Executable, Target, select
 from slim.codegen.regions.provenance import Stage
 from slim.compiler.config import rebuild_config
+from slim.compiler.dump import Dump
 from slim.compiler.inputs import position_limit, vocabulary
 from slim.compiler.notebook import program_html, report_html, together
 from slim.compiler.program import Program
@@ -63,8 +64,9 @@ class CompiledModel:
         report: Any = None,
         kv_cache: KVCacheConfig | None = None,
         pipeline: str = "",
+        dump: Dump | None = None,
     ) -> None:
-        """Lowers ``program``.
+        """Lowers ``program``, now and for each form that is asked for later; the code of all goes to ``dump``.
 
         Raises:
             UnknownTarget, TargetUnavailable. CacheUnsupported: where a ``kv_cache`` was asked for that cannot be.
@@ -74,6 +76,7 @@ class CompiledModel:
         self.pipeline = pipeline
         self.target = select(target) if isinstance(target, str) else target
         self.kv_cache = kv_cache or KVCacheConfig()
+        self._dump = dump or Dump(None)
         self._paging, self._eviction = paging(self.kv_cache), Eviction.of(self.kv_cache)
         self._steps: dict[tuple[bool, bool], Step | PagedStep] = {}
         self.executables: dict[str, Executable] = {}
@@ -105,6 +108,7 @@ class CompiledModel:
         executable: Executable = self.target.lower(program)
         self.program.weights.share(program.weights)  # all forms read one copy, in the layout that their kernels want
         self.executables[name] = executable
+        self._dump.code(_below(name, executable))
         if self.report is not None:
             self.report.forms[name] = replace(executable.form, seconds=time.perf_counter() - start)
         return executable
@@ -362,8 +366,8 @@ class CompiledModel:
     @property
     def code(self) -> dict[str, str | bytes]:
         """Name -> source (or binary) of everything generated so far; forms over a cache come when first used."""
-        made = self.executables.items()
-        return {f"{name}/{file}": source for name, executable in made for file, source in executable.code.items()}
+        made = (_below(name, executable) for name, executable in self.executables.items())
+        return {file: source for files in made for file, source in files.items()}
 
     @property
     def stages(self) -> dict[str, Sequence[Stage]]:
@@ -401,3 +405,8 @@ class CompiledModel:
         from slim.runtime.export import export
 
         export(self.program, directory, format, dequantize=dequantize)
+
+
+def _below(name: str, executable: Executable) -> dict[str, str | bytes]:
+    """The source of an executable as files below ``name``."""
+    return {f"{name}/{file}": source for file, source in executable.code.items()}

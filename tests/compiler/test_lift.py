@@ -381,6 +381,17 @@ def test_softmax_attention_written_by_hand_becomes_an_attention(mask):
     assert not list(program.nodes(aten.softmax.int, aten._softmax.default, aten.matmul.default))
 
 
+class HeadsGiven(nn.Module):
+    def forward(self, q):
+        seen = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        return torch.softmax((q @ q.transpose(-1, -2)).masked_fill(~seen, -1e9), -1) @ q
+
+
+def test_a_mask_as_long_as_a_later_dimension_is_a_mask_too():
+    (node,) = checked(HeadsGiven(), torch.randn(2, 3, 7, 8), shapes=((1, 2, 5, 8),)).attention_nodes()
+    assert node.kwargs.get("causal", True)
+
+
 class Mlp(nn.Module):
     def __init__(self):
         super().__init__()

@@ -23,6 +23,7 @@ from slim.passes import GQA, FoldNorms, LowRank, Prune, Quantize, QuantizeKV, Sm
 from tests.programs import model
 
 aten = torch.ops.aten
+slim_rms_norm = torch.ops.slim.rms_norm.default
 UP = "model.layers.1.mlp.up_proj.weight"
 
 
@@ -135,6 +136,52 @@ def test_a_rule_within_a_pass_is_found_by_rule_and_by_site(llama):
     assert "model.layers.0.mlp" in bad.site
     assert found.stage == bad.stage
     assert any("model.layers.0.mlp" in place for place in found.places)
+
+
+@dataclass(frozen=True)
+class Insert(Pass):
+    """Puts a scaling behind a norm that three linears read; reports nothing that the graph knows."""
+
+    def run(self, program: Program, ctx: Context) -> Report:
+        node = next(n for n in program.nodes(slim_rms_norm) if "layers.1.input" in n.meta["module"])
+        with program.graph.inserting_after(node):
+            new = program.insert(node.next, aten.mul.Tensor, node, 1.5, like=node)
+        node.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new, propagate_meta=False)
+        return Report(matched=["everywhere"])
+
+
+def test_a_node_that_a_pass_inserted_is_the_site_and_not_those_that_read_it(llama):
+    found = bisect(llama, Insert(), 1e-3)
+    after, _ = run_pipeline(llama, [Insert()], Context(verify=False))
+    names = {node.name for node in llama.nodes()}
+    (new,) = (node for node in after.nodes() if node.name not in names)
+    assert found.culprit.sites == found.culprit.nodes == [new.name]
+    assert f"  inserts {new.name} (model.layers.1.input_layernorm" in str(found)
+    assert "changes" not in str(found)
+
+
+@dataclass(frozen=True)
+class Spoil(Pass):
+    """Divides a weight by zero; reads it again where ``look`` says so."""
+
+    look: bool = False
+
+    def run(self, program: Program, ctx: Context) -> Report:
+        program.weights[UP] = program.weights[UP] / torch.zeros(32)
+        return Report(matched=[str(program.weights[UP].dim())] if self.look else ["a weight"])
+
+
+def test_a_weight_that_is_no_longer_finite_is_blamed_on_the_pass_and_not_on_the_checkpoint(llama):
+    found = bisect(llama, [FoldNorms(), Spoil(), Quantize("int8")], 1e-2)
+    assert (found.stage, found.index, found.culprit.sites) == ("spoil(False)", 1, [UP])
+    assert found.errors[2] == ("spoil(False)", math.inf)
+    assert "the pass left 1536 infinite values in model.layers.1.mlp.up_proj.weight" in str(found)
+    assert "model.layers.1.mlp.up_proj" in found.places[0]
+
+
+def test_a_pass_that_reads_what_it_has_spoilt_fails_as_that_pass(llama):
+    with pytest.raises(errors.PassFailed, match=f"spoil(.|\n)*it left weight '{UP}' with 1536 infinite values"):
+        bisect(llama, Spoil(look=True))
 
 
 # -- the hybrids it is made of -----------------------------------------------------------------------------------------

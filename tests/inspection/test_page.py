@@ -1,10 +1,7 @@
-"""The report in HTML holds what was compiled, needs nothing from outside, and does what is clicked."""
+"""The report in HTML holds what was compiled, and needs nothing from outside."""
 
 import json
-import os
 import re
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,53 +9,16 @@ from click.testing import CliRunner
 
 from slim import errors
 from slim.cli import main
-from slim.codegen.cpp.emit import WANTS, emit
-from slim.codegen.regions.lower import lower
-from slim.codegen.regions.provenance import Kernel, stages
 from slim.compiler.lift import lift
-from slim.compiler.machine import Machine
 from slim.compiler.patterns.picture import share_kept
-from slim.inspection.layers import calls, layer_of, measure_layers, names_of
+from slim.inspection.layers import layer_of, measure_layers, names_of
 from slim.inspection.masks import CELLS
 from slim.inspection.page import collect, render, write_page
 from slim.inspection.tell import tell
 from slim.inspection.times import predict_layers
 from slim.runtime.compiled import CompiledModel
-from slim.runtime.speed import Speed
-from tests import browser
 from tests.programs import model, program
-
-HEADS = "0-1: dense; 2-3: window(4) | columns(1)"
-PASSES = 'fold_norms, quantize("int8")'
-SPARSE = f'sparse_attention("{HEADS}", layers=[0])'
-PATTERN = f"causal, {HEADS}"
-NEEDS_BROWSER = pytest.mark.skipif(browser.find() is None, reason="needs a Chromium: apt-get install chromium")
-
-
-def with_code(story):
-    """The same story with the code of the whole Program, as the CPU target writes it, without building it."""
-    schedule = lower(story.programs[-1], WANTS)
-    unit = emit(schedule)
-    names = iter(unit.names)
-    made = stages(schedule, lambda *_: [Kernel(next(names), "program.cpp")])
-    story.compiled = SimpleNamespace(
-        target=SimpleNamespace(name="cpu"), code={"whole/program.cpp": unit.source}, stages={"whole": made}
-    )
-    return story
-
-
-@pytest.fixture(scope="module")
-def story():
-    made = with_code(tell("tiny", model("llama"), f"{PASSES}, {SPARSE}", target="eager"))
-    made.machine, made.speed = Machine(2e10, 5e10, 1), Speed([1000.0], [100.0])
-    made.seconds = {call: {"0": 1e-4, "1": 2e-4} for call in calls(made.tokens)}
-    made.sensitive = True
-    return made
-
-
-@pytest.fixture(scope="module")
-def page(story, tmp_path_factory):
-    return write_page(story, tmp_path_factory.mktemp("page") / "report.html")
+from tests.stories import PASSES, PATTERN, SPARSE, with_code
 
 
 def embedded(file):
@@ -169,6 +129,17 @@ def test_layers_add_up_to_the_program(story):
         assert found[0] == found[1]
 
 
+def test_layers_add_up_to_the_points_of_the_roofline(story):
+    data = collect(story)
+    metrics = {metric["title"]: metric["series"] for metric in data["layers"]["metrics"]}
+    points = {name: (flops, moved, measured) for name, flops, moved, measured in data["roofline"]["points"]}
+    for version, series in (("as lifted", "as lifted"), ("compiled", "now")):
+        flops = metrics[f"FLOPs to read {story.tokens} tokens"]
+        assert sum(flops.get(series, flops["now"])) == points[f"prefill, {version}"][0]
+        assert sum(metrics["bytes moved to write one"][series]) == points[f"decode, {version}"][1]
+    assert points["decode, compiled"][2] == story.speed.decode.best * points["decode, compiled"][0]
+
+
 def test_layers_know_bits_heads_and_masks(story):
     metrics = {metric["title"]: metric["series"] for metric in embedded_layers(story)["metrics"]}
     assert metrics["bits a number"]["as lifted"][:2] == [32.0, 32.0]
@@ -219,92 +190,14 @@ def test_the_command_writes_a_file_of_a_model_and_of_what_was_compiled(tmp_path)
     assert run.stdout.startswith(f"wrote {file}")
     assert [step["name"] for step in embedded(file)["steps"]] == ["lift", "fold_norms()", 'quantize("int8")']
     CompiledModel(lift(model("llama")), "eager").save(tmp_path / "small")
-    run = CliRunner().invoke(main, ["inspect", str(tmp_path / "small"), "--html", str(file), "--target", "eager"])
+    run = CliRunner().invoke(
+        main, ["inspect", str(tmp_path / "small"), "-p", "fold_norms", "--html", str(file), "--target", "eager"]
+    )
     assert run.exit_code == 0, run.output
-    assert [ir["name"] for ir in embedded(file)["irs"]] == ["as it is"]
+    assert [ir["name"] for ir in embedded(file)["irs"]] == ["as saved", "fold_norms()"]
 
 
 def test_options_of_the_report_are_refused_without_it(tmp_path):
     run = CliRunner().invoke(main, ["inspect", str(tmp_path), "--measure"])
     assert run.exit_code == 2
     assert "--measure is for the report that --html writes" in run.output
-
-
-# -- in a browser ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def shots(tmp_path_factory):
-    """Where screenshots are kept: the folder that SLIM_SCREENSHOTS names, as CI does."""
-    folder = Path(os.environ.get("SLIM_SCREENSHOTS") or tmp_path_factory.mktemp("shots"))
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def chromium(page, tmp_path_factory):
-    with browser.Browser(tmp_path_factory.mktemp("profile")) as one:
-        one.open(page)
-        yield one
-        assert one.faults == []
-
-
-@NEEDS_BROWSER
-def test_search_and_stages_and_kernels_can_be_clicked_through(chromium, shots):
-    assert chromium.text("h1") == "tiny"
-    chromium.click('#pipeline table [data-step="2"]')  # from the pipeline to what that pass did
-    assert chromium.count("#ir .row.made") > 0
-    assert "before and after quantize" in chromium.text("#said")
-    chromium.click('#stages [data-stage="1"]')
-    assert "before and after fold_norms()" in chromium.text("#said")
-    assert chromium.count("#ir .row.changed mark") > 0
-    chromium.type("#search", "layers.1.mlp.down_proj")
-    found = int(chromium.text("#found").split()[0])
-    assert 0 < found == chromium.count("#ir .row")
-    chromium.click('#stages [data-stage="2"]')
-    name = "model.layers.1.mlp.down_proj.weight"
-    chromium.run(f"showWeight({json.dumps(name)})")
-    assert 'quantize("int8") changed it' in chromium.text("#details")
-    chromium.click("#details [data-kernel]")  # and on to the kernel that reads it
-    assert chromium.text("#hit").startswith("static void k")
-    assert chromium.count("#details") == 0
-    chromium.click("#code details [data-node]")
-    assert "lift made it" in chromium.text("#details")
-    chromium.screenshot(shots / "kernel.png")
-    assert (shots / "kernel.png").read_bytes().startswith(b"\x89PNG")
-
-
-@NEEDS_BROWSER
-def test_a_node_is_found_by_the_keyboard_alone(chromium):
-    chromium.run("document.activeElement.blur()")
-    chromium.press("/")
-    chromium.send("Input.insertText", text="rms_norm")
-    chromium.press("Enter")
-    assert chromium.text("#details h2").startswith("rms_norm")
-    chromium.press("Escape")
-    assert chromium.count("#details") == 0
-
-
-@NEEDS_BROWSER
-def test_layers_and_the_roofline_are_drawn(chromium, shots):
-    chromium.click("#tab-layers")
-    assert chromium.count("#layers figure svg rect") > 20
-    assert chromium.count("#layers .masks canvas") == 3
-    ink = "Math.max(...document.querySelector('canvas').getContext('2d').getImageData(0, 31, 1, 1).data)"
-    assert chromium.run(ink) == 255  # the last query of the first heads sees the first key
-    chromium.screenshot(shots / "layers.png")
-    chromium.click("#tab-roofline")
-    assert chromium.count("#roofline circle.measured") == 2
-    assert "%" in chromium.text("#roofline table")
-
-
-@NEEDS_BROWSER
-def test_it_fits_a_phone_in_the_dark(page, tmp_path, shots):
-    with browser.Browser(tmp_path / "profile", width=390, height=800, dark=True) as phone:
-        phone.open(page)
-        for tab in ("pipeline", "ir", "layers", "code", "roofline"):
-            phone.click(f"#tab-{tab}")
-            assert phone.run("document.documentElement.scrollWidth") <= 390, tab
-            phone.screenshot(shots / f"phone-{tab}.png")
-        assert phone.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)"
-        assert phone.faults == []

@@ -3,14 +3,17 @@
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import pytest
+import torch
+
 from slim.codegen.regions.provenance import Stage
 from slim.compiler.lift import lift
 from slim.compiler.machine import Machine
-from slim.inspection.layers import calls, generation_work
+from slim.inspection.layers import calls, generation_work, measure_layers
 from slim.inspection.times import predict_layers, time_layers
 from slim.runtime.binding import head_of
 from slim.runtime.compiled import CompiledModel
-from tests.programs import model
+from tests.programs import model, program
 
 PROGRAM = lift(model("llama"))
 
@@ -67,10 +70,19 @@ def test_a_target_whose_regions_cannot_be_timed_gives_nothing():
 
 def test_no_part_of_the_roof_is_below_what_it_moves_and_computes():
     machine = Machine(bandwidth=1e9, flops_rate=1e12, threads=1)
-    for (name, seconds), sizes in zip(predict_layers(PROGRAM, machine, 16).items(), calls(16).values(), strict=True):
+    roof = predict_layers(PROGRAM, machine, 16)
+    for (name, seconds), sizes in zip(roof.items(), calls(PROGRAM, 16).values(), strict=True):
         work = list(generation_work(PROGRAM, sizes))
         assert sum(seconds.values()) >= sum(nbytes for _, _, nbytes in work) / 1e9, name
         assert sum(seconds.values()) >= sum(flops for _, flops, _ in work) / 1e12, name
+
+
+@pytest.mark.parametrize(("inputs", "call"), [("x: f32[B, S, 8]", "to read 16 tokens"), ("x: f32[B, 8]", "of a call")])
+def test_what_writes_no_tokens_is_called_once(inputs, call):
+    module = program('y = aten.linear.default(x, weights["w"])\nreturn (y,)', {"w": torch.ones(4, 8)}, inputs)
+    assert list(calls(module, 16)) == [call]
+    assert list(predict_layers(module, Machine(1e9, 1e12, 1), 16)) == [call]
+    assert set(measure_layers(module, ["rest"], 16).metrics) >= {f"FLOPs {call}", f"bytes moved {call}"}
 
 
 def test_generation_makes_the_logits_of_the_last_token_alone():

@@ -16,12 +16,13 @@ from slim.compiler.program import Program
 from slim.compiler.report import Report
 from slim.passes import GQA, Heal, Quantize, QuantizeKV
 from slim.passes.healing import checkpoint as checkpoints
+from slim.passes.healing import trained as trained_weights
 from slim.passes.healing.student import Student
-from slim.passes.healing.trained import find_trained
+from slim.passes.healing.trained import Product, find_trained
 from tests.compiled import lifted
 
 TOKENS = [torch.randint(3, 96, (8, 24), generator=torch.Generator().manual_seed(i)) for i in range(24)]
-QUICK = dict(steps=50, tokens=192, rank=8, learning_rate=4e-3)
+QUICK = dict(steps=50, tokens=192, learning_rate=0.03)
 
 
 def healed(program: Program, passes: list[Pass], **context: Any) -> tuple[Program, Report]:
@@ -86,6 +87,32 @@ def test_products_are_merged_into_what_ran_in_training(damaged) -> None:
         running = Student(damaged, trained).outputs(inputs)[0]
     torch.testing.assert_close(running, merged.run(*inputs)[0], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(running, damaged.run(*inputs)[0], atol=1e-2)
+
+
+def test_a_step_is_the_same_share_of_weights_large_and_small(damaged) -> None:
+    larger = damaged.copy()
+    name = next(name for name in larger.weights if name.endswith("o_proj.weight"))
+    larger.weights[name] = damaged.weights[name] * 100
+    changes = []
+    for program in (damaged, larger):
+        each = next(each for each in find_trained(program, None, seed=0)[0] if each.name == name)
+        with torch.no_grad():
+            each.parameters[0].fill_(0.01)
+        changes.append(each.merged() - each.weight)
+    torch.testing.assert_close(changes[1], changes[0] * 100, rtol=1e-3, atol=1e-5)
+    assert float(changes[0].mean()) == pytest.approx(
+        0.01 * float(damaged.weights[name].square().mean().sqrt()), rel=1e-2
+    )
+
+
+def test_weights_are_trained_whole_and_as_products_where_there_are_too_many(
+    damaged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert not any(isinstance(each, Product) for each in find_trained(damaged, None, seed=0)[0])
+    monkeypatch.setattr(trained_weights, "_WHOLE", 1000)
+    products = [each for each in find_trained(damaged, None, seed=0)[0] if isinstance(each, Product)]
+    assert products
+    assert {len(each.parameters[0]) for each in products} == {16}
 
 
 # -- behind every lossy pass -------------------------------------------------------------------------------------------

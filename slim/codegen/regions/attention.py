@@ -36,9 +36,8 @@ class Rotation:
 @handles(*_ATTENTION)
 def attention(lowering: Lowering, node: fx.Node) -> Value:
     """slim.attention, slim.cached_attention and slim.paged_attention."""
-    objection = lowering.wants.objection(node)
-    if objection is not None:
-        raise Unsupported(f"this target has no kernel for attention {objection}")
+    if not _has_kernel(node):
+        raise Unsupported("no target has a kernel for attention by a pattern that counts what each key gets of it")
     shape, dtype = lowering.type(node)
     batch, heads, queries, width = shape
     keys, offset, values, bits = _sources(node)
@@ -73,6 +72,10 @@ def attention(lowering: Lowering, node: fx.Node) -> Value:
         region.k_bounds = _bounds_of_the_run(lowering, region, region.pattern.top.size)
     lowering.emit(region)
     return Value(Load(out), shape, dtype)
+
+
+def _has_kernel(node: fx.Node) -> bool:
+    return argument(node, "mass") is None or argument(node, "pattern") is None
 
 
 def _sources(node: fx.Node) -> tuple[fx.Node, fx.Node | None, fx.Node, tuple[int, int] | None]:
@@ -200,7 +203,7 @@ def _channels(view: View, half: Any, interleaved: bool) -> tuple[View, View]:
 def _attention_rotates(lowering: Lowering, node: fx.Node) -> bool:
     """Whether the one reader is attention whose queries and keys are both turned by the same angles."""
     reader = _attention_of(node)
-    if reader is None or not lowering.wants.attends(reader):
+    if reader is None or not _has_kernel(reader):
         return False
     q, (k, _, v, _) = argument(reader, "q"), _sources(reader)
     if node not in (q, k) or q.target is not slim.rope.default or k.target is not slim.rope.default:

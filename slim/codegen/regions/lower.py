@@ -85,7 +85,7 @@ class Lowering:
         self.schedule = Schedule()
         self.values: dict[fx.Node, Any] = {}
         self.node: fx.Node = next(iter(program.graph.nodes))
-        self.inside = done_by_attention(program, wants.attends)  # nodes that attention makes up for
+        self.inside = done_by_attention(program)  # nodes that attention makes up for
         self.pivoted = pairs.pivoted(program)
         joined = {nodes.both for nodes in self.pivoted.values()}  # what puts the columns in order makes up for it
         self.absorbed = absorbed(program, wants) | self.inside | joined

@@ -4,24 +4,46 @@ from __future__ import annotations
 
 from slim.codegen.regions.schedule import Attention
 from slim.codegen.regions.views import same
+from slim.codegen.triton.attention_choices import Choices, choices_of, keeps_bounds, without_votes
 from slim.codegen.triton.attention_decode import decode
+from slim.codegen.triton.attention_mass import level_of, weigh
 from slim.codegen.triton.attention_prefill import prefill
 from slim.codegen.triton.kernel import Form, Stage
 from slim.codegen.triton.writer import Target, writes
+from slim.compiler.patterns.choose import VOTERS
 
 
 @writes(Attention)
 def _attention(region: Attention, target: Target) -> Stage:
-    """One kernel where each row of the batch has one query; else keys are rotated and cached, then all are read."""
+    """Few kernels where each row of the batch has one query; else keys are rotated and cached, then all are read."""
     _check(region)
-    queries = region.q.shape[2]
-    forms = []
-    if region.rope is None or region.k_cache is not None:  # keys that are only kept for one call are not worth a form
-        forms.append(Form([decode(region, target)], upto=1))
-    if same(queries, 1) and forms:
-        return Stage(forms, queries)
-    kernels, temps = prefill(region, target)
-    return Stage([*forms, Form(kernels)], queries, temps)
+    queries, few = region.q.shape[2], without_votes(region)
+    forms: list[Form] = []
+    levels = level_of(region)
+    temps = [] if levels is None else [levels.buffer]
+    weighing = [] if levels is None else [weigh(region, target, levels)]
+    if _steps(region):
+        choices = choices_of(few, single=True)
+        forms, temps = [Form([*decode(few, target, choices, levels), *weighing], upto=1)], temps + choices.buffers
+        if same(queries, 1):
+            return Stage(forms, queries, temps)
+    choices = choices_of(region, single=False)
+    temps += choices.buffers
+    looks: list[tuple[Attention, Choices, int | None]] = [(region, choices, None)]
+    if few is not region:
+        looks.insert(0, (few, Choices(tops=choices.tops), VOTERS - 1))
+    for look, chosen, upto in looks:
+        kernels, own = prefill(look, target, chosen, levels)
+        forms.append(Form([*kernels, *weighing], upto))
+        temps += own
+    return Stage(forms, queries, temps)
+
+
+def _steps(region: Attention) -> bool:
+    """Whether one query is worth kernels of its own: keys, or bounds of them, that are kept for one call are not."""
+    if region.k_cache is None:
+        return region.rope is None and region.k_bounds is None
+    return region.k_bounds is None or keeps_bounds(region)
 
 
 def _check(region: Attention) -> None:

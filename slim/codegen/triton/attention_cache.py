@@ -25,6 +25,7 @@ class Stored:
         axis: the variable that holds the channels.
         scale: of each token, of the shape of ``view`` but its channels; None where numbers are floats.
         dtype: as Triton spells it, in which products are made.
+        scattered: whether the tokens of a tile may lie anywhere.
     """
 
     writer: Writer
@@ -36,6 +37,7 @@ class Stored:
     dtype: str
     scale: View | None = None
     pages: View | None = None
+    scattered: bool = False
 
     @property
     def packed(self) -> bool:
@@ -63,13 +65,14 @@ class Stored:
             lines.append(f"{self.axis}_pair = tl.arange(0, {padded(self.width) // 2})")
             if self._channels[1]:
                 lines.append(f"{self._channels[1]} = {self._channels[0]} < {self.width // 2}")
-        if block is not None and not self.pages:
+        if block is not None and not self.pages and not self.scattered:
             parts = terms(self.writer, self.view.strides[2:], [f"tl.arange(0, {block})[:, None]"])
             lines.append(f"{self.name}_tile = {' + '.join([*parts, f'{self._channels[0]}[None, :]'])}")
         return lines
 
     def load(self, mask: str | None) -> list[str]:
-        """The variable ``tile``: that of the tokens ``t``, of which the first is ``first``; ``mask`` is of tokens.
+        """The variable ``tile``: that of the tokens ``t``, side by side from ``first`` on unless they are scattered;
+        ``mask`` is of tokens.
 
         Numbers of a quantised cache are left as they are: ``k_scales`` or ``v_scales`` are the factors of the tokens.
         """
@@ -77,6 +80,9 @@ class Stored:
         if self.pages:
             place = " + ".join(terms(self.writer, (self.view.strides[0], self.view.strides[2]), ["page", "slot"]))
             at = f"{self.name}_base + ({place})[:, None] + {channels}[None, :]"
+        elif self.scattered:
+            step = terms(self.writer, self.view.strides[2:], ["tl.cast(t, tl.int64)[:, None]"])
+            at = " + ".join([f"{self.name}_base", *step, f"{channels}[None, :]"])
         else:
             step = terms(self.writer, self.view.strides[2:], ["tl.cast(first, tl.int64)"])
             at = " + ".join([f"{self.name}_base", *step, f"{self.name}_tile"])
@@ -164,7 +170,9 @@ class Stored:
         return [*lines, f"{n}_new = {n}_new * {n}_step"]
 
 
-def stored(writer: Writer, region: Attention, dtype: str, kept: dict[str, View]) -> tuple[Stored, Stored]:
+def stored(
+    writer: Writer, region: Attention, dtype: str, kept: dict[str, View], scattered: bool = False
+) -> tuple[Stored, Stored]:
     """Keys and values as attention reads them: from the cache, from ``kept`` ("k" or "v"), or as they were given."""
     found = []
     for name, tile, axis, given, cache, scale in (
@@ -172,7 +180,8 @@ def stored(writer: Writer, region: Attention, dtype: str, kept: dict[str, View])
         ("v", "value", "e", region.v, region.v_cache, region.v_scale),
     ):  # fmt: skip
         view = kept.get(name, given) if cache is None else cache
-        found.append(Stored(writer, name, tile, view, axis, int(given.shape[3]), dtype, scale, region.pages))
+        width = int(given.shape[3])
+        found.append(Stored(writer, name, tile, view, axis, width, dtype, scale, region.pages, scattered))
     return found[0], found[1]
 
 

@@ -8,9 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from slim.codegen.regions.schedule import Attention
+from slim.codegen.regions.views import View
 from slim.codegen.triton.attention_cache import less_offset, page, stored
+from slim.codegen.triton.attention_choices import Bounds, Choices, block_size, no_bounds
+from slim.codegen.triton.attention_mass import level
 from slim.codegen.triton.attention_parts import (
     LOG2E,
+    Nearer,
     Softmax,
     across,
     address,
@@ -24,6 +28,7 @@ from slim.codegen.triton.attention_parts import (
     start,
 )
 from slim.codegen.triton.attention_pattern import Kept
+from slim.codegen.triton.attention_top import choose_of_one
 from slim.codegen.triton.kernel import Config, Kernel
 from slim.codegen.triton.rotation import Turn
 from slim.codegen.triton.writer import Target, Writer, indented, power_of_two
@@ -31,14 +36,20 @@ from slim.codegen.triton.writer import Target, Writer, indented, power_of_two
 _ROWS = 64  # query heads that one program takes at most
 
 
-def decode(region: Attention, target: Target) -> Kernel:
-    """The kernel for one query in each row of the batch."""
-    return _Decode(region, target).kernel()
+def decode(region: Attention, target: Target, choices: Choices, levels: View | None) -> list[Kernel]:
+    """The kernels for one query in each row of the batch.
+
+    Args:
+        choices: where the query notes what it chooses.
+        levels: where it notes what its weights add up to, if anyone asks; see ``attention_mass``.
+    """
+    choosing = [] if choices.listed is None else [choose_of_one(region, target, choices)]
+    return [*choosing, _Decode(region, target, choices.listed, levels).kernel()]
 
 
 class _Decode:
-    def __init__(self, region: Attention, target: Target) -> None:
-        self.region, self.target = region, target
+    def __init__(self, region: Attention, target: Target, listed: View | None, levels: View | None) -> None:
+        self.region, self.target, self.listed, self.levels = region, target, listed, levels
         self.writer = Writer(region, target)
         self.g = geometry(region)
         self.cached = region.k_cache is not None
@@ -49,7 +60,8 @@ class _Decode:
         self.softmax = Softmax(self.writer, region, "start")
         self.kept = Kept(self.writer, region, "u", "head[:, None]", self._works_on)
         self.turn = Turn(self.writer, region.rope, inside("d", self.g.width), padded(self.g.width))
-        self.k, self.v = stored(self.writer, region, self.g.dtype, {})
+        self.nearer = Nearer(self.writer, region, self.g)
+        self.k, self.v = stored(self.writer, region, self.g.dtype, {}, scattered=listed is not None)
 
     def kernel(self) -> Kernel:
         pairs = f"{self.writer.size(self.region.q.shape[0])} * {self.g.kv_heads * self.parts}"
@@ -106,13 +118,22 @@ class _Decode:
         elif region.window is not None:
             lines[0] = f"lo = tl.maximum(start - {region.window - 1}, 0)"
         tiles = ["tiles = tl.cdiv(end - lo, BLOCK_T)"]
-        if self.kept:
+        if self.listed is not None:
+            size = block_size(region)
+            lines = [
+                lines[1], "keys = start + 1", *self.kept.begin(), "u = start - origin",
+                f"listed_at = {address(self.writer, self.listed, 'listed', ['b', 'g'])}",
+                f"many = tl.load(listed_at) * {size}",
+            ]  # fmt: skip
+            tiles = ["tiles = tl.cdiv(many, BLOCK_T)"]
+        elif self.kept:
             keys = "keys = start + 1" if self.cached else "keys = end"
             lines = [
                 lines[1], keys, *self.kept.begin(), "u = start - origin", "u_first = u", "u_last = u",
                 *self.kept.bounds("BLOCK_T"),
             ]  # fmt: skip
-            tiles = ["tiles = ahead // BLOCK_T + tl.cdiv(tl.maximum(tl.minimum(end, until) - lo, 0), BLOCK_T)"]
+            before = "tl.minimum(ahead // BLOCK_T, tl.cdiv(end, BLOCK_T))"
+            tiles = [f"tiles = {before} + tl.cdiv(tl.maximum(tl.minimum(end, until) - lo, 0), BLOCK_T)"]
         return [
             *lines, *tiles, "each = tl.maximum(tl.cdiv(tiles, tl.num_programs(1)), 1)",
             "busy = tl.maximum(tl.cdiv(tiles, each), 1)",
@@ -126,6 +147,7 @@ class _Decode:
         return [
             *self.turn.begin(), *self.turn.angles(None),
             *self.turn.load("q_new", self.region.q, "q", ["b", "head[:, None]", None], "row_in[:, None]"),
+            *self.nearer.load(["b", "head[:, None]", None], "row_in[:, None]"),
             *self.softmax.begin("head", "[:, None]", "row_in"), *start(str(self.rows), self.g),
             *self.softmax.limit("start + 1" if self.cached else "end"),
             *self.k.begin("BLOCK_T"), *self.v.begin("BLOCK_T"),
@@ -142,18 +164,29 @@ class _Decode:
         first = "first = lo + tile * BLOCK_T"
         if self.kept:
             first = "first = tl.where(tile * BLOCK_T < ahead, tile * BLOCK_T, lo + tile * BLOCK_T - ahead)"
-        there = "t < end"
+        keys, there = [first, "t = first + tl.arange(0, BLOCK_T)"], "t < end"
+        if self.listed is not None:
+            keys, there = self._listed_keys(), "(place < many) & (t < end)"
         if self.kept and region.window is not None:
-            there = f"(t < end) & (t > start - {region.window})"
+            there = f"({there}) & (t > start - {region.window})"
         tile = [f"tile = {end} - 1 - back"] if region.skip else []  # what scores high early lets more be skipped
         visit = self._visit()
         if self.kept.is_tested:
             visit = [f"if {self.kept.worth()}:", *indented(visit)]
         body = [
-            *tile, first, "t = first + tl.arange(0, BLOCK_T)", f"there = {there}", *self.kept.tile("BLOCK_T"), *visit
+            *tile, *keys, f"there = {there}", *self.kept.tile("BLOCK_T"), *visit
         ]  # fmt: skip
         span = f"back in range(0, {end} - {begin})" if region.skip else f"tile in range({begin}, {end})"
         return [f"for {span}:", *indented(body)]
+
+    def _listed_keys(self) -> list[str]:
+        """``t``: keys of blocks that lie side by side in the list, not in memory."""
+        size = block_size(self.region)
+        return [
+            "place = tile * BLOCK_T + tl.arange(0, BLOCK_T)",
+            f"entry = tl.load(listed_at + 1 + place // {size}, mask=place < many, other=0)",
+            f"t = origin + (entry >> 1) * {size} + place % {size}", "best = (entry & 1) != 0",
+        ]  # fmt: skip
 
     def _visit(self) -> list[str]:
         """One tile of keys, and of values where they may count."""
@@ -166,7 +199,7 @@ class _Decode:
             values = [*self.softmax.enough(), "if enough:", *indented(values)]
         return [
             *page(self.writer, self.region, "t", "there"), *self.k.load("there"),
-            f"s = tl.dot(q_new, tl.trans(key){self.g.precision})",
+            f"s = tl.dot(q_new, tl.trans(key){self.g.precision})", *self.nearer.scores(),
             *([] if self.k.scale is None else ["s = s * k_scales[None, :]"]),
             *self._scores(["there[None, :]", *self.kept.seen()], "there"), *values,
         ]  # fmt: skip
@@ -188,16 +221,40 @@ class _Decode:
         writes = "(part == 0)" if self.parts > 1 else None
         place = address(self.writer, region.v, "v", ["b", "g", None, "e[None, :]"])
         body = [
+            *self._own_block(),
             "at = start.to(tl.int64) + tl.arange(0, 1)", "t = start + tl.arange(0, 1)",
             *page(self.writer, region, "t", None),
             *self.turn.load("k_new", region.k, "k", ["b", "g", None], None),
             *less_offset(self.writer, region, self.g.width),
             f"v_new = tl.load({place}{masked(across(inside('e', self.g.value_width)), other='0.0')})",
             *self.k.append("1", None, writes), *self.v.append("1", None, writes),
-            "s = tl.sum(q_new.to(tl.float32) * k_new.to(tl.float32), 1, keep_dims=True)",
+            *self._newest_score(), *self._own_bounds(writes),
             *self._scores([], None), *self.softmax.step(guarded=True), "acc += p * v_new.to(tl.float32)",
         ]  # fmt: skip
         return ["if split == busy - 1:", *indented(body)]
+
+    def _own_block(self) -> list[str]:
+        """``low_of`` and ``high_of`` of the block ``c`` that the new key belongs to, without that key."""
+        if self.listed is None:
+            return []
+        size = block_size(self.region)
+        return [
+            f"own = tl.maximum(u, 0) // {size}", "c = own + tl.zeros((1,), tl.int32)", f"begin = origin + own * {size}",
+            *no_bounds(padded(self.g.width)), *Bounds(self.writer, self.region).grow(self.k, "start", "BLOCK_T"),
+        ]  # fmt: skip
+
+    def _own_bounds(self, writes: str | None) -> list[str]:
+        """The same with the new key, into memory."""
+        if self.listed is None:
+            return []
+        ends = [f"{n}_of = tl.{m}({n}_of, k_new.to(tl.float32))" for n, m in (("low", "minimum"), ("high", "maximum"))]
+        return [*ends, *Bounds(self.writer, self.region).store(inside("d", self.g.width), writes)]
+
+    def _newest_score(self) -> list[str]:
+        q = "q_new"
+        if self.nearer:
+            q = f"tl.where(start < {self.region.first}, q_near, q_new)"
+        return [f"s = tl.sum({q}.to(tl.float32) * k_new.to(tl.float32), 1, keep_dims=True)"]
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -206,7 +263,11 @@ class _Decode:
         region, width = self.region, self.g.value_width
         out = address(self.writer, region.out, "out", ["b", "head[:, None]", None, "e[None, :]"])
         channels = across(inside("e", width))
-        alone = [*self.softmax.finish(), f"tl.store({out}, acc{masked('row_in[:, None]', channels)})"]
+        alone = [
+            *self.softmax.finish(),
+            *self._level("head", level("top", "total"), "row_in"),
+            f"tl.store({out}, acc{masked('row_in[:, None]', channels)})",
+        ]
         scratch, counters = self.writer.pointer("scratch"), self.writer.pointer("counters")
         stored_rows = f"row < {self.share}"
         share = [
@@ -239,6 +300,7 @@ class _Decode:
             f"sums = tl.load(sums_at + (pair * splits + i) * {size} + column[None, :], {held}0.0)",
             "peak = tl.max(tops, 0)", 'peak = tl.where(peak == float("-inf"), 0.0, peak)',
             "weight = tl.exp2(tops - peak[None, :])", "divisor = tl.sum(totals * weight, 0)", *self._joined_sinks(),
+            *self._level("of", level("peak", "divisor"), " & ".join(["here", f"(column % {width} == 0)", *rest])),
             "joined = tl.sum(sums * weight, 0) / tl.where(divisor == 0.0, 1.0, divisor)",
             f"tl.store({out}, joined{masked('here', *rest)})",
         ]  # fmt: skip
@@ -247,6 +309,11 @@ class _Decode:
             "COLUMNS: tl.constexpr = 4096 // SPLITS", "i = tl.arange(0, SPLITS)[:, None]",
             f"for chunk in range(0, {size}, COLUMNS):", *indented(body),
         ]  # fmt: skip
+
+    def _level(self, head: str, level: str, mask: str) -> list[str]:
+        if self.levels is None:
+            return []
+        return [f"tl.store({address(self.writer, self.levels, 'level', ['b', head])}, {level}, mask={mask})"]
 
     def _joined_sinks(self) -> list[str]:
         if self.region.sinks is None:

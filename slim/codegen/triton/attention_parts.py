@@ -194,9 +194,13 @@ class Softmax:
             lines.append('base = tl.where(most == float("-inf"), 0.0, most)')
             base = "base"
         return [
-            *lines, f"p = tl.exp2(s{self._factor} - {base}[:, None])", f"left = tl.exp2(top - {base})",
+            *lines, f"p = {self.weights(base)}", f"left = tl.exp2(top - {base})",
             "total = total * left + tl.sum(p, 1)", "acc = acc * left[:, None]", "top = most",
         ]  # fmt: skip
+
+    def weights(self, level: str) -> str:
+        """The exponentials of ``s`` less the level of each row."""
+        return f"tl.exp2(s{self._factor} - {level}[:, None])"
 
     def finish(self) -> list[str]:
         """``acc``, divided by all that was summed; rows that saw no key are zeros."""
@@ -207,6 +211,31 @@ class Softmax:
         if self._region.sinks is None:
             return []
         return ['total += tl.exp2(sink - tl.where(top == float("-inf"), 0.0, top))']
+
+
+class Nearer:
+    """Queries of their own for the first keys: ``q_near``, rotated already."""
+
+    def __init__(self, writer: Writer, region: Attention, geometry: Geometry) -> None:
+        self._writer, self._region, self._g = writer, region, geometry
+
+    def __bool__(self) -> bool:
+        return self._region.q_first is not None
+
+    def load(self, indices: Sequence[str | None], mask: str) -> list[str]:
+        """``indices`` are all but the channels; ``mask`` says which rows there are, as a column."""
+        if self._region.q_first is None:
+            return []
+        place = address(self._writer, self._region.q_first, "q_first", [*indices, "d[None, :]"])
+        held = masked(mask, across(inside("d", self._g.width)), other="0.0")
+        return [f"q_near = tl.load({place}{held})"]
+
+    def scores(self) -> list[str]:
+        """The products ``s``, where a tile may hold first keys."""
+        if not self:
+            return []
+        near = f"tl.dot(q_near, tl.trans(key){self._g.precision})"
+        return [f"s = tl.where((t < {self._region.first})[None, :], {near}, s)"]
 
 
 def start(rows: str, geometry: Geometry) -> list[str]:

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from slim.codegen.regions.schedule import Attention
 from slim.codegen.regions.views import Buffer, View
 from slim.codegen.triton.attention_cache import less_offset, page, stored
+from slim.codegen.triton.attention_choices import Choices, most_keys
+from slim.codegen.triton.attention_mass import level
 from slim.codegen.triton.attention_parts import (
+    Nearer,
     Softmax,
     across,
     address,
@@ -20,6 +23,8 @@ from slim.codegen.triton.attention_parts import (
     start,
 )
 from slim.codegen.triton.attention_pattern import Kept
+from slim.codegen.triton.attention_top import choose, note_bounds
+from slim.codegen.triton.attention_vote import vote
 from slim.codegen.triton.kernel import Config, Kernel
 from slim.codegen.triton.rotation import Turn
 from slim.codegen.triton.writer import Target, Writer, indented
@@ -29,8 +34,15 @@ _APPEND: tuple[Config, ...] = tuple(
 )
 
 
-def prefill(region: Attention, target: Target) -> tuple[list[Kernel], list[Buffer]]:
-    """The kernels for any number of queries, in order, and the memory they pass between them."""
+def prefill(
+    region: Attention, target: Target, choices: Choices, levels: View | None
+) -> tuple[list[Kernel], list[Buffer]]:
+    """The kernels for any number of queries, in order, and the memory that is theirs alone.
+
+    Args:
+        choices: where queries note what they choose.
+        levels: where they note what their weights add up to, if anyone asks; see ``attention_mass``.
+    """
     kept: dict[str, View] = {}
     temps: list[Buffer] = []
     if region.rope is not None and region.k_cache is None:
@@ -39,7 +51,11 @@ def prefill(region: Attention, target: Target) -> tuple[list[Kernel], list[Buffe
     kernels = []
     if kept or region.k_cache is not None:
         kernels.append(_append(region, target, kept))
-    return [*kernels, _Prefill(region, target, kept).kernel()], temps
+    if choices.tops is not None:
+        kernels += [note_bounds(region, target, kept), choose(region, target, choices)]
+    if choices.columns is not None:
+        kernels.append(vote(region, target, choices, kept))
+    return [*kernels, _Prefill(region, target, kept, choices, levels).kernel()], temps
 
 
 def _append(region: Attention, target: Target, kept: dict[str, View]) -> Kernel:
@@ -72,13 +88,18 @@ def _append(region: Attention, target: Target, kept: dict[str, View]) -> Kernel:
 class _Prefill:
     """Text of the kernel; the names of its variables are those of attention_parts."""
 
-    def __init__(self, region: Attention, target: Target, kept: dict[str, View]) -> None:
-        self.region, self.target = region, target
+    def __init__(
+        self, region: Attention, target: Target, kept: dict[str, View], choices: Choices, levels: View | None
+    ) -> None:
+        self.region, self.target, self.levels = region, target, levels
         self.writer = Writer(region, target)
         self.g = geometry(region)
         self.softmax = Softmax(self.writer, region, "index[:, None]")
-        self.kept = Kept(self.writer, region, "u[:, None]", "h", lambda first, last: f"(h >= {first}) & (h <= {last})")
+        self.kept = Kept(
+            self.writer, region, "u[:, None]", "h", lambda first, last: f"(h >= {first}) & (h <= {last})", choices
+        )
         self.turn = Turn(self.writer, region.rope, inside("d", self.g.width), padded(self.g.width))
+        self.nearer = Nearer(self.writer, region, self.g)
         self.k, self.v = stored(self.writer, region, self.g.dtype, kept)
 
     def kernel(self) -> Kernel:
@@ -87,15 +108,23 @@ class _Prefill:
         tiles = f"triton.cdiv({queries}, BLOCK_M)"
         grid = [tiles, str(self.g.heads), size(self.region.q.shape[0])]
         body = [*self._program(queries), *self._queries(), *self._loops(), *self._end()]
-        return self.writer.kernel("attention_prefill", body, self._configs(), grid)
+        scratch = "0"
+        if self.kept.is_listed:  # the numbers of each program's tiles
+            scratch = f"{tiles} * {' * '.join(grid[1:])} * triton.cdiv({size(most_keys(self.region))}, BLOCK_N)"
+        return self.writer.kernel("attention_prefill", body, self._configs(), grid, scratch)
 
     def _configs(self) -> list[Config]:
         width = max(padded(self.g.width), padded(self.g.value_width)) * self.g.bytes // 2
-        choices = next(choices for limit, choices in _TILES if width <= limit)
-        if width <= 64 and (self.region.key_mask is not None or self.kept):  # masks and patterns take registers too
-            choices = (*choices[3:], *choices[:3])
+        choices: tuple[tuple[int, int, int, int], ...] = next(tiles for limit, tiles in _TILES if width <= limit)
+        masks = self.region.key_mask is not None and self.region.k_scale is None
+        if width <= 64 and (masks or self.kept):  # masks and patterns take registers too; four warps bear scales
+            first = 5 if self.nearer else 1 if self.kept.is_listed else 3
+            choices = (*choices[first:], *choices[:first])
         found: list[Config] = []
+        top = None if self.region.pattern is None else self.region.pattern.top
         for m, n, warps, stages in choices:
+            if top is not None:
+                n = min(n, 32 * top.size)  # the blocks of a tile are bits of one number
             config = dict(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages)
             if config not in found:
                 found.append(config)
@@ -141,8 +170,10 @@ class _Prefill:
     def _loops(self) -> list[str]:
         """Tiles that all queries see whole are read without asking; those at the edges of what is seen with."""
         lines, edges = self._bounds()
+        if self.kept.is_listed:
+            return [*lines, *self._listed()]
         for begin, end, edge in reversed(edges) if self.region.skip else edges:
-            body = self._tile(edge)
+            body = self._tile(edge, near=begin != "lo" or not self.kept)
             if not self.region.skip:
                 lines += [f"for first in range({begin}, {end}, BLOCK_N):", *indented(body)]
                 continue
@@ -150,6 +181,18 @@ class _Prefill:
             first = f"first = {begin} + (tl.cdiv({end} - {begin}, BLOCK_N) - 1) * BLOCK_N - back"
             lines += [f"for back in range(0, {end} - {begin}, BLOCK_N):", *indented([first, *body])]
         return lines
+
+    def _listed(self) -> list[str]:
+        """Tiles that some query has chosen a key of, or that the pattern keeps anyway."""
+        memory = f"{self.writer.pointer('scratch')}.to(tl.pointer_type(tl.int32), bitcast=True)"
+        number = "(tl.program_id(2).to(tl.int64) * tl.num_programs(1) + h) * tl.num_programs(0) + tl.program_id(0)"
+        most = f"tl.cdiv({self.writer.size(most_keys(self.region))}, BLOCK_N)"
+        step = "count - 1 - step" if self.region.skip else "step"
+        body = [f"first = tl.load(tiles + {step}) * BLOCK_N", *self._tile(edge=True, near=True)]
+        return [
+            *self.kept.begin_choices(), f"tiles = {memory} + ({number}) * {most}",
+            *self.kept.listing("tiles", "hi", "BLOCK_N"), "for step in range(0, count):", *indented(body),
+        ]  # fmt: skip
 
     def _bounds(self) -> tuple[list[str], list[tuple[str, str, bool]]]:
         """(statements, (from, to, whether at an edge) of each loop)."""
@@ -175,14 +218,15 @@ class _Prefill:
         ]  # fmt: skip
         return lines, [("lo", "tl.minimum(whole, hi)", True), ("whole", "full", False), ("full", "hi", True)]
 
-    def _tile(self, edge: bool) -> list[str]:
+    def _tile(self, edge: bool, near: bool) -> list[str]:
+        """``near`` says whether it may hold keys that are looked at with queries of their own."""
         there = ["there = t < keys"] if edge else []
-        visit = self._visit(edge)
+        visit = self._visit(edge, near)
         if self.kept.is_tested:
             visit = [f"if {self.kept.worth()}:", *indented(visit)]
         return ["t = first + tl.arange(0, BLOCK_N)", *there, *self.kept.tile("BLOCK_N"), *visit]
 
-    def _visit(self, edge: bool) -> list[str]:
+    def _visit(self, edge: bool, near: bool) -> list[str]:
         region = self.region
         there = "there" if edge else None
         seen = self._seen() if edge else ["counts[None, :]"] if region.key_mask is not None else []
@@ -200,12 +244,17 @@ class _Prefill:
             values = [*self.softmax.enough(), "if enough:", *indented(values)]
         return [
             *page(self.writer, region, "t", there), *self.k.load(there),
-            f"s = tl.dot(q_new, tl.trans(key){self.g.precision})",
+            f"s = tl.dot(q_new, tl.trans(key){self.g.precision})", *(self._nearer() if near else []),
             *([] if self.k.scale is None else ["s = s * k_scales[None, :]"]),
             *key_mask(self.writer, region, there),
             *(["place = tl.where(counts, t, 1 << 30)"] if region.key_mask is not None and edge else []),
             *self.softmax.scores(seen, bias), *values,
         ]  # fmt: skip
+
+    def _nearer(self) -> list[str]:
+        """Loaded where they are used: few tiles hold first keys."""
+        row = "tl.cast(i, tl.int64)[:, None]"
+        return [*self.nearer.load(["b", "h", row], "row_in[:, None]"), *self.nearer.scores()]
 
     def _seen(self) -> list[str]:
         """Which keys of a tile at an edge the queries see; ``place`` is far beyond all for keys that none may see."""
@@ -224,7 +273,11 @@ class _Prefill:
         row = "tl.cast(i, tl.int64)[:, None]"
         out = address(self.writer, self.region.out, "out", ["b", "h", row, "e[None, :]"])
         channels = across(inside("e", self.g.value_width))
-        return [*self.softmax.finish(), f"tl.store({out}, acc{masked('row_in[:, None]', channels)})"]
+        levels = []
+        if self.levels is not None:
+            place = address(self.writer, self.levels, "level", ["b", "h", "tl.cast(i, tl.int64)"])
+            levels = [f"tl.store({place}, {level('top', 'total')}, mask=row_in)"]
+        return [*self.softmax.finish(), *levels, f"tl.store({out}, acc{masked('row_in[:, None]', channels)})"]
 
 
 # widest of a key and a value, in 16-bit numbers -> (queries, keys, warps, stages)

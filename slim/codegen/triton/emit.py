@@ -14,14 +14,13 @@ from slim.codegen.regions.schedule import Attention, Foreign, Norm, Reduce, Regi
 from slim.codegen.regions.views import Size
 from slim.codegen.regions.wants import Wants
 from slim.codegen.triton import attention, linear, loops  # noqa: F401  they register what writes each region
-from slim.codegen.triton.attention_pattern import TAKEN
 from slim.codegen.triton.kernel import Kernel, Stage
 from slim.codegen.triton.weights import QUANTIZED
 from slim.codegen.triton.writer import WRITERS, Target
 
 WANTS = Wants(
     wide=False, packed=False, formats=frozenset({"f32", "bf16", "f16", *QUANTIZED}), int8_rows=True, own_steps=True,
-    requantises=True, pitched=True, terms=TAKEN,
+    requantises=True, pitched=True,
 )  # fmt: skip
 
 
@@ -94,7 +93,9 @@ def _space(region: Region) -> tuple[Size, ...]:
     if isinstance(region, Linear):
         return region.source.view.shape
     if isinstance(region, Attention):
-        return region.q.shape if region.k_cache is not None else (*region.q.shape, *region.k.shape)
+        chosen = region.k_bounds is not None or (region.pattern is not None and region.pattern.vote is not None)
+        pages = region.pages.shape if chosen and region.pages is not None else ()  # memory is made for all their keys
+        return (*region.q.shape, *pages) if region.k_cache is not None else (*region.q.shape, *region.k.shape)
     if isinstance(region, Foreign):
         return tuple(size for view in region.dtypes for size in view.shape)
     return ()

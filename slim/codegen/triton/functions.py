@@ -154,3 +154,36 @@ def draws(block, head, low, high, count: tl.constexpr, seed: tl.constexpr):
         chosen = (x % tl.maximum(block, 1).to(tl.uint32)).to(tl.int32)
         found = found | ((chosen >= low) & (chosen <= high) & (block > 0))
     return found
+
+
+@triton.jit
+def descent(x):
+    """int32 that order floats up to 0 as they are, none below 0; -inf is 0."""
+    return 0x7F800000 - tl.abs(x).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def nth_highest(rows, count, wanted, block: tl.constexpr):
+    """The ``wanted``-th highest [n] of the first ``count`` int32 at ``rows`` [n, 1], of which none is below 0.
+
+    It is made bit by bit, the highest first. 0 where there are fewer than wanted; above all where none is.
+    """
+    found = wanted * 0
+    for step in range(31):
+        trial = found | (1 << (30 - step))
+        reach = wanted * 0
+        for first in range(0, count, block):
+            i = first + tl.arange(0, block)
+            x = tl.load(rows + i[None, :], mask=(i < count)[None, :], other=-1)
+            reach += tl.sum((x >= trial[:, None]).to(tl.int32), 1)
+        found = tl.where(reach >= wanted, trial, found)
+    return found
+
+
+@triton.jit
+def bits_from(words, block, mask):
+    """int64: the bits of ``words``, 32 in each, from bit ``block`` on; 33 of them count."""
+    place = words + block // 32
+    low = tl.load(place, mask=mask, other=0).to(tl.int64) & 0xFFFFFFFF
+    high = tl.load(place + 1, mask=mask, other=0).to(tl.int64) << 32
+    return (low | high) >> (block % 32).to(tl.int64)

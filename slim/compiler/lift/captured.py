@@ -41,6 +41,7 @@ class Captured:
         inputs: places of the arguments that the Program takes, in its order.
         results: how each result is made, in order.
         mutated: (place of an argument, place among the Program's outputs of what it must hold afterwards).
+        shapes: place among the arguments -> the only shape that the Program takes there, where sizes are fixed.
     """
 
     program: Program | None
@@ -48,21 +49,25 @@ class Captured:
     inputs: tuple[int, ...]
     results: tuple[Give, ...]
     mutated: tuple[tuple[int, int], ...]
+    shapes: dict[int, torch.Size]
 
 
-def capture(module: fx.GraphModule, examples: Sequence[Any]) -> Captured:
+def capture(module: fx.GraphModule, examples: Sequence[Any], *, fixed: bool = False) -> Captured:
     """Lifts ``module``, whose placeholders are weights, sizes and inputs, on ``examples``, one for each.
+
+    Args:
+        fixed: for the sizes of ``examples`` alone, whatever Dynamo would let change.
 
     Raises:
         LiftFailed, UnsupportedModel: as ``lift``.
     """
-    return _Capture(module, examples).made()
+    return _Capture(module, examples, fixed).made()
 
 
 class _Capture:
-    def __init__(self, module: fx.GraphModule, examples: Sequence[Any]) -> None:
+    def __init__(self, module: fx.GraphModule, examples: Sequence[Any], fixed: bool) -> None:
         self.module = fx.GraphModule(module, _copied(module.graph))
-        self.examples = list(examples)
+        self.examples, self.fixed = list(examples), fixed
         self.placeholders = self.module.graph.find_nodes(op="placeholder")
         self.places = {node: place for place, node in enumerate(self.placeholders)}
         self.frozen: dict[int, Tensor] = {}
@@ -81,7 +86,8 @@ class _Capture:
         mutated = tuple((self.places[node], len(kept) + index) for index, node in enumerate(changed))
         inputs = tuple(self.places[node] for node in self.module.graph.find_nodes(op="placeholder"))
         program = self._lifted(inputs) if kept or changed else None
-        return Captured(program, self.frozen, inputs, gives, mutated)
+        shapes = {place: self.examples[place].shape for place in inputs if self.fixed}
+        return Captured(program, self.frozen, inputs, gives, mutated, shapes)
 
     # -- results -------------------------------------------------------------------------------------------------------
 
@@ -241,10 +247,10 @@ class _Capture:
             fake = node.meta["example_value"]
             node.target = node.name = _unique(_input_name(node.name), names)
             examples.append(self.examples[place].detach())
-            shapes.append(
-                {d: Dim.AUTO if isinstance(s, torch.SymInt) else Dim.STATIC for d, s in enumerate(fake.shape)}
-            )
-        self._share_sizes()
+            free = [isinstance(size, torch.SymInt) and not self.fixed for size in fake.shape]
+            shapes.append({d: Dim.AUTO if each else Dim.STATIC for d, each in enumerate(free)})
+        if not self.fixed:
+            self._share_sizes()
         graph.lint()
         self.module.recompile()
         facts = Facts(kind="module", architecture="the captured graph")

@@ -10,7 +10,7 @@ import os
 import re
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from slim import errors
 from slim.compiler.lift.functional import is_functional, spelled
+from slim.compiler.lift.spelled import SpelledOut
 from slim.compiler.program import Facts, Program, where
 from slim.compiler.types import SIZE_OPS, Input
 from slim.compiler.weights import Deferred, Weights
@@ -43,7 +44,7 @@ def export(
         LiftFailed: naming the module and the line of its source that cannot be exported.
     """
     # Within torch.compile, guards of this export must not become guards of the graph that Dynamo is making.
-    with torch.no_grad(), tracing(None), _quiet(), warnings.catch_warnings():
+    with torch.no_grad(), tracing(None), _quiet(), SpelledOut(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns of its own internals, which no user can act upon
         try:
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
@@ -176,6 +177,8 @@ class _Builder:
 
     def _call(self, node: fx.Node) -> Any:
         """The same call, or the one that stands for it."""
+        if node.target is torch.sym_sum:
+            return self._sum(self._mapped(node.args[0]))
         other = spelled(node)
         target, args, kwargs = (node.target, node.args, node.kwargs) if other is None else other
         args, kwargs = self._mapped(args), self._mapped(kwargs)
@@ -185,6 +188,13 @@ class _Builder:
         copied = self.graph.create_node("call_function", target, args, kwargs, name=name)
         copied.meta.update(_provenance(node))
         return copied
+
+    def _sum(self, sizes: Sequence[Any]) -> Any:
+        """Sizes, added one by one."""
+        total, *others = sizes
+        for size in others:
+            total = self.graph.call_function(operator.add, (total, size))
+        return total
 
     def _tell_written(self) -> None:
         """What the model writes besides its results, which torch.export puts ahead of them, is left unwritten."""
@@ -247,7 +257,7 @@ def _canonical_names(model: nn.Module, tensors: dict[str, Tensor]) -> dict[str, 
 def _is_dialect(target: Any) -> bool:
     if isinstance(target, torch._ops.OpOverload):
         return target.namespace in ("aten", "slim")
-    return target is operator.getitem or target in SIZE_OPS
+    return target is operator.getitem or target in SIZE_OPS or target is torch.sym_sum
 
 
 def _provenance(node: fx.Node) -> dict[str, str]:

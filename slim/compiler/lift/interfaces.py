@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
@@ -67,7 +66,6 @@ def traced(model: PreTrainedModel) -> Iterator[None]:
         if experts is not None:
             stack.enter_context(_registered(experts, "slim", _experts))
             settings["_experts_implementation_internal"] = "slim"
-        stack.enter_context(_SpelledOut())
         stack.enter_context(_static_rope(model))
         stack.enter_context(_set(_configs(model), settings))
         yield
@@ -84,19 +82,6 @@ def _set(configs: list[Any], settings: dict[str, Any]) -> Iterator[None]:
     finally:
         for config, before in saved:
             config.__dict__.update(before)
-
-
-class _SpelledOut(TorchFunctionMode):
-    """baddbmm as a product and a sum: torch's own shape function for it refuses symbolic sizes."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.baddbmm, Tensor.baddbmm):
-            return _baddbmm(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
-def _baddbmm(input: Tensor, batch1: Tensor, batch2: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
-    return input * beta + torch.bmm(batch1, batch2) * alpha
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from slim.compiler.near import look_again
 from slim.compiler.program import Program
 from slim.compiler.raising.activations import ACTIVATIONS
 from slim.compiler.raising.attention import ATTENTION_RULES, number_layers
@@ -22,9 +23,11 @@ def raise_program(program: Program) -> Counts:
     counts = rewrite(program, CLEANUP)
     share_equal(program)
     fold_constants(program)
-    rewrite(program, (*CLEANUP, *LINEARS, *ACTIVATIONS, *NORMS, *COMPLEX_ROPE, *ROPE, *ATTENTION_RULES), counts)
+    rules = (*CLEANUP, *LINEARS, *ACTIVATIONS, *NORMS, *COMPLEX_ROPE, *ROPE, *ATTENTION_RULES)
+    rewrite(program, rules, counts)
     split_fused(program, counts)
     rewrite(program, (*CLEANUP, *ROPE, *ATTENTION_RULES), counts)
+    look_again(program, rules, counts)
     share_equal(program)
     number_layers(program)
     _forget_intermediate_parts(program)

@@ -12,7 +12,7 @@ from slim.compiler.program import Program
 from slim.compiler.raising.alibi import alibi_slopes
 from slim.compiler.raising.cleanup import CASTS, COPIES
 from slim.compiler.raising.masks import HIDDEN, key_mask, static_gate, static_mask
-from slim.compiler.rules import Match, NearMiss, Rule, Through, argument, call
+from slim.compiler.rules import Either, Match, Near, NearMiss, Pattern, Rule, Through, argument, call
 
 aten, slim = torch.ops.aten, torch.ops.slim
 ATTENTION = slim.attention.default
@@ -204,7 +204,7 @@ def _from_softmax(m: Match) -> fx.Node | None:
     if len(_shape(m.node)) == 4:
         return out
     shape: Any = flat.args[1]
-    return m.new(aten.reshape.default, out, [*shape[:2], -1])
+    return m.new(aten.reshape.default, out, [*shape[:2], _shape(v)[-1]])
 
 
 def _four_dimensional(x: fx.Node | None) -> fx.Node:
@@ -248,7 +248,19 @@ def _read_scores(program: Program, node: Any, scores: Scores, factor: float = 1.
         scores.scale *= factor
         scores.q, scores.k = _unscaled(program, left, scores), _transposed(program, right, scores)
     else:
-        raise NearMiss(f"its scores pass through {node.target}")
+        raise NearMiss(_why_not(program, node, factor))
+
+
+def _why_not(program: Program, node: fx.Node, factor: float) -> str:
+    """What is wrong with an operation that scores pass through."""
+    others = [other for other in node.args[1:] if isinstance(other, fx.Node)]
+    if node.target in (aten.mul.Tensor, aten.div.Tensor) and others:
+        return f"its scores are scaled by {others[0].name}, which is no number"
+    if node.target in _WHERE or node.target is aten.masked_fill.Scalar:
+        value = _number_of(program, node.args[2])
+        held = "what is no number" if value is None else f"{value * factor:g}"
+        return f"its mask puts {held} where a key is hidden, which softmax sees unless it is {HIDDEN:g} or less"
+    return f"its scores pass through {node.target}"
 
 
 def _negated(program: Program, hidden: Any) -> fx.Node:
@@ -341,6 +353,22 @@ def _transposed(program: Program, k: Any, scores: Scores) -> fx.Node:
     raise NearMiss(f"the right side of its scores is {k.target}, not a transposed key")
 
 
+_SOFTMAX = call(aten.softmax.int, aten._softmax.default, name="p")
+_EXP = call(aten.exp.default, args=("scores",))
+_WRITTEN_OUT = call(aten.div.Tensor, args=(_EXP, call(aten.sum.dim_IntList, args=(_EXP,))))
+
+
+def _seen_through(inner: Pattern) -> Pattern:
+    return Through(_TRANSPARENT | {aten.reshape.default}, inner)
+
+
+def _changed(inner: Pattern) -> Pattern:
+    """What is done to probabilities number by number."""
+    pairs = call(aten.mul.Tensor, aten.add.Tensor, args=(inner, "by"), commutes=True, name="changed")
+    rest = call(aten.div.Tensor, aten.sub.Tensor, aten.masked_fill.Scalar, args=(inner,), name="changed")
+    return Either((pairs, rest, call(*_WHERE, args=("by", inner), name="changed")))
+
+
 ATTENTION_RULES = (
     Rule(
         "attention(bias=visibility(mask)) = attention(mask, causal, window)",
@@ -364,14 +392,18 @@ ATTENTION_RULES = (
     ),
     Rule(
         "softmax(q k^T) v = attention(q, k, v)",
-        call(
-            *_MATMULS,
-            args=(
-                Through(_TRANSPARENT | {aten.reshape.default}, call(aten.softmax.int, aten._softmax.default, name="p")),
-                "v",
+        call(*_MATMULS, args=(_seen_through(_SOFTMAX), "v")),
+        _from_softmax,
+        near=(
+            Near(
+                call(*_MATMULS, args=(_seen_through(_changed(_seen_through(_SOFTMAX))), "v")),
+                "its probabilities pass through {changed} on the way to the values",
+            ),
+            Near(
+                call(*_MATMULS, args=(_seen_through(_WRITTEN_OUT), "v")),
+                "its softmax is written out",
             ),
         ),
-        _from_softmax,
     ),
 )
 

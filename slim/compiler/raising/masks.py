@@ -49,7 +49,7 @@ def key_mask(program: Program, node: fx.Node, factor: float = 1.0) -> fx.Node | 
 
 def _band(program: Program, node: fx.Node, seen: Any) -> tuple[bool, int | None] | None:
     nodes = _subgraph(program, node)
-    if nodes is None:
+    if nodes is None or not _of_one_length(nodes):
         return None
     longest = _length(program, nodes)
     lengths = min(_SHORT, longest), longest
@@ -108,6 +108,13 @@ def _is_size(node: fx.Node) -> bool:
     return node.target is torch.ops.aten.sym_size.int
 
 
+def _of_one_length(nodes: list[fx.Node]) -> bool:
+    """Whether the sizes that are read behind the first two dimensions of an input, if any, are one with all others."""
+    lengths = [node for node in nodes if _is_size(node) and node.args[1] != 0]
+    behind = any(node.args[1] != 1 for node in lengths)
+    return not behind or len({str(node.meta["val"]) for node in lengths}) == 1
+
+
 def _length(program: Program, nodes: list[fx.Node]) -> int:
     tables = [program.weights.shape(str(n.target)) for n in nodes if n.op == "get_attr"]
     squares = [shape[-1] for shape in tables if len(shape) >= 2 and shape[-1] == shape[-2]]
@@ -117,11 +124,11 @@ def _length(program: Program, nodes: list[fx.Node]) -> int:
 def _evaluate(
     program: Program, nodes: list[fx.Node], sizes: tuple[int, ...], inputs: dict[fx.Node, Tensor] | None = None
 ) -> Any:
-    """The value of the last node for inputs of ``sizes`` [B, S]."""
+    """The value of the last node for inputs of ``sizes`` [B, S], S standing for what is behind the first dimension."""
     values: dict[fx.Node, Any] = dict(inputs or {})
     for node in nodes:
         if _is_size(node):
-            values[node] = sizes[node.args[1]]
+            values[node] = sizes[node.args[1] != 0]
         elif node.op == "get_attr":
             values[node] = program.weights[str(node.target)]
         elif node.op != "placeholder":

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from slim.compiler.near import Exactly, LastAxis
 from slim.compiler.raising.cleanup import CASTS
-from slim.compiler.rules import Either, Match, NearMiss, Pattern, Rule, Through, Var, call
+from slim.compiler.rules import Either, Match, Near, NearMiss, Pattern, Rule, Through, Var, call
 
 aten, slim = torch.ops.aten, torch.ops.slim
 RMS, LN = slim.rms_norm.default, slim.layer_norm.default
@@ -17,10 +18,6 @@ _NUMBER = (int, float)
 
 def _number(name: str) -> Var:
     return Var(name, lambda v: isinstance(v, _NUMBER) and not isinstance(v, bool))
-
-
-def _last(name: str) -> Var:
-    return Var(name, lambda v: list(v) == [-1])
 
 
 def _dtype(node: Any) -> torch.dtype:
@@ -46,15 +43,56 @@ _SQUARE: Pattern = Either(
         call(aten.square.default, args=("x",)),
     )
 )
-_MEAN_SQUARE = call(aten.mean.dim, args=(_SQUARE, _last("axis"), True))
-_WITH_EPS = call(aten.add.Tensor, args=(_MEAN_SQUARE, _number("eps")), commutes=True)
-_ROOT = Either(
-    (
-        call(aten.rsqrt.default, args=(_WITH_EPS,)),
-        call(aten.pow.Tensor_Scalar, args=(_WITH_EPS, -0.5)),
-        call(aten.reciprocal.default, args=(call(aten.sqrt.default, args=(_WITH_EPS,)),)),
+_MEAN_SQUARE = call(aten.mean.dim, args=(_SQUARE, LastAxis("x", "its mean"), True))
+
+
+def _raised(value: Pattern) -> Pattern:
+    return call(aten.add.Tensor, args=(value, _number("eps")), commutes=True)
+
+
+def _inverse(root: Pattern) -> Pattern:
+    """1 / root, as x is multiplied by it."""
+    return call(aten.reciprocal.default, args=(root,))
+
+
+def _sqrt(value: Pattern) -> Pattern:
+    return Either((call(aten.sqrt.default, args=(value,)), call(aten.pow.Tensor_Scalar, args=(value, 0.5))))
+
+
+def _rsqrt(value: Pattern) -> Pattern:
+    return Either(
+        (
+            call(aten.rsqrt.default, args=(value,)),
+            call(aten.pow.Tensor_Scalar, args=(value, -0.5)),
+            _inverse(_sqrt(value)),
+        )
     )
-)
+
+
+def _product(x: Any, factor: Pattern) -> Pattern:
+    return call(aten.mul.Tensor, args=(x, factor), commutes=True)
+
+
+def _quotient(x: Any, divisor: Pattern) -> Pattern:
+    return call(aten.div.Tensor, args=(x, divisor))
+
+
+def _over(x: Any, root: Pattern) -> Pattern:
+    """x over a root, whose inverse may be multiplied with."""
+    return Either((_quotient(x, root), _product(x, _inverse(root))))
+
+
+def _near_norms(x: Any, square: Pattern, root: Pattern, what: str) -> tuple[Near, ...]:
+    """What looks like the norm of x by the square root of ``square``, which is ``what``, and is another function."""
+    bounded = call(aten.clamp.default, aten.clamp_min.default, args=(square, _number("eps")))
+    return (
+        Near(_over(x, _raised(root)), f"its eps is added to the root, not to the {what}"),
+        Near(
+            Either((_quotient(x, _sqrt(bounded)), _product(x, _rsqrt(bounded)))),
+            f"its eps bounds the {what}, and is not added",
+        ),
+        Near(Either((_quotient(x, root), _product(x, _rsqrt(square)))), f"it has no eps beside the {what}"),
+    )
 
 
 def _bare(m: Match) -> fx.Node | None:
@@ -89,12 +127,13 @@ _GAIN = Through(CASTS, Var("w", lambda v: isinstance(v, fx.Node)))
 _WIDENED = call(*CASTS, args=("x",))
 
 RMS_RULES = (
-    Rule("x * rsqrt(mean(x^2) + eps) = rms_norm(x)", call(aten.mul.Tensor, args=("x", _ROOT), commutes=True), _bare),
     Rule(
-        "x / sqrt(mean(x^2) + eps) = rms_norm(x)",
-        call(aten.div.Tensor, args=("x", call(aten.sqrt.default, args=(_WITH_EPS,)))),
+        "x * rsqrt(mean(x^2) + eps) = rms_norm(x)",
+        _product("x", _rsqrt(_raised(_MEAN_SQUARE))),
         _bare,
+        near=_near_norms("x", _MEAN_SQUARE, _sqrt(_MEAN_SQUARE), "mean square"),
     ),
+    Rule("x / sqrt(mean(x^2) + eps) = rms_norm(x)", _quotient("x", _sqrt(_raised(_MEAN_SQUARE))), _bare),
     Rule(
         "cast(rms_norm(cast(x), w)) = rms_norm(x, w)",
         call(*CASTS, args=(call(RMS, args=(_WIDENED, "w"), eps="eps", offset="offset"),)),
@@ -170,16 +209,37 @@ def _shifted_gain(m: Match) -> fx.Node | None:
     return m.new(LN, m["x"], m["w"], m["b"], eps=m["eps"], offset=float(m["offset"]))
 
 
-_MEAN = call(aten.mean.dim, args=("x", _last("axis"), True))
+_MEAN = call(aten.mean.dim, args=("x", LastAxis("x", "its mean"), True))
 _CENTRED = call(aten.sub.Tensor, args=("x", _MEAN))
-_VARIANCE = call(
-    aten.mean.dim,
-    args=(
-        Either((call(aten.pow.Tensor_Scalar, args=(_CENTRED, 2)),)),
-        _last("axis"),
-        True,
-    ),
+
+
+def _spread(op: Any) -> Pattern:
+    """The variance or standard deviation of x by PyTorch's own operation."""
+    return call(
+        op, args=("x", LastAxis("x", "its mean"), Exactly(False, "its variance divides by n - 1, not by n"), True)
+    )
+
+
+_VARIANCE = Either(
+    (
+        call(
+            aten.mean.dim,
+            args=(
+                Either(
+                    (
+                        call(aten.pow.Tensor_Scalar, args=(_CENTRED, 2)),
+                        call(aten.mul.Tensor, args=(_CENTRED, _CENTRED)),
+                        call(aten.square.default, args=(_CENTRED,)),
+                    )
+                ),
+                LastAxis("x", "its mean"),
+                True,
+            ),
+        ),
+        _spread(aten.var.dim),
+    )
 )
+_DEVIATION = Either((_spread(aten.std.dim), _sqrt(_VARIANCE)))
 _BARE_LN = call(LN, args=("x", None, None), eps="eps")
 
 LAYER_NORM_RULES = (
@@ -190,15 +250,9 @@ LAYER_NORM_RULES = (
     ),
     Rule(
         "(x - mean) * rsqrt(mean((x - mean)^2) + eps) = layer_norm(x)",
-        call(
-            aten.mul.Tensor,
-            args=(
-                _CENTRED,
-                call(aten.rsqrt.default, args=(call(aten.add.Tensor, args=(_VARIANCE, _number("eps"))),)),
-            ),
-            commutes=True,
-        ),
+        Either((_product(_CENTRED, _rsqrt(_raised(_VARIANCE))), _quotient(_CENTRED, _sqrt(_raised(_VARIANCE))))),
         _centred,
+        near=_near_norms(_CENTRED, _VARIANCE, _DEVIATION, "variance"),
     ),
     Rule(
         "layer_norm(x) * w = layer_norm(x, w)",

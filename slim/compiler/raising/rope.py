@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx
 
+from slim.compiler.near import LastAxis, Middle, Number
 from slim.compiler.raising.cleanup import CASTS, COPIES
-from slim.compiler.rules import Either, Literal, Match, NearMiss, Pattern, Rule, Var, argument, call
+from slim.compiler.rules import Either, Literal, Match, Near, NearMiss, Pattern, Rule, Var, argument, call
 
 aten, slim = torch.ops.aten, torch.ops.slim
 _VIEWS = CASTS | COPIES | {aten.unsqueeze.default, aten.expand.default, aten.reshape.default}
@@ -121,19 +123,22 @@ TABLE_RULES = (
 
 def _whole(name: str, first: Any, last: Any, step: int = 1) -> Pattern:
     """x[..., first:last:step] of the tensor called ``name``."""
-    return call(aten.slice.Tensor, args=(name, Var(f"{name}_dim"), first, last, Literal(step)))
+    return call(aten.slice.Tensor, args=(name, LastAxis(name, _TURN), first, last, Literal(step)))
 
 
+_TURN = "its turn"
 _LAST = Var("end", lambda v: isinstance(v, int) and v > _END)
+_HALF = Middle("x", "the cut of its turn")
 
 
 def _on_heads(full: Pattern) -> Pattern:
     """A table [B,S,R] made to broadcast over heads."""
-    return Either((call(aten.unsqueeze.default, args=(full, 1)), full))
+    axis = Number(1, "the axis at which its table is widened")
+    return Either((call(aten.unsqueeze.default, args=(full, axis)), full))
 
 
 def _half(name: str) -> Pattern:
-    return _on_heads(call(aten.cat.default, args=([name, name],)))
+    return _on_heads(call(aten.cat.default, args=([name, name], LastAxis(name, "the doubling of its table"))))
 
 
 def _pairs(name: str) -> Pattern:
@@ -141,30 +146,49 @@ def _pairs(name: str) -> Pattern:
     return _on_heads(Either((call(aten.repeat_interleave.self_int, args=(name, 2)), stacked)))
 
 
-_HALF_TURN = call(
-    aten.cat.default,
-    args=([call(aten.neg.default, args=(_whole("x", "h", _LAST),)), _whole("x", 0, "h")],),
-)
-_PAIR_TURN = call(
-    aten.reshape.default,
-    args=(
-        call(
-            aten.stack.default,
-            args=([call(aten.neg.default, args=(_whole("x", 1, _LAST, 2),)), _whole("x", 0, _LAST, 2)], -1),
-        ),
-    ),
-)
+def _any(name: str) -> Pattern:
+    return Var(name, lambda v: isinstance(v, fx.Node))
 
 
-def _rotation(turn: Pattern, table: Any) -> Pattern:
+def _negated(x: Pattern) -> Pattern:
+    return call(aten.neg.default, args=(x,))
+
+
+def _joined_halves(*halves: Pattern) -> Pattern:
+    return call(aten.cat.default, args=(halves, LastAxis("x", _TURN)))
+
+
+def _joined_pairs(*parts: Pattern) -> Pattern:
+    return call(aten.reshape.default, args=(call(aten.stack.default, args=(parts, -1)),))
+
+
+_FIRST_HALF, _SECOND_HALF = _whole("x", 0, _HALF), _whole("x", _HALF, _LAST)
+_EVEN, _ODD = _whole("x", 0, _LAST, 2), _whole("x", 1, _LAST, 2)
+_HALF_TURN, _HALF_BACK = (
+    _joined_halves(_negated(_SECOND_HALF), _FIRST_HALF),
+    _joined_halves(_SECOND_HALF, _negated(_FIRST_HALF)),
+)
+_PAIR_TURN, _PAIR_BACK = _joined_pairs(_negated(_ODD), _EVEN), _joined_pairs(_ODD, _negated(_EVEN))
+
+
+def _rotation(turn: Pattern, table: Callable[[str], Pattern], op: Any = aten.add.Tensor) -> Pattern:
     """x * cos + turn(x) * sin"""
-    return call(
-        aten.add.Tensor,
-        args=(
-            call(aten.mul.Tensor, args=("x", table("c")), commutes=True),
-            call(aten.mul.Tensor, args=(turn, table("s")), commutes=True),
+    parts = (
+        call(aten.mul.Tensor, args=("x", table("c")), commutes=True),
+        call(aten.mul.Tensor, args=(turn, table("s")), commutes=True),
+    )
+    return call(op, args=parts, commutes=op is aten.add.Tensor)
+
+
+def _near_rotations(turn: Pattern, back: Pattern, table: Any, other: Any, what: str, others: str) -> tuple[Near, ...]:
+    """What looks like a rotation of ``what``, by a table laid out for them, and is none."""
+    return (
+        Near(_rotation(turn, table, aten.sub.Tensor), "it turns the other way: the product with the sine is taken off"),
+        Near(_rotation(back, table), "it turns the other way: the first of each two is negated, not the second"),
+        Near(_rotation(turn, other), f"it turns {what} by a table that is laid out for {others}"),
+        Near(
+            _rotation(turn, _any), f"its table is not one number for both of two that are turned, laid out for {what}"
         ),
-        commutes=True,
     )
 
 
@@ -254,29 +278,40 @@ def _split_source(first: fx.Node, rest: fx.Node) -> fx.Node | None:
     return None
 
 
+def _turned_halves(first: Any, second: Any) -> Pattern:
+    """cat(a c - b s, b c + a s), with these operations for - and +."""
+
+    def product(half: str, table: str) -> Pattern:
+        return call(aten.mul.Tensor, args=(half, table))
+
+    halves = [
+        call(first, args=(product("a", "c"), product("b", "s"))),
+        call(second, args=(product("b", "c"), product("a", "s"))),
+    ]
+    return call(aten.cat.default, args=(halves, LastAxis("a", _TURN)))
+
+
+_NEAR_HALVES = _near_rotations(_HALF_TURN, _HALF_BACK, _half, _pairs, "halves", "pairs")
+_NEAR_PAIRS = _near_rotations(_PAIR_TURN, _PAIR_BACK, _pairs, _half, "pairs", "halves")
 _FIRST = call(aten.slice.Tensor, args=("x",), name="first")
 ROTATION_RULES = (
-    Rule("x cos + turn(x) sin = rope(x)", _rotation(_HALF_TURN, _half), lambda m: _rope(m, False)),
-    Rule("x cos + turn(x) sin = rope(x, interleaved)", _rotation(_PAIR_TURN, _pairs), lambda m: _rope(m, True)),
+    Rule("x cos + turn(x) sin = rope(x)", _rotation(_HALF_TURN, _half), lambda m: _rope(m, False), _NEAR_HALVES),
+    Rule(
+        "x cos + turn(x) sin = rope(x, interleaved)",
+        _rotation(_PAIR_TURN, _pairs),
+        lambda m: _rope(m, True),
+        _NEAR_PAIRS,
+    ),
     Rule(
         "cat(a cos - b sin, b cos + a sin) = rope(x)",
-        call(
-            aten.cat.default,
-            args=(
-                [
-                    call(
-                        aten.sub.Tensor,
-                        args=(call(aten.mul.Tensor, args=("a", "c")), call(aten.mul.Tensor, args=("b", "s"))),
-                    ),
-                    call(
-                        aten.add.Tensor,
-                        args=(call(aten.mul.Tensor, args=("b", "c")), call(aten.mul.Tensor, args=("a", "s"))),
-                    ),
-                ],
-                -1,
+        _turned_halves(aten.sub.Tensor, aten.add.Tensor),
+        _from_halves,
+        near=(
+            Near(
+                _turned_halves(aten.add.Tensor, aten.sub.Tensor),
+                "it turns the other way: the sine is added to the first half and taken off the second",
             ),
         ),
-        _from_halves,
     ),
     Rule(
         "cat(rope(x[:R]), x[R:]) = rope(x)",

@@ -1,6 +1,6 @@
 """The report in HTML: one file that opens from disk, with no network and no library.
 
-``page.html`` is the frame, ``page.css`` and ``page.js`` go into it, and so does what ``collect`` found, as JSON.
+``page.html`` is the frame; ``page.css`` and the scripts go into it, and so does what ``collect`` found, as JSON.
 """
 
 from __future__ import annotations
@@ -18,11 +18,16 @@ from slim.inspection.page.collect import Story, collect
 __all__ = ["Story", "check_writable", "collect", "render", "write_page"]
 
 
+_SCRIPTS = (  # one a view, between what all of them use and what is clicked; in this order they make one script
+    "numbers.js", "ir.js", "details.js", "pictures.js", "pipeline.js", "layers.js", "roofline.js", "code.js", "main.js",
+)  # fmt: skip
+
+
 def render(data: dict[str, Any]) -> str:
     """The whole page over ``data``, which is what ``collect`` gives."""
     # "<" does not occur in the JSON, so that no text in it can end the script it stands in
     parts = {"DATA": json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"), "TITLE": _escaped(data["title"])}
-    parts |= {"CSS": _file("page.css"), "JS": _file("page.js")}
+    parts |= {"CSS": _file("page.css"), "JS": "\n".join(map(_file, _SCRIPTS))}
     page = _file("page.html")
     for name, text in parts.items():
         before, _, after = page.partition(f"@{name}@")

@@ -38,6 +38,7 @@ class Story:
         machine, speed: what was measured, for the roofline; None where nothing was.
         seconds: what each layer takes, where that was measured.
         sensitive: whether to measure what each layer alone does to the output.
+        start: what the first Program is called.
     """
 
     model: str
@@ -49,14 +50,15 @@ class Story:
     speed: Speed | None = None
     seconds: LayerSeconds = field(default_factory=dict)
     sensitive: bool = False
+    start: str = "lift"
 
 
 def collect(story: Story) -> dict[str, Any]:
-    """The value that ``page.js`` reads."""
+    """The value that the scripts of the page read."""
     lines = _Lines()
     passes = story.report.passes if story.report is not None else []
     complete = len(story.programs) == len(passes) + 1
-    names = ["lift", *(item.text for item in passes)] if complete and passes else ["as it is"]
+    names = [story.start, *(item.text for item in passes)] if complete else ["after all passes"]
     final, compiled = story.programs[-1], story.compiled
     code, stages = ({}, {}) if compiled is None else (compiled.code, compiled.stages)
     return {
@@ -70,7 +72,8 @@ def collect(story: Story) -> dict[str, Any]:
         ],
         "lines": lines.table,
         "origins": lines.origins,
-        "steps": [_start(story.programs[0], passes), *map(_step, passes)],
+        "whole": complete,
+        "steps": [_start(story, passes), *map(_step, passes)],
         "report": _remarks(story.report),
         "weights": {name: _held(final, name) for name in final.weights},
         "code": {name: text for name, text in code.items() if isinstance(text, str)},
@@ -120,9 +123,10 @@ def _printed(program: Program) -> Iterator[tuple[str, fx.Node]]:
 # -- the pipeline ------------------------------------------------------------------------------------------------------
 
 
-def _start(program: Program, passes: Sequence[Report]) -> dict[str, Any]:
+def _start(story: Story, passes: Sequence[Report]) -> dict[str, Any]:
+    program = story.programs[0]
     size = (passes[0].before if passes else None) or Size.of(program)
-    return {"name": "lift", "size": dataclasses.asdict(size), "seconds": {}, "notes": program.facts.notes}
+    return {"name": story.start, "size": dataclasses.asdict(size), "seconds": {}, "notes": program.facts.notes}
 
 
 def _step(item: Report) -> dict[str, Any]:
@@ -138,6 +142,7 @@ def _step(item: Report) -> dict[str, Any]:
         "notes": item.notes,
         "charts": [dataclasses.asdict(chart) for chart in item.charts],
         "rules": _rules(item.rules),
+        "nodes": dataclasses.asdict(item.changes.nodes),
         "weights": dataclasses.asdict(item.changes.weights),
     }
 
@@ -214,12 +219,15 @@ def _masks(program: Program, tokens: int) -> dict[str, Any]:
 
 
 def _roofline(story: Story) -> dict[str, Any] | None:
-    """FLOPs and bytes of reading a prompt and of writing a token, and what was measured of both."""
+    """FLOPs and bytes of the calls, and what was measured of them."""
+    final = story.programs[-1]
+    writes = final.facts.kind == "causal_lm"
     points = []
-    for label, program in (("as lifted", story.programs[0]), ("compiled", story.programs[-1])):
+    for label, program in (("as lifted", story.programs[0]), ("compiled", final)):
         if cost(program).flops == 0 or (label == "as lifted" and len(story.programs) == 1):
             continue
-        for kind, sizes in zip(("prefill", "decode"), calls(story.tokens).values(), strict=True):
+        kinds = ("prefill", "decode") if writes else ("call",)
+        for kind, sizes in zip(kinds, calls(program, story.tokens).values(), strict=True):
             work = list(generation_work(program, sizes))
             flops, moved = sum(each[1] for each in work), sum(each[2] for each in work)
             measured = None
@@ -228,4 +236,4 @@ def _roofline(story: Story) -> dict[str, Any] | None:
                 measured = rate / sizes["S"] * flops
             points.append([f"{kind}, {label}", flops, moved, measured])
     machine = None if story.machine is None else dataclasses.asdict(story.machine)
-    return {"machine": machine, "points": points} if points else None
+    return {"machine": machine, "points": points, "writes": writes} if points else None

@@ -34,7 +34,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, program: Program, batches: Sequence[Batch], asked_by: str) -> Checkpoint:
-        return cls(cache_dir() / "healing" / f"{fingerprint(program, batches, asked_by)}.safetensors")
+        return cls(cache_dir() / "healing" / f"{fingerprint(program, batches, f'{_FORM} {asked_by}')}.safetensors")
 
     @torch.no_grad()
     def restore(self, optimizer: Any, parameters: Sequence[Tensor], best: Best) -> int:
@@ -78,4 +78,5 @@ class Checkpoint:
             self.path.unlink()
 
 
+_FORM = 2  # what the parameters mean: another where what is trained changes, or a file of before would be gone on from
 _STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter

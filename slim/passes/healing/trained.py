@@ -1,4 +1,4 @@
-"""What of a Program is trained: products beside weights, small weights whole, and scales by a factor."""
+"""What of a Program is trained: weights whole, or products beside those of large models, and scales by a factor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from slim.compiler.report import Skip
 from slim.compiler.uses import DEQUANTIZE, Role, stored_in, uses, weight_nodes
 
 _QUANTIZE = torch.ops.slim.quantize.default
+_WHOLE = 1 << 26  # numbers in linears that are trained whole: with gradients and AdamW's state four bytes four times
+_RANK = 16  # of the products of larger models
+_LEAST = 1e-3  # the size of a weight that is all zeros, as biases begin
 
 
 class Trained(ABC):
@@ -22,10 +25,13 @@ class Trained(ABC):
         name: of the weight.
         weight: as it was.
         parameters: the float32 tensors that are optimised; as they begin, the weight is unchanged.
+        size: the root of the weight's mean square. Changes are counted in it, so that one learning rate is right for
+            weights of every size (Shazeer and Stern, Adafactor, 2018, section 8).
     """
 
     def __init__(self, name: str, weight: Tensor, parameters: Sequence[Tensor]) -> None:
         self.name, self.weight = name, weight
+        self.size = max(_LEAST, float(weight.float().square().mean().sqrt()))
         self.parameters = [parameter.requires_grad_() for parameter in parameters]
 
     @abstractmethod
@@ -39,31 +45,31 @@ class Trained(ABC):
 
 
 class Product(Trained):
-    """W [m, n] + up [m, r] down [r, n]; while it is trained, the product runs beside W."""
+    """W [m, n] + size up [m, r] down [r, n]; while it is trained, the product runs beside W."""
 
     def __init__(self, name: str, weight: Tensor, rank: int, generator: torch.Generator) -> None:
         m, n = weight.shape
-        down = torch.randn(rank, n, generator=generator) * n**-0.5
+        down = torch.randn(rank, n, generator=generator) * rank**-0.5  # a step of up changes W as one of a whole weight
         super().__init__(name, weight, [down.to(weight.device), torch.zeros(m, rank, device=weight.device)])
 
     def value(self) -> Tensor:
         down, up = self.parameters
-        return self.weight.float() + up @ down
+        return self.weight.float() + self.size * (up @ down)
 
     def beside(self, rows: Tensor) -> Tensor:
         """What the product adds to the linear's output."""
         down, up = self.parameters
-        return ((rows.float() @ down.T) @ up.T).to(rows.dtype)
+        return (self.size * ((rows.float() @ down.T) @ up.T)).to(rows.dtype)
 
 
 class Sum(Trained):
-    """A weight and a change of its own size."""
+    """A weight and a change of its own shape, in its size."""
 
     def __init__(self, name: str, weight: Tensor) -> None:
         super().__init__(name, weight, [torch.zeros(weight.shape, device=weight.device)])
 
     def value(self) -> Tensor:
-        return self.weight.float() + self.parameters[0]
+        return self.weight.float() + self.size * self.parameters[0]
 
 
 class Factor(Trained):
@@ -76,8 +82,13 @@ class Factor(Trained):
         return self.weight.float() * (1 + self.parameters[0])
 
 
-def find_trained(program: Program, rank: int, seed: int) -> tuple[list[Trained], list[Skip]]:
-    """What is trained, in the order of the graph, and the float weights that are left as they are, with the reason."""
+def find_trained(program: Program, rank: int | None, seed: int) -> tuple[list[Trained], list[Skip]]:
+    """What is trained, in the order of the graph, and the float weights that are left as they are, with the reason.
+
+    Args:
+        rank: of the products beside linears' weights; None: the weights whole, or 16 where they hold too much.
+    """
+    rank = rank or _rank_for(program)
     generator = torch.Generator().manual_seed(seed)
     found: list[Trained] = []
     skipped: list[Skip] = []
@@ -93,7 +104,17 @@ def find_trained(program: Program, rank: int, seed: int) -> tuple[list[Trained],
     return found, skipped
 
 
-def _trained(program: Program, node: fx.Node, rank: int, generator: torch.Generator) -> Trained | str | None:
+def _rank_for(program: Program) -> int | None:
+    """None where AdamW's state of whole weights is no burden."""
+    linears = [node for node in weight_nodes(program) if _is_linear(node)]
+    return None if sum(node.meta["val"].numel() for node in linears) <= _WHOLE else _RANK
+
+
+def _is_linear(node: fx.Node) -> bool:
+    return node.meta["val"].dtype.is_floating_point and {use.role for use in uses(node)} == {Role.LINEAR}
+
+
+def _trained(program: Program, node: fx.Node, rank: int | None, generator: torch.Generator) -> Trained | str | None:
     """How a float weight is trained; the reason why not; None for what is no weight of its own."""
     name, shape = str(node.target), tuple(node.meta["val"].shape)
     readers = list(node.users)
@@ -103,11 +124,12 @@ def _trained(program: Program, node: fx.Node, rank: int, generator: torch.Genera
         scales = all(reader.args[1] is node and stored_in(reader.args[0]) for reader in readers)
         return Factor(name, program.weights[name]) if scales else None
     roles = {use.role for use in uses(node)}
-    if roles == {Role.LINEAR}:
+    if _is_linear(node):
         m, n = shape
-        small = rank * (m + n) >= m * n
         weight = program.weights[name]
-        return Sum(name, weight) if small else Product(name, weight, rank, generator)
+        if rank is None or rank * (m + n) >= m * n:
+            return Sum(name, weight)
+        return Product(name, weight, rank, generator)
     if roles == {Role.OTHER} and len(shape) == 1:
         return Sum(name, program.weights[name])
     if Role.TABLE in roles:

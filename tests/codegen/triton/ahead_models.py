@@ -27,6 +27,7 @@ from slim.compiler.program import Program
 from slim.compiler.uses import UNPACKS
 from slim.passes.sparse_attention import SparseAttention
 from slim.runtime.binding import Paging, bind_cache
+from slim.runtime.eviction import Eviction
 from tests.programs import program
 
 # Llama 3.2 1B, but for the number of layers, which share their kernels, and the vocabulary, which only decides how
@@ -35,6 +36,9 @@ SHAPE = dict(
     hidden_size=2048, intermediate_size=8192, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=1,
     vocab_size=8016, max_position_embeddings=8192, tie_word_embeddings=False,
 )  # fmt: skip
+
+# Where the other kernels are as those of another schedule: compiling takes its time.
+ONLY = {"evicted": {"weigh_keys"}, "votes": {"vote", "attention_prefill"}}
 
 # (B, S, T, C) of calls: a launch makes a kernel special to sizes that are 1 or multiples of 16.
 CALLS = ((1, 1, 5, 256), (3, 1, 5, 99), (1, 37, 37, 99))
@@ -59,12 +63,14 @@ def pairs(*passes: Pass) -> Schedule:
     return schedule
 
 
-def sparse(text: str, skip: float, paging: Paging | None) -> Schedule:
-    """Attention of the same Llama by a pattern."""
+def sparse(text: str | None, skip: float, paging: Paging | None, eviction: Eviction | None = None) -> Schedule:
+    """Attention of the same Llama by a pattern, over a ring, or over tokens of which some are evicted."""
     torch.manual_seed(0)
     lifted = lift(LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).eval())
-    SparseAttention(text, skip=skip).run(lifted, Context())
-    schedule = lower(bind_cache(lifted, masked=paging is None, last_only=True, bits=8, paging=paging), WANTS)
+    if text is not None:
+        SparseAttention(text, skip=skip).run(lifted, Context())
+    options: dict[str, Any] = {"masked": paging is None, "paging": paging, "eviction": eviction}
+    schedule = lower(bind_cache(lifted, last_only=True, bits=8, **options), WANTS)
     schedule.regions = [region for region in schedule.regions if isinstance(region, Attention)]
     return schedule
 
@@ -134,7 +140,10 @@ def facts(kernel: Kernel, arch: str, sizes: dict[str, int] | None = None) -> dic
 
 def main(*archs: str) -> None:
     schedules = {"bf16": llama(), "pairs": [pairs()]}
-    schedules["window in pages"] = [sparse("window(1024) | columns(4)", 1e-3, Paging(64))]
+    schedules["ring"] = [sparse(None, 0.0, Paging(64, fixed=1, window=1024, sinks=4))]
+    schedules["best blocks"] = [sparse("top(64, 8) | columns(4)", 1e-3, Paging(64))]
+    schedules["votes"] = [sparse("vertical_slash(1000, 1000) | columns(64)", 1e-3, None)]
+    schedules["evicted"] = [sparse(None, 0.0, None, Eviction("h2o", 1024))]
     schedules["bigbird"] = [sparse("blocks(64, 3) | columns(64) | random(64, 3, 0)", 1e-3, None)]
     for format in FORMATS:
         schedules[format] = [lower(gate_and_up(format), WANTS)]
@@ -146,7 +155,8 @@ def main(*archs: str) -> None:
         kernels = {chosen.code: ("bf16", chosen)}
         for format, several in schedules.items():
             for unit in (emit(schedule, ahead(arch).processors) for schedule in several):
-                kernels = {kernel.code: (format, kernel) for kernel in unit.kernels.values()} | kernels
+                wanted = [each for each in unit.kernels.values() if each.name in ONLY.get(format, {each.name})]
+                kernels = {kernel.code: (format, kernel) for kernel in wanted} | kernels
         found += [{"format": format, **facts(kernel, arch)} for format, kernel in kernels.values()]
     for schedule in schedules["bf16"]:
         special = launched(emit(schedule, ahead("sm_90").processors))

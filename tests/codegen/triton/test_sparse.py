@@ -12,7 +12,6 @@ import slim
 from slim import KVCacheConfig
 from slim.codegen import Ends
 from slim.codegen.eager import EagerExecutable
-from slim.codegen.triton.emit import WANTS
 from slim.codegen.triton.executable import TritonExecutable
 from slim.compiler.program import Program
 from slim.runtime.compiled import CompiledModel
@@ -23,7 +22,6 @@ from tests.patterns import PATTERNS
 from tests.programs import program
 
 STATIC = tuple(text for text in PATTERNS if "top" not in text and "vertical" not in text)
-CHOOSING = tuple(text for text in PATTERNS if text not in STATIC)
 
 
 @cache
@@ -107,18 +105,25 @@ def test_a_tile_that_cannot_count_is_left_out() -> None:
     assert bool(got.isfinite().all())
 
 
-@pytest.mark.parametrize("text", CHOOSING)
-def test_patterns_that_choose_by_looking_are_left_to_pytorch_and_said_so(text: str) -> None:
-    made = attention(text)
-    generated = TritonExecutable(made)
-    assert [text in region.reason for region in generated.schedule.foreign] == [True]
-    q, k, v = tensors(1, 2, 70)
-    mask = torch.ones(2, 70, dtype=torch.bool)
-    close(generated(q, k, v, mask)[0], EagerExecutable(made)(q, k, v, mask)[0], text)
+def test_what_queries_choose_holds_from_call_to_call() -> None:
+    """Bounds of blocks grow beside keys, whoever writes them: a prompt, a step, a few tokens."""
+    made = paged(("top(8, 3) | columns(2)",), "int8")
+    eager, generated = EagerExecutable(made), TritonExecutable(made)
+    assert not generated.schedule.foreign
+    table = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+    both = [[torch.zeros(4, *b.shape[1:], dtype=b.dtype) for b in generated.schedule.inputs[5:]] for _ in range(2)]
+    lengths = torch.tensor([0, 0])
+    for step, new in enumerate([55, 1, 3, 1]):
+        inputs = (*tensors(step, 2, new), table, lengths)
+        wanted, got = (run(*inputs, *c)[0] for run, c in zip((eager, generated), both, strict=True))
+        close(got, wanted, f"call {step}")
+        for one, other, buffer in zip(*both, generated.schedule.inputs[5:], strict=True):
+            assert torch.equal(one, other), buffer.name
+        lengths = torch.tensor([55, 21]) if step == 0 else lengths + new
 
 
 @pytest.mark.parametrize("text", ["window(3) | columns(2)", "top(4, 2)"])
-def test_rounded_keys_and_values_are_read_with_and_without_a_kernel(text: str) -> None:
+def test_keys_and_values_that_the_program_rounds_are_read_as_they_are_rounded(text: str) -> None:
     lines = []
     for name in ("k", "v"):
         lines += [
@@ -130,31 +135,44 @@ def test_rounded_keys_and_values_are_read_with_and_without_a_kernel(text: str) -
     shapes = f"q: f32[B, {HEADS}, S, {WIDTH}], k: f32[B, {GROUPS}, S, {WIDTH}], v: f32[B, {GROUPS}, S, {WIDTH}]"
     made = program("\n".join(lines), {}, shapes)
     generated = TritonExecutable(made)
-    assert bool(generated.schedule.foreign) == ("top" in text)
+    assert not generated.schedule.foreign
     operands = tensors(2, 2, 21)
     close(generated(*operands)[0], EagerExecutable(made)(*operands)[0], text)
 
 
-def test_terms_that_have_a_kernel_are_those_that_look_at_no_key() -> None:
-    assert {term.name() for term in WANTS.terms} == {
-        "window", "columns", "rows", "stride", "blocks", "summary", "random"
-    }  # fmt: skip
+def test_a_ring_keeps_its_sinks_near_when_its_pages_take_turns() -> None:
+    """Six pages of 8 tokens, of which the first stays: after 57 tokens others have been written twice."""
+    new, held = (f"f32[B, {GROUPS}, S, {WIDTH}]", f"f32[N, {GROUPS}, 8, {WIDTH}]")
+    options = 'layer=0, scale=0.5, pattern="window(9) | columns(3)", fixed=1, first=3'
+    text = f"a = slim.paged_attention.default(q, k, v, kc, vc, table, lengths, q_first=near, {options})\nreturn (a,)"
+    queries = ", ".join(f"{name}: f32[B, {HEADS}, S, {WIDTH}]" for name in ("q", "near"))
+    rest = f"k: {new}, v: {new}, table: i32[B, P], lengths: i64[B], kc: {held}, vc: {held}"
+    made = program(text, {}, f"{queries}, {rest}")
+    eager, generated = EagerExecutable(made), TritonExecutable(made)
+    assert not generated.schedule.foreign
+    table = torch.randperm(12, generator=torch.Generator().manual_seed(1)).reshape(2, 6).int()
+    both = [[torch.zeros(12, GROUPS, 8, WIDTH) for _ in range(2)] for _ in range(2)]
+    lengths = torch.zeros(2, dtype=torch.int64)
+    for step, count in enumerate([1, 30, 24, 1, 1]):
+        q, k, v = tensors(step, 2, count)
+        near = tensors(step + 99, 2, count)[0]
+        wanted, got = (run(q, near, k, v, table, lengths, *c) for run, c in zip((eager, generated), both, strict=True))
+        close(got[0], wanted[0], f"call {step}")
+        lengths += count
 
 
 @pytest.mark.parametrize(
-    ("config", "long"),
+    "config",
     [
-        (KVCacheConfig(layout="paged"), False),
-        (KVCacheConfig(layout="paged", dtype="int8"), False),
-        (KVCacheConfig(layout="paged", window=8, sinks=2), True),
+        KVCacheConfig(layout="paged"),
+        KVCacheConfig(eviction="h2o", budget=8, dtype="int8"),
+        KVCacheConfig(layout="paged", window=8, sinks=2),
     ],
-    ids=["pages", "int8 pages", "ring"],
+    ids=["pages", "int8 of which some are evicted", "ring"],
 )
-def test_a_model_writes_what_eager_writes(config: KVCacheConfig, long: bool) -> None:
+def test_a_model_writes_what_eager_writes(config: KVCacheConfig) -> None:
     tokens, mask = prompt()
-    if long:  # more than a ring's 11 pages hold
-        tokens, mask = tokens[2:].repeat(1, 80), mask[2:].repeat(1, 80)
-    options = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)
+    options = dict(attention_mask=mask, max_new_tokens=3, do_sample=False, eos_token_id=None, pad_token_id=0)
     eager, generated = (CompiledModel(pair("llama")[1].program.copy(), t, kv_cache=config) for t in ("eager", "cuda"))
     assert torch.equal(generated.generate(tokens, **options).cpu(), eager.generate(tokens, **options))
 

@@ -1,0 +1,37 @@
+// -- generated code: its files, the regions of each, and their kernels ------------------------------------------------
+
+const shown = {file: Object.keys(data.code)[0], kernel: null};
+
+function drawCode() {
+  const files = Object.keys(data.code).map(file => `<button data-open="${escape(file)}" aria-pressed="${file === shown.file}">${escape(file)}</button>`).join("");
+  const form = shown.file.slice(0, shown.file.indexOf("/")), regions = data.regions[form] || [];
+  const rows = regions.map((region, number) => [number + 1, kernelLinks(region, form) || "PyTorch", `<code>${escape(region.text)}</code><br>${nodeLinks(region)}`]);
+  by("code").innerHTML = `<div class="bar" role="group" aria-label="Files">${files}</div>
+    <p class="dim">A kernel's name leads to the nodes it computes, a node to its line of IR and of the model's source.</p>
+    ${rows.length ? `<details><summary>${plural(rows.length, "region")}, in the order they run</summary>${table(["#region", "kernel", "what it is, and its nodes"], rows)}</details>` : ""}
+    <pre class="source" tabindex="0">${source(data.code[shown.file].split("\n"), form).join("")}</pre>`;
+  if (by("hit")) by("hit").scrollIntoView({block: "center"});
+}
+
+/** Lines of code as HTML: definitions of kernels are links, and the one that was chosen is marked to its end. */
+function source(lines, form) {
+  const inFile = shown.file.slice(form.length + 1);
+  const kernels = new Set((data.regions[form] || []).flatMap(region => region.kernels.filter(([, file]) => file === inFile).map(([kernel]) => kernel)));
+  let inside = false;
+  return lines.map(line => {
+    const [, before, kernel, after] = line.match(/^(.*?(?:void|def) )(\w+)(\(.*)$/) || [], begins = kernels.has(kernel);
+    const text = begins ? `${escape(before)}<a href="#" data-kernel="${escape(kernel)}" data-file="${escape(shown.file)}">${escape(kernel)}</a>${escape(after)}` : escape(line);
+    if (begins && kernel === shown.kernel) { inside = true; return `<span class="hit" id="hit">${text}</span>`; }
+    const within = inside && (/^(\s|\}|\)|$)/.test(line));
+    inside = within && !/^\}/.test(line);
+    return within ? `<span class="hit">${text || " "}</span>` : text + "\n";
+  });
+}
+
+function openKernel(kernel, file) {
+  shown.file = file;
+  shown.kernel = kernel;
+  open("code", true);
+  showKernel(kernel, file);
+  if (by("hit")) by("hit").scrollIntoView({block: "center"});
+}
