@@ -29,13 +29,12 @@ from slim.compiler.residual import NoStream
 from slim.compiler.stack import find_blocks, take_out
 from slim.compiler.statistics import SiteStatistics, calibration_of, collect
 from slim.compiler.statistics.gradients import output_moments
-from slim.passes.fold_norms import FoldNorms
 from slim.passes.pruning import depth as depths
 from slim.passes.pruning import experts, gradients, scores
 from slim.passes.pruning.budget import Budget, Counts, TooMuch, spaced
 from slim.passes.pruning.checks import faults
 from slim.passes.pruning.measure import Comparison
-from slim.passes.pruning.narrow import Narrowing, Unsaid, untied
+from slim.passes.pruning.narrow import Narrowing, Unsaid
 from slim.passes.pruning.prices import Load, Measure, Prices
 from slim.passes.pruning.sites import HEADS, Site, block_parameters, find_sites
 from slim.passes.pruning.spread import by_scores, by_surgeon, spread
@@ -255,10 +254,6 @@ class Prune(Pass):
         measure: Measure | None = next((name for name in _MEASURES if name == self._goal), None)
         if measure is not None:
             self._above(program, Prices(measure, Load.of(program, self.context)), report)
-        report.notes += untied(program)
-        folded = FoldNorms().run(program, Context(progress=ctx.progress))
-        report.notes += folded.notes
-        program.clean()
         narrowing = Narrowing(
             self.criterion, self.fits, self.reload, self.multiple, self.ratio, self.parameters, self.bytes, repr(self)
         )
