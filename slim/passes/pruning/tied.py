@@ -121,8 +121,8 @@ def metric(table: Tensor) -> Tensor:
 def seen(square: Tensor, table: Tensor, moments: Tensor) -> list[Seen]:
     """What the head needs of both ends: of what it reads, and of the table itself.
 
-    Of h = G x the head makes E h. Where of E only E P is left, what can best be made of it is the projection of h onto P
-    in the metric E^T E: the same form as for readers, with the moments of h and the metric in each other's place.
+    Of h = G x the head makes E h. Where of E only E P is left, what can best be made of that is the projection of h
+    onto P in the metric E^T E: the form is that of readers, with the moments of h and the metric in each other's place.
     """
     form, wide = metric(table), square.double()
     root = torch.linalg.cholesky(form).T
