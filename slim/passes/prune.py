@@ -89,8 +89,8 @@ class Prune(Pass):
             heads" are one of every kv head at a time, and keys and values stay. "experts" of mixtures go with their
             place at the router; nothing is fitted, and "obs" is then the energy of what an expert adds to the stream.
             "channels" are those of the residual stream, which is rotated first: the directions go that what reads it
-            needs least, and every layer gets narrower by as many; ``ratio``, ``parameters`` and ``bytes`` say how many. A
-            head that is tied to the embeddings behind a root mean square norm stays tied.
+            needs least, and every layer gets narrower by as many; ``ratio``, ``parameters`` and ``bytes`` say how many.
+            A head that is tied to the embeddings stays tied, behind a root mean square norm.
         protect: patterns of weight names; a site that any of its weights matches is left alone.
         multiple: what the number of neurons left is divisible by; None is 128, or less for narrow layers.
         refit: fit what reads the units that are left; None is True for "obs" and False for the baselines.
