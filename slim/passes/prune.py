@@ -29,15 +29,17 @@ from slim.compiler.residual import NoStream
 from slim.compiler.stack import find_blocks, take_out
 from slim.compiler.statistics import SiteStatistics, calibration_of, collect
 from slim.compiler.statistics.gradients import output_moments
+from slim.passes.fold_norms import FoldNorms
 from slim.passes.pruning import depth as depths
 from slim.passes.pruning import experts, gradients, scores
 from slim.passes.pruning.budget import Budget, Counts, TooMuch, spaced
 from slim.passes.pruning.checks import faults
 from slim.passes.pruning.measure import Comparison
-from slim.passes.pruning.narrow import Narrowing, Unsaid
+from slim.passes.pruning.narrow import Narrowing, Unsaid, untied
 from slim.passes.pruning.prices import Load, Measure, Prices
 from slim.passes.pruning.sites import HEADS, Site, block_parameters, find_sites
 from slim.passes.pruning.spread import by_scores, by_surgeon, spread
+from slim.passes.pruning.tied import part
 from slim.passes.pruning.work import Choice, Result, Work, alone, at_once, lowest
 from slim.passes.pruning.write import can_say_heads, write_config
 
@@ -255,11 +257,16 @@ class Prune(Pass):
         measure: Measure | None = next((name for name in _MEASURES if name == self._goal), None)
         if measure is not None:
             self._above(program, Prices(measure, Load.of(program, self.context)), report)
+        tie = part(program)
+        if tie is None:
+            report.notes += untied(program)
+        report.notes += FoldNorms().run(program, Context(progress=ctx.progress)).notes
+        program.clean()
         narrowing = Narrowing(
             self.criterion, self.fits, self.reload, self.multiple, self.ratio, self.parameters, self.bytes, repr(self)
         )
         try:
-            narrowing.run(program, ctx, report)
+            narrowing.run(program, tie, ctx, report)
         except NoStream as reason:
             self._refuse("units", f"the residual stream cannot be rotated: {reason}")
         except TooMuch:

@@ -12,7 +12,6 @@ from slim.compiler.passes_base import Context
 from slim.compiler.program import Program
 from slim.compiler.report import Report
 from slim.compiler.residual import Stream, find_stream, turn, untie
-from slim.passes.fold_norms import FoldNorms
 from slim.passes.pruning import channels, tied
 from slim.passes.pruning.budget import TooMuch, multiple_of
 from slim.passes.pruning.sites import block_parameters, block_weights
@@ -72,17 +71,12 @@ class Narrowing:
     bytes: int | None
     asked_by: str
 
-    def run(self, program: Program, ctx: Context, report: Report) -> None:
-        """Narrows the stream of ``program``; norms are folded into what reads them.
+    def run(self, program: Program, tie: Tie | None, ctx: Context, report: Report) -> None:
+        """Narrows the stream of ``program``, whose norms are folded.
 
         Raises:
             NoStream, TooMuch, Unsaid.
         """
-        tie = tied.part(program)
-        if tie is None:
-            report.notes += untied(program)
-        report.notes += FoldNorms().run(program, Context(progress=ctx.progress)).notes
-        program.clean()
         stream = find_stream(program)
         sizes = Sizes.of(program, stream, tie)
         was = stream.width
