@@ -117,7 +117,10 @@ def _told(found: dict[str, Any], text: str) -> str:
 
 
 def _lost(found: dict[str, Any], text: str) -> str:
-    value = found[text]
+    """Nothing where it was not measured."""
+    value = found.get(text)
+    if value is None:
+        return ""
     if "nats" in value:
         return f"{value['nats'] - found['']['nats']:+.4f}"
     return "order" if "cannot run here" in value["refused"] else "nothing"
@@ -129,7 +132,7 @@ def _tables(model: str, found: dict[str, Any]) -> str:
     lines.append("| first, then | alone | " + " | ".join(f"`{b}`" for b in PASSES) + " |")
     lines.append("|" + "---|" * (len(PASSES) + 2))
     for a in PASSES:
-        cells = [_lost(found, f"{a}, {b}") if f"{a}, {b}" in found else "" for b in PASSES]
+        cells = [_lost(found, f"{a}, {b}") for b in PASSES]
         lines.append(f"| `{a}` | {_lost(found, a)} | " + " | ".join(cells) + " |")
     lines += ["", "| pipeline | loss | MB |", "|---|---|---|"]
     for text in LONGER:

@@ -103,17 +103,20 @@ class Sample:
 def fitted(layer: Layer, rows: Tensor, wanted: Tensor, rounds: int) -> tuple[Layer, float]:
     """The layer that returns nearly ``wanted`` [r, m] for ``rows`` [r, n], and what it misses of the rows kept out.
 
-    A round that makes those no better is not taken, and is the last.
+    A round that makes those no better is not taken, and is the last. The reader that ``layer`` comes with may have been
+    fitted to them, so what they are compared with, and what is missing, is of readers that were not. The last reader is
+    fitted to all rows; where no round is taken ``layer`` stays as it is.
     """
     out = torch.arange(len(rows)) % _CHECKED == _CHECKED - 1
     seen, checked = Sample(rows[~out], wanted[~out]), Sample(rows[out], wanted[out])
-    missing = layer.missing([checked])
+    first = best = reads_best(layer, [seen])
+    missing = best.missing([checked])
     for seed in range(rounds):
-        found = improved(layer, missing, stepped(layer, seen, seed), [seen], checked)
+        found = improved(best, missing, stepped(best, seen, seed), [seen], checked)
         if found is None:
             break
-        layer, missing = found
-    return layer, missing
+        best, missing = found
+    return (layer if best is first else reads_best(best, [seen, checked])), missing
 
 
 def improved(

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -42,6 +42,8 @@ class Stream:
         writers: linears, expert linears and embeddings that make such values.
         readers: linears and expert linears that read them.
         norms: those over the stream; none has a gain or a shift.
+        squares: of the readers, those that make what is read through a table that begins the stream: their results
+            are in the basis of its entries.
         constants: weights [..., width] that are values themselves.
     """
 
@@ -50,6 +52,7 @@ class Stream:
     writers: list[fx.Node] = field(default_factory=list)
     readers: list[fx.Node] = field(default_factory=list)
     norms: list[fx.Node] = field(default_factory=list)
+    squares: list[fx.Node] = field(default_factory=list)
     constants: list[fx.Node] = field(default_factory=list)
 
     @property
@@ -71,7 +74,7 @@ class Stream:
     @property
     def dims(self) -> dict[str, int]:
         """How many dimensions of each of its weights are channels."""
-        twice = set(self.rows) & set(self.columns)
+        twice = {*self.rows, *_names(node.args[1] for node in self.squares)} & set(self.columns)
         return {name: 1 + (name in twice) for name in dict.fromkeys([*self.rows, *self.entries, *self.columns])}
 
 
@@ -108,6 +111,7 @@ def _followed(start: fx.Node) -> Stream:
             waiting += [*_sources(stream, node), *_followers(stream, node)]
     for part in ("values", "writers", "readers", "norms", "constants"):
         setattr(stream, part, sorted(dict.fromkeys(getattr(stream, part))))
+    stream.squares = [node for node in stream.readers if _is_square(stream, node)]
     _check_weights(stream)
     return stream
 
@@ -179,9 +183,21 @@ def _check_bare(norm: fx.Node) -> None:
             raise NoStream(f"{held.target} scales its channels one by one, in {where(norm)}")
 
 
+def _is_square(stream: Stream, reader: fx.Node) -> bool:
+    """Whether what a linear makes is read by nothing but a linear over a table that begins the stream."""
+    head = next(iter(reader.users), None)
+    tables = [node.args[0] for node in stream.writers if node.target is EMBEDDING]
+    return reader.target is LINEAR and len(reader.users) == 1 and _reads_through(head, reader, tables)
+
+
+def _reads_through(head: fx.Node | None, value: fx.Node, tables: Sequence[object]) -> bool:
+    return head is not None and head.target is LINEAR and head.args[0] is value and head.args[1] in tables
+
+
 def _check_weights(stream: Stream) -> None:
     """Each of its weights is held as it is, and only there."""
     own = set(stream.writers) | set(stream.readers) | set(stream.values)
+    own |= {head for square in stream.squares for head in square.users}
     for node in [*stream.writers, *stream.readers]:
         held = [node.args[0]] if node.target is EMBEDDING else [node.args[1]]
         if node in stream.writers and node.target is not EMBEDDING and argument(node, "bias") is not None:
@@ -239,6 +255,8 @@ def turn(program: Program, stream: Stream, writers: Tensor, readers: Tensor) -> 
         weights[name] = _right(weights[name], writers.T)
     for name in stream.columns:
         weights[name] = _right(weights[name], readers)
+    for name in _names(node.args[1] for node in stream.squares):
+        weights[name] = _left(readers.T, weights[name])
     if len(writers) != stream.width:
         _resize(stream, len(writers))
         program.infer()

@@ -39,6 +39,7 @@ from slim.passes.pruning.narrow import Narrowing, Unsaid, untied
 from slim.passes.pruning.prices import Load, Measure, Prices
 from slim.passes.pruning.sites import HEADS, Site, block_parameters, find_sites
 from slim.passes.pruning.spread import by_scores, by_surgeon, spread
+from slim.passes.pruning.tied import part
 from slim.passes.pruning.work import Choice, Result, Work, alone, at_once, lowest
 from slim.passes.pruning.write import can_say_heads, write_config
 
@@ -91,6 +92,7 @@ class Prune(Pass):
             place at the router; nothing is fitted, and "obs" is then the energy of what an expert adds to the stream.
             "channels" are those of the residual stream, which is rotated first: the directions go that what reads it
             needs least, and every layer gets narrower by as many; ``ratio``, ``parameters`` and ``bytes`` say how many.
+            A head that is tied to the embeddings stays tied, behind a root mean square norm.
         protect: patterns of weight names; a site that any of its weights matches is left alone.
         multiple: what the number of neurons left is divisible by; None is 128, or less for narrow layers.
         refit: fit what reads the units that are left; None is True for "obs" and False for the baselines.
@@ -255,15 +257,16 @@ class Prune(Pass):
         measure: Measure | None = next((name for name in _MEASURES if name == self._goal), None)
         if measure is not None:
             self._above(program, Prices(measure, Load.of(program, self.context)), report)
-        report.notes += untied(program)
-        folded = FoldNorms().run(program, Context(progress=ctx.progress))
-        report.notes += folded.notes
+        tie = part(program)
+        if tie is None:
+            report.notes += untied(program)
+        report.notes += FoldNorms().run(program, Context(progress=ctx.progress)).notes
         program.clean()
         narrowing = Narrowing(
             self.criterion, self.fits, self.reload, self.multiple, self.ratio, self.parameters, self.bytes, repr(self)
         )
         try:
-            narrowing.run(program, ctx, report)
+            narrowing.run(program, tie, ctx, report)
         except NoStream as reason:
             self._refuse("units", f"the residual stream cannot be rotated: {reason}")
         except TooMuch:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from slim import errors
 from slim.compiler.dependencies import Dependencies
 from slim.compiler.dependencies.groups import Kind
-from slim.compiler.gauss_newton import Layer, Sample, _Slope, fitted
+from slim.compiler.gauss_newton import Layer, Sample, _Slope, fitted, reads_best
 from slim.compiler.passes_base import Context
 from slim.compiler.probe import make_probe
 from slim.compiler.program import Program
@@ -78,14 +78,25 @@ def test_what_a_layer_of_the_same_size_returns_is_found_again(biased: bool) -> N
     assert found.missing([Sample(rows, wanted)]) == pytest.approx(missing, rel=0.5)
 
 
+def noisy() -> tuple[Layer, torch.Tensor, torch.Tensor]:
+    """A layer, 24 rows, and what they are to become: what it returns, and noise."""
+    layer, generator = gated(2, biased=False), torch.Generator().manual_seed(3)
+    rows = torch.randn(24, 6, generator=generator)
+    return layer, rows, layer(layer.all, rows) + 0.5 * torch.randn(24, 5, generator=generator)
+
+
 def test_a_fit_to_noise_is_not_taken() -> None:
     """The rows kept out tell that there is nothing to learn from the others."""
-    layer = gated(2, biased=False)
-    generator = torch.Generator().manual_seed(3)
-    rows = torch.randn(24, 6, generator=generator)
-    wanted = layer(layer.all, rows) + 0.5 * torch.randn(24, 5, generator=generator)
-    before = layer.missing([Sample(rows[7::8], wanted[7::8])])
-    assert fitted(layer, rows, wanted, rounds=3)[1] <= before
+    layer, rows, wanted = noisy()
+    found, missing = fitted(layer, rows, wanted, rounds=3)
+    assert found is layer
+    assert missing == fitted(layer, rows, wanted, rounds=0)[1]
+
+
+def test_what_is_missing_is_told_of_a_reader_that_has_not_seen_the_rows_kept_out() -> None:
+    layer, rows, wanted = noisy()
+    start = reads_best(layer, [Sample(rows, wanted)])
+    assert fitted(start, rows, wanted, rounds=0)[1] > 1.1 * start.missing([Sample(rows[7::8], wanted[7::8])])
 
 
 # -- in a graph --------------------------------------------------------------------------------------------------------

@@ -9,9 +9,12 @@ import torch
 
 import slim
 from slim import errors
+from slim.compiler.statistics.paired import Paired
 from slim.passes import GQA, Prune, Quantize
 from slim.passes.pruning.directions import Seen, leading, lost
 from slim.passes.pruning.sites import block_parameters
+from slim.passes.pruning.tied import fit
+from tests.lifting import lift_once
 from tests.programs import lifted, model
 from tests.pruning import error, pruned, tokens
 
@@ -33,15 +36,17 @@ def test_the_share_of_the_blocks_goes_in_every_layer() -> None:
 
 
 @pytest.mark.parametrize("measure", ["parameters", "bytes"])
-def test_the_whole_model_holds_no_more_than_is_said(measure: str) -> None:
-    before = lifted("gemma")  # its head is tied, and then is not
+@pytest.mark.parametrize("name", ["gemma", "cohere"])  # a tied head stays so, and does not, before a LayerNorm
+def test_the_whole_model_holds_no_more_than_is_said(name: str, measure: str) -> None:
+    before = lifted(name)
     held = before.parameters if measure == "parameters" else before.nbytes
     options: dict[str, Any] = {measure: held, "criterion": "magnitude"}
     with pytest.raises(errors.BadPassOption, match="already"):
         pruned(before.copy(), Prune(units="channels", **options))
     after, report = pruned(before.copy(), Prune(units="channels", **{**options, measure: int(0.9 * held)}))
     assert 0.8 * held < (after.parameters if measure == "parameters" else after.nbytes) <= 0.9 * held
-    assert any("lm_head.weight is no longer tied" in note for note in report.notes)
+    assert ("lm_head.weight" in after.facts.tied) is (name == "gemma")
+    assert any("lm_head.weight is no longer tied" in note for note in report.notes) is (name == "cohere")
 
 
 @pytest.mark.parametrize("name", ["phi3", "gemma", "mixtral", "cohere"])
@@ -58,6 +63,24 @@ def test_the_result_reloads_in_transformers(name: str, tmp_path: Path) -> None:
     ids = tokens()[0]
     with torch.no_grad():
         assert torch.allclose(there(input_ids=ids).logits, made(input_ids=ids).logits, atol=1e-5)
+
+
+def test_a_tied_head_is_narrowed_once_and_its_norm_keeps_a_gain() -> None:
+    before = lifted("gemma")
+    after, report = pruned(before.copy(), narrow())
+    names = ("model.embed_tokens.weight", "model.norm.weight")
+    assert [after.weights.shape(name) for name in names] == [(96, 24), (24,)]
+    assert set(after.weights) == set(before.weights) - set(after.facts.retired)
+    assert after.facts.config is not None
+    assert after.facts.config["tie_word_embeddings"] is True
+    assert before.parameters - after.parameters > 8 * 96 + 0.25 * block_parameters(before)
+    assert not any("square" in name for name in report.matched)
+
+
+def test_a_second_pass_narrows_a_tied_model_again() -> None:
+    after, _ = pruned(pruned(lifted("gemma"), narrow(criterion="magnitude"))[0], narrow(0.3, criterion="magnitude"))
+    assert after.weights.shape("model.norm.weight") == (16,)
+    assert "lm_head.weight" in after.facts.tied
 
 
 def test_a_model_whose_heads_share_its_width_is_saved_by_slim_alone(tmp_path: Path) -> None:
@@ -89,9 +112,9 @@ def test_other_passes_follow() -> None:
 # -- which -------------------------------------------------------------------------------------------------------------
 
 
-def low_rank() -> Any:
-    """A Llama whose stream only ever moves in 20 of its 32 directions, none of which is a channel."""
-    given = copy.deepcopy(model("llama"))
+def low_rank(name: str = "llama", **options: Any) -> Any:
+    """A model whose stream only ever moves in 20 of its 32 directions, none of which is a channel."""
+    given = copy.deepcopy(model(name, **options))
     turned = torch.linalg.qr(torch.randn(32, 32, generator=torch.Generator().manual_seed(5))).Q[:, :20]
     inside = turned @ turned.T
     with torch.no_grad():
@@ -103,11 +126,19 @@ def low_rank() -> Any:
 
 
 def test_directions_that_are_never_written_go_and_nothing_is_lost() -> None:
-    from tests.lifting import lift_once
-
     before = lift_once(low_rank())
     assert error(before, pruned(before.copy(), narrow(0.3, refit=False))[0]) < 1e-3
     assert error(before, pruned(before.copy(), narrow(0.3, criterion="magnitude"))[0]) > 0.3
+
+
+@pytest.mark.parametrize("name", ["gemma", "llama"])  # gains stored less one, and as they are
+@pytest.mark.parametrize("refit", [False, True])
+def test_a_tied_head_loses_nothing_of_them_either(name: str, refit: bool) -> None:
+    before = lift_once(low_rank(name, tie_word_embeddings=True))
+    assert "lm_head.weight" in before.facts.tied
+    after, _ = pruned(before.copy(), narrow(0.3, refit=refit))
+    assert "lm_head.weight" in after.facts.tied
+    assert error(before, after) < (5e-2 if refit else 1e-3)  # the fit is damped
 
 
 def test_directions_cost_less_than_channels_as_they_are() -> None:
@@ -143,6 +174,29 @@ def test_directions_are_better_than_those_of_the_most_energy_and_orthonormal() -
     basis = leading(every, 7)
     assert torch.allclose(basis.T @ basis, torch.eye(12).double(), atol=1e-9)
     assert float(lost(basis[:, :7], every)[0]) < 0.9 * float(lost(energy, every)[0])
+
+
+# -- a tied head -------------------------------------------------------------------------------------------------------
+
+
+def test_the_matrix_before_a_tied_head_is_the_symmetric_one_that_fits_best() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gain, table = torch.rand(8, generator=generator).diag(), torch.randn(40, 8, generator=generator)
+    dense = torch.randn(500, 8, generator=generator)
+    rows = dense + 0.3 * torch.randn(500, 8, generator=generator)
+    moments = [(a.T @ b).double() / 500 for a, b in ((rows, rows), (dense, rows), (dense, dense))]
+    paired = Paired(*moments, rows.double().mean(0), dense.double().mean(0))
+    found, missing = fit(gain, table, paired, 5)
+
+    def missed(square: torch.Tensor) -> float:
+        wanted = dense @ gain @ table.T
+        return float((rows[:, :5] @ square.float().T @ table[:, :5].T - wanted).square().sum() / wanted.square().sum())
+
+    assert torch.allclose(found, found.T)
+    assert missing == pytest.approx(missed(found), rel=1e-3)
+    step = torch.randn(5, 5, generator=generator).double() * 0.05
+    nearby = [missed(found + sign * (step + step.T)) for sign in (1, -1)]
+    assert missing < min(nearby) < 2 * missing
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

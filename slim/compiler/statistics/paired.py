@@ -9,7 +9,7 @@ from torch import Tensor
 
 from slim.compiler.statistics.accumulate import SiteStatistics
 
-_DAMPING = 0.01  # of the mean diagonal of the Gram matrix
+DAMPING = 0.01  # of the mean diagonal of the Gram matrix
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +45,7 @@ class Paired:
 
     def fit(self, old: Tensor, start: Tensor) -> Tensor:
         """The weight [m, n] that does to x what ``old`` did to x_dense: least squares, damped towards ``start``."""
-        damping = _DAMPING * self.gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        damping = DAMPING * self.gram.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
         damped = self.gram + damping * torch.eye(len(self.gram), dtype=self.gram.dtype)
         return torch.linalg.solve(damped, old @ self.cross + damping * start, left=False)
 

@@ -15,6 +15,7 @@ from slim.compiler.statistics import SiteStatistics, readers, site_values, walk
 from slim.compiler.statistics.paired import Paired
 from slim.compiler.stream import beside
 from slim.compiler.uses import EMBEDDING, EXPERTS, LINEAR
+from slim.passes.pruning import tied
 from slim.passes.pruning.directions import Seen, leading
 from slim.passes.pruning.refit import masked, refit
 
@@ -65,8 +66,12 @@ def directions(program: Program, stream: Stream, kept: int, ctx: Context, asked_
             if not bool(block.results[value.name].any()):
                 continue  # no token came here
             mine = [str(node.args[1].target) for node in readers(value) if node in stream.readers]  # type: ignore[union-attr]
+            moments = block.results[value.name]
+            if stream.squares and value is stream.squares[0].args[0]:
+                every += tied.seen(program.weights[mine[0]], program.weights[table_of(stream.squares[0])], moments)
+                continue
             weights = [program.weights[name].reshape(-1, stream.width) for name in dict.fromkeys(mine)]
-            every.append(Seen.of(block.results[value.name], weights))
+            every.append(Seen.of(moments, weights))
     return leading(every, kept)
 
 
@@ -130,7 +135,10 @@ def _rescale(program: Program, stream: Stream, width: int) -> None:
             continue
         table = next((n for n in node.all_input_nodes if n.target is EMBEDDING), None)
         factor = next((n for n in node.all_input_nodes if n.op == "get_attr"), None)
-        if table is None or factor is None or len(table.args[0].users) > 1:  # type: ignore[union-attr]
+        if table is None or factor is None:
+            continue
+        heads = {head for square in stream.squares for head in square.users}
+        if not set(table.args[0].users) <= {table, *heads}:  # type: ignore[union-attr]
             continue
         name, held = str(factor.target), program.weights[str(factor.target)]
         if held.numel() == 1 and abs(float(held) / stream.width**0.5 - 1) < 1e-2 and len(factor.users) == 1:
@@ -138,6 +146,9 @@ def _rescale(program: Program, stream: Stream, width: int) -> None:
             rows = str(table.args[0].target)  # type: ignore[union-attr]
             value = program.weights[rows]
             program.weights[rows] = (value.float() * (float(held) / float(new))).to(value.dtype)
+            for square in stream.squares:
+                matrix = str(square.args[1].target)  # type: ignore[union-attr]
+                program.weights[matrix] = program.weights[matrix] * (float(new) / float(held))
             program.weights[name] = new
 
 
@@ -187,6 +198,12 @@ class Fitting:
         """The weight, and the bias where there is one."""
         name, bias = str(linear.args[1].target), argument(linear, "bias")  # type: ignore[union-attr]
         held = self.dense.weights[name]
+        if linear in self.stream.squares:
+            table = self.dense.weights[table_of(linear)]
+            square, self.missing[name] = tied.fit(held, table, Paired.of(statistics, centred=False), self.kept)
+            full = torch.zeros_like(held)
+            full[: self.kept, : self.kept] = square
+            return {name: full}
         old = held.float().reshape(-1, held.shape[-1])
         biased = linear.target is LINEAR and bias is not None
         shift = self.dense.weights[str(bias.target)] if biased else None
@@ -205,6 +222,12 @@ class Fitting:
         if self._writes(linear):
             made = {key: _first_rows(value, self.kept) for key, value in made.items()}
         return made
+
+
+def table_of(square: fx.Node) -> str:
+    """The table that what a square makes is read through."""
+    (head,) = square.users
+    return str(head.args[1].target)  # type: ignore[union-attr]
 
 
 def _is_alone(linear: fx.Node) -> bool:

@@ -12,9 +12,10 @@ from slim.compiler.passes_base import Context
 from slim.compiler.program import Program
 from slim.compiler.report import Report
 from slim.compiler.residual import Stream, find_stream, turn, untie
-from slim.passes.pruning import channels
+from slim.passes.pruning import channels, tied
 from slim.passes.pruning.budget import TooMuch, multiple_of
 from slim.passes.pruning.sites import block_parameters, block_weights
+from slim.passes.pruning.tied import Tie
 
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "n_embed", "word_embed_proj_dim", "embedding_size")
 _QUERIES = ("num_attention_heads", "n_head", "n_heads", "num_heads")
@@ -22,6 +23,36 @@ _QUERIES = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 
 class Unsaid(Exception):
     """No configuration of transformers describes the model with a narrower stream."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model holds, with the gain of a tied head's norm in the place of its matrix.
+
+    Attributes:
+        channel: by weight, the numbers that go with one channel. itemsize: of each.
+        inside: the weights of blocks. blocks, whole: the numbers that these and all hold. nbytes: of all.
+    """
+
+    channel: dict[str, float]
+    itemsize: dict[str, int]
+    inside: frozenset[str]
+    blocks: int
+    whole: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, program: Program, stream: Stream, tie: Tie | None) -> Sizes:
+        weights = program.weights
+        own = {} if tie is None else {tie.weight: weights.numel(tie.weight)}
+        channel = {name: weights.numel(name) / stream.width * n for name, n in stream.dims.items() if name not in own}
+        itemsize = {name: weights.dtype(name).itemsize for name in channel}
+        whole, nbytes = program.parameters - sum(own.values()), program.nbytes - sum(map(weights.nbytes, own))
+        if tie is not None:
+            channel[tie.gain], itemsize[tie.gain] = 1.0, tie.dtype.itemsize
+            whole, nbytes = whole + stream.width, nbytes + stream.width * tie.dtype.itemsize
+        inside = frozenset(block_weights(program)) - own.keys()
+        return cls(channel, itemsize, inside, sum(map(weights.numel, inside)), whole, nbytes)
 
 
 @dataclass(frozen=True)
@@ -40,20 +71,23 @@ class Narrowing:
     bytes: int | None
     asked_by: str
 
-    def run(self, program: Program, ctx: Context, report: Report) -> None:
+    def run(self, program: Program, tie: Tie | None, ctx: Context, report: Report) -> None:
         """Narrows the stream of ``program``, whose norms are folded.
 
         Raises:
             NoStream, TooMuch, Unsaid.
         """
         stream = find_stream(program)
-        was, blocks, whole = stream.width, block_parameters(program), program.parameters
-        left, config = self._left(program, stream)
+        sizes = Sizes.of(program, stream, tie)
+        was = stream.width
+        left, config = self._left(program, stream, sizes)
         means = channels.centre(program, stream)
         kept = left - means
         self._turn(program, stream, kept, ctx)
         missing = self._fitted(program, stream, kept, ctx, report)
         channels.delete(program, stream, kept, means)
+        if tie is not None:
+            tied.join(program, stream, tie)
         if config is not None:
             program.facts.config = config
         elif program.facts.config is not None:
@@ -61,16 +95,16 @@ class Narrowing:
         report.matched = list(stream.dims)
         report.notes.append(f"the residual stream: {was} to {left} channels{missing}")
         report.notes.append(
-            f"{blocks - block_parameters(program):,} of the {blocks:,} parameters of blocks are gone, and "
-            f"{whole - program.parameters:,} of all {whole:,}"
+            f"{sizes.blocks - block_parameters(program):,} of the {sizes.blocks:,} parameters of blocks are gone, and "
+            f"{sizes.whole - program.parameters:,} of all {sizes.whole:,}"
         )
 
     # -- how many ------------------------------------------------------------------------------------------------------
 
-    def _left(self, program: Program, stream: Stream) -> tuple[int, dict[str, Any] | None]:
+    def _left(self, program: Program, stream: Stream, sizes: Sizes) -> tuple[int, dict[str, Any] | None]:
         """How many channels stay, and the configuration that says so."""
         step = self.multiple or multiple_of(stream.width)
-        most = int(self._most(program, stream) + 1e-9) // step * step
+        most = int(self._most(stream, sizes) + 1e-9) // step * step
         if most < 2:
             raise TooMuch
         before = program.facts.config
@@ -88,19 +122,17 @@ class Narrowing:
             raise Unsaid
         return most, None
 
-    def _most(self, program: Program, stream: Stream) -> float:
+    def _most(self, stream: Stream, sizes: Sizes) -> float:
         """The number of channels at which as much as is to go is gone."""
-        weights, inside = program.weights, set(block_weights(program))
-        held = {name: weights.numel(name) / stream.width * dims for name, dims in stream.dims.items()}
         if self.ratio is not None:
-            each = sum(size for name, size in held.items() if name in inside)
-            wanted = self.ratio * block_parameters(program)
+            each = sum(size for name, size in sizes.channel.items() if name in sizes.inside)
+            wanted = self.ratio * sizes.blocks
         elif self.parameters is not None:
-            each, wanted = sum(held.values()), program.parameters - self.parameters
+            each, wanted = sum(sizes.channel.values()), sizes.whole - self.parameters
         else:
             assert self.bytes is not None
-            each = sum(size * weights.dtype(name).itemsize for name, size in held.items())
-            wanted = program.nbytes - self.bytes
+            each = sum(size * sizes.itemsize[name] for name, size in sizes.channel.items())
+            wanted = sizes.nbytes - self.bytes
         return stream.width - max(wanted, 0) / each
 
     # -- which ---------------------------------------------------------------------------------------------------------
@@ -127,7 +159,7 @@ class Narrowing:
 
 
 def untied(program: Program) -> Iterator[str]:
-    """Gives tied heads weights of their own, and says what that costs."""
+    """Gives heads that cannot stay tied weights of their own, and says what that costs."""
     for name in untie(program):
         size, nbytes = program.weights.numel(name), program.weights.nbytes(name)
         yield f"{name} is no longer tied, as norms' gains lie in it: {size:,} parameters, {nbytes:,} bytes more"
@@ -156,7 +188,8 @@ def _holds(program: Program, stream: Stream, left: int, config: dict[str, Any]) 
     except (errors.UnsupportedModel, ValueError, TypeError):
         return False
     dims, sizes = stream.dims, dict[str, int]()
-    for name in program.weights:
+    squares = {str(node.args[1].target) for node in stream.squares}  # type: ignore[union-attr]
+    for name in set(program.weights) - squares:  # that become gains
         base = facts.parts[name].base if name in facts.parts else name
         size = round(program.weights.numel(name) * (left / stream.width) ** dims.get(name, 0))
         sizes[base] = sizes.get(base, 0) + size
