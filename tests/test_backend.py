@@ -128,6 +128,15 @@ def test_an_encoder_equals_eager_with_padding() -> None:
         close(ours, model(input_ids=tokens, attention_mask=mask).last_hidden_state)
 
 
+def test_an_encoder_that_adds_a_bias_to_masked_scores_equals_eager() -> None:
+    model, tokens = zoo.build_encoder("mpnet"), torch.randint(3, 60, (2, 9))
+    mask = torch.ones_like(tokens)
+    mask[0, 6:] = 0
+    with torch.no_grad():
+        ours = compiled(model)(input_ids=tokens, attention_mask=mask).last_hidden_state
+        close(ours, model(input_ids=tokens, attention_mask=mask).last_hidden_state)
+
+
 def test_a_vision_transformer_equals_eager() -> None:
     from transformers import ViTConfig, ViTModel
 

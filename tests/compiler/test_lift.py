@@ -392,6 +392,29 @@ def test_a_mask_as_long_as_a_later_dimension_is_a_mask_too():
     assert node.kwargs.get("causal", True)
 
 
+class Biased(nn.Module):
+    """Scores with a bias by distance, where a mask that is no causal one hides keys; ``gaps`` hides more of them."""
+
+    def __init__(self, gaps):
+        super().__init__()
+        self.gaps = gaps
+
+    def forward(self, q):
+        place = torch.arange(q.shape[2])
+        apart = place[:, None] - place[None, :]
+        scores = q @ q.transpose(-1, -2) - 0.1 * apart.abs().float()[None, None]
+        scores = scores.masked_fill(~(apart % 3 == 0)[None, None], float("-inf"))
+        if self.gaps:
+            scores = scores.masked_fill(~(apart % 2 == 0)[None, None], float("-inf"))
+        return torch.softmax(scores, -1) @ q
+
+
+@pytest.mark.parametrize("gaps", [False, True])
+def test_a_mask_beside_a_bias_hides_keys_and_is_not_added(gaps):
+    program = checked(Biased(gaps), torch.randn(2, 3, 7, 8), shapes=((1, 2, 5, 8),))
+    assert len(program.attention_nodes()) == 1
+
+
 class Mlp(nn.Module):
     def __init__(self):
         super().__init__()

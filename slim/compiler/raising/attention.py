@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ def add_mask(program: Program, scores: Scores, mask: fx.Node, factor: float = 1.
     """Folds ``factor`` times one additive mask, or a boolean one, into ``scores``: as attributes where it is one."""
     mask = _mask_source(mask)
     low = factor if mask.meta["val"].dtype != torch.bool else 1.0
-    if mask.target is aten.add.Tensor and all(isinstance(a, fx.Node) for a in mask.args[:2]):
+    if mask.target is aten.add.Tensor and all(isinstance(a, fx.Node) and not _is_bool(a) for a in mask.args[:2]):
         for part in mask.args[:2]:
             add_mask(program, scores, part, factor)
         return
@@ -130,16 +131,26 @@ def _fold_visibility(m: Match) -> fx.Node | None:
     if not isinstance(bias, fx.Node):
         return None
     scores = Scores(m["q"], m["k"], causal=m["causal"], window=m["window"], key_mask=m["key_mask"], slopes=m["slopes"])
+    known = replace(scores, biases=[])
     add_mask(m.program, scores, bias)
-    if scores.biases == [bias]:
+    if replace(scores, biases=[]) == known:
         return None
     return _attention(m, scores, m["v"], sinks=m["sinks"], layer=m["layer"], scale=m["scale"], softcap=m["softcap"])
 
 
+def _together(m: Match, biases: list[fx.Node]) -> fx.Node | None:
+    """One bias for what is added to the scores and what says which keys are seen."""
+    added = [bias for bias in biases if not _is_bool(bias)]
+    seen = [bias for bias in biases if _is_bool(bias)]
+    total = reduce(partial(m.new, aten.add.Tensor), added) if added else None
+    kept = reduce(partial(m.new, aten.logical_and.default), seen) if seen else None
+    if total is None or kept is None:
+        return kept if total is None else total
+    return m.new(aten.where.ScalarOther, kept, total, torch.finfo(total.meta["val"].dtype).min)
+
+
 def _attention(m: Match, scores: Scores, v: fx.Node, **options: Any) -> fx.Node:
-    bias = None
-    for part in scores.biases:
-        bias = part if bias is None else m.new(aten.add.Tensor, bias, part)
+    bias = _together(m, scores.biases)
     options = {"sinks": None, "layer": -1, "scale": scores.scale, "softcap": scores.softcap, **options}
     sinks = options.pop("sinks")
     return m.new(
