@@ -85,6 +85,12 @@ def slim_backend(module: fx.GraphModule, examples: Sequence[Any], *, options: An
     return Pieces(module, chosen, examples)
 
 
+_MOST = 256  # pieces of one graph: what changes at every call must not be compiled at every call
+_TOO_MANY = (
+    f"a graph has been compiled for {_MOST} sizes, numbers and weights; make numbers that change tensors"
+)
+
+
 class Pieces:
     """A captured graph, compiled for each set of weights that it is called with: takes and returns what that did.
 
@@ -98,11 +104,16 @@ class Pieces:
 
     @torch.no_grad()
     def __call__(self, *arguments: Any) -> Any:
-        """Raises WeightsChanged where a weight no longer holds what was compiled, BadInput where inputs overlap."""
+        """Raises WeightsChanged where a weight no longer holds what was compiled.
+
+        Raises BadInput where inputs overlap, and where more comes than can be compiled.
+        """
         _tell_breaks()  # one at the end of a frame comes after the last graph was compiled
         for piece in self._pieces:
             if piece.is_for(arguments):
                 return piece(arguments)
+        if len(self._pieces) == _MOST:
+            raise errors.BadInput(argument="inputs", reason=_TOO_MANY)
         self._pieces.append(Piece.of(self._module, self._options, arguments))
         return self._pieces[-1](arguments)
 
@@ -134,7 +145,8 @@ class Piece:
 
     def is_for(self, arguments: Sequence[Any]) -> bool:
         shaped = all(arguments[place].shape == shape for place, shape in self.captured.shapes.items())
-        return shaped and all(arguments[place] is weight for place, weight in self.captured.frozen.items())
+        counted = all(arguments[place] == number for place, number in self.captured.numbers.items())
+        return shaped and counted and all(arguments[place] is weight for place, weight in self.captured.frozen.items())
 
     def __call__(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
         for place, weight in self.captured.frozen.items():
@@ -154,7 +166,7 @@ def _captured(module: fx.GraphModule, examples: Sequence[Any]) -> Captured:
         return capture(module, examples)
     except errors.LiftFailed as error:
         captured = capture(module, examples, fixed=True)
-        log.warning("a graph is compiled for each set of sizes that comes: %s", error)
+        log.warning("a graph is compiled for each set of sizes and numbers that comes: %s", error)
         return captured
 
 

@@ -101,7 +101,7 @@ def test_what_cannot_be_lifted_for_all_sizes_is_compiled_for_each_and_says_so(ca
         for length in (80, 120, 90, 120):
             x = torch.randn(1, 1, length)
             close(fast(x), model(x))
-    told = [message for message in caplog.messages if "for each set of sizes" in message]
+    told = [message for message in caplog.messages if "for each set of sizes and numbers" in message]
     assert len(told) == 2, "the first is compiled for its sizes by Dynamo itself, and the last is there already"
     assert "Kernel size" in told[0]
 
@@ -371,17 +371,31 @@ def test_options_of_another_type_are_refused(options: dict[str, Any]) -> None:
     assert next(iter(options)) in text
 
 
-@pytest.mark.parametrize("numbers", [(1, 2, 3), (0.1, 0.2, 0.3)], ids=["int", "float"])
-def test_numbers_that_change_are_refused_with_advice(numbers: tuple[float, ...]) -> None:
-    class Scaled(Gated):
-        def forward(self, x: Tensor, factor: float) -> Tensor:
-            return super().forward(x) * factor
+class Scaled(Gated):
+    def forward(self, x: Tensor, factor: float) -> Tensor:
+        return super().forward(x) * factor
 
+
+def test_floats_that_change_are_refused_with_advice() -> None:
     fast, x = compiled(Scaled().eval()), torch.randn(2, 5, 16)
     with torch.no_grad():
-        fast(x, numbers[0])  # the first is a constant
+        fast(x, 0.1)  # the first is a constant
         with pytest.raises(BackendCompilerFailed, match="make it a tensor"):
-            _ = [fast(x, number) for number in numbers[1:]]
+            _ = [fast(x, factor) for factor in (0.2, 0.3)]
+
+
+def test_whole_numbers_that_change_are_compiled_for_each_up_to_a_number(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, x = Scaled().eval(), torch.randn(2, 5, 16)
+    monkeypatch.setattr("slim.backend._MOST", 3)
+    fast = compiled(model)
+    with torch.no_grad():
+        for factor in (2, 3, 4, 3, 5, 5):
+            close(fast(x, factor), model(x, factor))
+        with pytest.raises(errors.BadInput, match="make numbers that change tensors"):
+            fast(x, 6)
+    assert sum("for each set of sizes and numbers" in message for message in caplog.messages) == 3
 
 
 def test_weights_made_in_inference_mode_are_compiled() -> None:

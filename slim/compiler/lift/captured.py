@@ -42,6 +42,7 @@ class Captured:
         results: how each result is made, in order.
         mutated: (place of an argument, place among the Program's outputs of what it must hold afterwards).
         shapes: place among the arguments -> the only shape that the Program takes there, where sizes are fixed.
+        numbers: place among the arguments -> the only number that it takes there.
     """
 
     program: Program | None
@@ -50,13 +51,14 @@ class Captured:
     results: tuple[Give, ...]
     mutated: tuple[tuple[int, int], ...]
     shapes: dict[int, torch.Size]
+    numbers: dict[int, int]
 
 
 def capture(module: fx.GraphModule, examples: Sequence[Any], *, fixed: bool = False) -> Captured:
     """Lifts ``module``, whose placeholders are weights, sizes and inputs, on ``examples``, one for each.
 
     Args:
-        fixed: for the sizes of ``examples`` alone, whatever Dynamo would let change.
+        fixed: for the sizes and numbers of ``examples`` alone, whatever Dynamo would let change.
 
     Raises:
         LiftFailed, UnsupportedModel: as ``lift``.
@@ -71,6 +73,7 @@ class _Capture:
         self.placeholders = self.module.graph.find_nodes(op="placeholder")
         self.places = {node: place for place, node in enumerate(self.placeholders)}
         self.frozen: dict[int, Tensor] = {}
+        self.numbers: dict[int, int] = {}
 
     def made(self) -> Captured:
         for node in self.module.graph.find_nodes(op="call_method", target="item"):
@@ -87,7 +90,7 @@ class _Capture:
         inputs = tuple(self.places[node] for node in self.module.graph.find_nodes(op="placeholder"))
         program = self._lifted(inputs) if kept or changed else None
         shapes = {place: self.examples[place].shape for place in inputs if self.fixed}
-        return Captured(program, self.frozen, inputs, gives, mutated, shapes)
+        return Captured(program, self.frozen, inputs, gives, mutated, shapes, self.numbers)
 
     # -- results -------------------------------------------------------------------------------------------------------
 
@@ -203,18 +206,26 @@ class _Capture:
             self.frozen[self.places[node]] = example
 
     def _read_sizes(self) -> None:
-        """A size among the arguments is one of a tensor's: it is read there."""
+        """A size among the arguments is one of a tensor's: it is read there. Where it is fixed, it is a number."""
         graph = self.module.graph
         for node in graph.find_nodes(op="placeholder"):
             example = node.meta.get("example_value")
             if isinstance(example, Tensor):
                 continue
-            if node.users:
+            if node.users and self.fixed:
+                node.replace_all_uses_with(self._number(self.places[node]))
+            elif node.users:
                 owner, dim = self._owner(example)
                 with graph.inserting_before(_first_operation(graph)):
                     size = graph.call_method("size", (owner, dim))
                 node.replace_all_uses_with(size)
             graph.erase_node(node)
+
+    def _number(self, place: int) -> int:
+        given = self.examples[place]
+        number: int = given.node.hint if isinstance(given, torch.SymInt) else given  # int() would fix it for Dynamo too
+        self.numbers[place] = number
+        return number
 
     def _share_sizes(self) -> None:
         """Says of sizes that are one symbol to Dynamo that they are equal, so that they are one to torch.export."""
