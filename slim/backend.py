@@ -86,9 +86,7 @@ def slim_backend(module: fx.GraphModule, examples: Sequence[Any], *, options: An
 
 
 _MOST = 256  # pieces of one graph: what changes at every call must not be compiled at every call
-_TOO_MANY = (
-    f"a graph has been compiled for {_MOST} sizes, numbers and weights; make numbers that change tensors"
-)
+_TOO_MANY = f"a graph has been compiled for {_MOST} sizes, numbers and weights; make numbers that change tensors"
 
 
 class Pieces:
