@@ -1,7 +1,7 @@
 """torch.compile with slim's backend beside PyTorch's own: an encoder with real weights (MiniLM), one interleaved run.
 
-    python -m benchmarks.torch_compile                        # batch 8 x 128, results/torch_compile.json and .md
-    python -m benchmarks.torch_compile --batch 1 --length 32 --rounds 9
+    python -m benchmarks.torch_compile                         # batch 8 x 128, results/torch_compile.json and .md
+    python -m benchmarks.torch_compile --batch 1 --length 32  # results/torch_compile-1x32.json and .md
 
 Every round times each engine in turn (A B C, A B C); best and median are printed, with how far the output is from that
 of eager. Compare numbers of one run only. slim's W8A8 holds weights as int8 and rounds rows to int8 as it runs.
@@ -22,9 +22,9 @@ import torch
 
 from benchmarks.cpu import machine
 from benchmarks.kept import write_kept
-from slim.backend import slim_backend
 
-RESULTS = Path(__file__).resolve().parent / "results" / "torch_compile.json"
+RESULTS = Path(__file__).resolve().parent / "results"
+_SHAPE = (8, 128)  # what results/torch_compile.json holds
 W8A8 = 'quantize("int8", activations="int8")'
 
 
@@ -38,8 +38,8 @@ def main() -> None:
     engines: dict[str, Callable[..., Any]] = {
         "eager": model,
         "inductor": torch.compile(model),
-        "slim, float32": torch.compile(model, backend=slim_backend),
-        "slim, W8A8": torch.compile(model, backend=slim_backend, options={"passes": W8A8}),
+        "slim, float32": torch.compile(model, backend="slim"),
+        "slim, W8A8": torch.compile(model, backend="slim", options={"passes": W8A8}),
     }
     seconds: dict[str, list[float]] = {name: [] for name in engines}
     with torch.no_grad():
@@ -71,9 +71,10 @@ def main() -> None:
         print(f"slim W8A8 is {ratio:.2f} (best), {middle:.2f} (median) times as fast as {against}")
     told = {
         "date": str(date.today()), "machine": machine(), "threads": options.threads, "torch": torch.__version__,
-        "batch": options.batch, "length": options.length, "rounds": options.rounds, "rows": rows,
+        "batch": options.batch, "length": options.length, "rounds": options.rounds,
+        "repeats": options.repeats, "rows": rows,
     }  # fmt: skip
-    write_kept(options.output, told, _table(told))
+    write_kept(options.output or _output(options), told, _table(told))
 
 
 def _table(told: dict[str, Any]) -> str:
@@ -81,8 +82,8 @@ def _table(told: dict[str, Any]) -> str:
     lines = [
         f"all-MiniLM-L6-v2 on random tokens, batch {told['batch']} x {told['length']}, {told['threads']} threads of",
         f"{told['machine']['processor']}, torch {told['torch']}, {told['date']}: one interleaved run of",
-        f"{told['rounds']} rounds. Off by: the largest difference of an output from that of eager. Cosine: of the",
-        "mean over tokens, which is the sentence's embedding, with that of eager, the worst row.",
+        f"{told['rounds']} rounds of {told['repeats']} calls each. Off by: the largest difference of an output from that",
+        "of eager. Cosine: of the mean over tokens, which is the sentence's embedding, with that of eager, the worst row.",
         "",
         "| engine | best, ms | median, ms | off by | cosine |",
         "|---|---|---|---|---|",
@@ -101,8 +102,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeats", type=int, default=5, help="calls a round (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, help="default: under results/, named by the shape")
     return parser.parse_args()
+
+
+def _output(options: argparse.Namespace) -> Path:
+    shape = (options.batch, options.length)
+    return RESULTS / ("torch_compile.json" if shape == _SHAPE else f"torch_compile-{shape[0]}x{shape[1]}.json")
 
 
 def _minilm() -> Any:

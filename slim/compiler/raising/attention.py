@@ -1,128 +1,34 @@
-"""Attention: masks folded into attributes, and sdpa or hand-written softmax(QK^T)V raised to ``slim.attention``."""
+"""Attention: sdpa, or a softmax(q k^T) v written by hand, raised to ``slim.attention``."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from functools import partial, reduce
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx
 
 from slim.compiler.program import Program
-from slim.compiler.raising.alibi import alibi_slopes
-from slim.compiler.raising.cleanup import CASTS, COPIES
-from slim.compiler.raising.masks import HIDDEN, key_mask, static_gate, static_mask
+from slim.compiler.raising.cleanup import COPIES
+from slim.compiler.raising.masks import HIDDEN, static_gate
+from slim.compiler.raising.scores import (
+    TRANSPARENT,
+    WHERE,
+    Scores,
+    add_mask,
+    hides,
+    is_bool,
+    mask_source,
+    number_of,
+    peel,
+    shape_of,
+    together,
+)
 from slim.compiler.rules import Either, Match, Near, NearMiss, Pattern, Rule, Through, argument, call
 
 aten, slim = torch.ops.aten, torch.ops.slim
 ATTENTION = slim.attention.default
-_TRANSPARENT = CASTS | COPIES | {aten.expand.default, aten.nan_to_num.default}
-_WHERE = frozenset({aten.where.self, aten.where.Scalar, aten.where.ScalarOther, aten.where.ScalarSelf})
 _MATMULS = frozenset({aten.matmul.default, aten.bmm.default})
-
-
-def _shape(node: fx.Node) -> list[Any]:
-    return list(node.meta["val"].shape)
-
-
-def _peel(node: Any, targets: frozenset[Any] = _TRANSPARENT) -> Any:
-    while isinstance(node, fx.Node) and node.target in targets:
-        node = node.args[0]
-    return node
-
-
-@dataclass
-class Scores:
-    """What is known of the scores of an attention, read from the softmax down to q k^T."""
-
-    q: fx.Node | None = None
-    k: fx.Node | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-    causal: bool = False
-    window: int | None = None
-    key_mask: fx.Node | None = None
-    slopes: fx.Node | None = None
-    biases: list[fx.Node] = field(default_factory=list)
-
-
-# -- masks -------------------------------------------------------------------------------------------------------------
-
-
-def add_mask(program: Program, scores: Scores, mask: fx.Node, factor: float = 1.0) -> None:
-    """Folds ``factor`` times one additive mask, or a boolean one, into ``scores``: as attributes where it is one."""
-    mask = _mask_source(mask)
-    low = factor if mask.meta["val"].dtype != torch.bool else 1.0
-    if mask.target is aten.add.Tensor and all(isinstance(a, fx.Node) and not _is_bool(a) for a in mask.args[:2]):
-        for part in mask.args[:2]:
-            add_mask(program, scores, part, factor)
-        return
-    if mask.target is aten.zeros.default:
-        return
-    if mask.target in _WHERE and _hides(program, mask.args[2], factor) and _number_of(program, mask.args[1]) == 0:
-        return add_mask(program, scores, mask.args[0])
-    if mask.target is slim.visibility.default:
-        _hide_keys(program, scores, argument(mask, "key_mask"), mask)
-        scores.causal |= argument(mask, "causal")
-        scores.window = _narrower(scores.window, argument(mask, "window"))
-        return
-    padding = key_mask(program, mask, low)
-    if padding is not None:
-        _hide_keys(program, scores, padding, mask)
-        return
-    static = static_mask(program, mask, low)
-    if static is not None:
-        scores.causal, scores.window = scores.causal or static[0], _narrower(scores.window, static[1])
-        return
-    slopes = alibi_slopes(program, mask, factor)
-    if slopes is not None and scores.slopes is None:
-        scores.slopes = slopes
-        return
-    if len(_shape(mask)) != 4:
-        raise NearMiss(f"it adds {mask.name}, which is not [batch, heads, queries, keys]")
-    if low != 1.0:
-        mask = program.insert(mask.next, aten.mul.Tensor, mask, low, like=mask)
-    scores.biases.append(mask)
-
-
-def _hide_keys(program: Program, scores: Scores, mask: fx.Node | None, at: fx.Node) -> None:
-    """Adds a key mask [B, S], of any type, to the one there is."""
-    if mask is None or mask is scores.key_mask:
-        return
-    if mask.meta["val"].dtype != torch.bool:
-        mask = program.insert(at.next, aten._to_copy.default, mask, dtype=torch.bool, like=at)
-    if scores.key_mask is not None:
-        anchor = max(mask, scores.key_mask, at)
-        mask = program.insert(anchor.next, aten.logical_and.default, scores.key_mask, mask, like=at)
-    scores.key_mask = mask
-
-
-def _hides(program: Program, value: Any, factor: float = 1.0) -> bool:
-    """Whether adding ``factor`` times ``value`` to a score takes the key out of the softmax."""
-    number = _number_of(program, value)
-    return number is not None and number * factor <= HIDDEN
-
-
-def _mask_source(mask: fx.Node) -> fx.Node:
-    """The mask before it was cast, expanded, or cut to the length of the keys (which it has)."""
-    while True:
-        inner = mask
-        while inner.target in _TRANSPARENT and _is_bool(inner) == _is_bool(inner.args[0]):
-            inner = inner.args[0]  # but a cast from numbers to truth, or back, says something else
-        if inner.target is aten.slice.Tensor and _shape(inner) == _shape(inner.args[0]):
-            inner = inner.args[0]
-        if inner is mask:
-            return mask
-        mask = inner
-
-
-def _is_bool(node: fx.Node) -> bool:
-    return bool(node.meta["val"].dtype == torch.bool)
-
-
-def _narrower(a: int | None, b: int | None) -> int | None:
-    return b if a is None else a if b is None else min(a, b)
 
 
 def _fold_visibility(m: Match) -> fx.Node | None:
@@ -138,19 +44,8 @@ def _fold_visibility(m: Match) -> fx.Node | None:
     return _attention(m, scores, m["v"], sinks=m["sinks"], layer=m["layer"], scale=m["scale"], softcap=m["softcap"])
 
 
-def _together(m: Match, biases: list[fx.Node]) -> fx.Node | None:
-    """One bias for what is added to the scores and what says which keys are seen."""
-    added = [bias for bias in biases if not _is_bool(bias)]
-    seen = [bias for bias in biases if _is_bool(bias)]
-    total = reduce(partial(m.new, aten.add.Tensor), added) if added else None
-    kept = reduce(partial(m.new, aten.logical_and.default), seen) if seen else None
-    if total is None or kept is None:
-        return kept if total is None else total
-    return m.new(aten.where.ScalarOther, kept, total, torch.finfo(total.meta["val"].dtype).min)
-
-
 def _attention(m: Match, scores: Scores, v: fx.Node, **options: Any) -> fx.Node:
-    bias = _together(m, scores.biases)
+    bias = together(m, scores.biases)
     options = {"sinks": None, "layer": -1, "scale": scores.scale, "softcap": scores.softcap, **options}
     sinks = options.pop("sinks")
     return m.new(
@@ -173,8 +68,8 @@ def _attention(m: Match, scores: Scores, v: fx.Node, **options: Any) -> fx.Node:
 
 def _from_sdpa(m: Match) -> fx.Node | None:
     q, k, v = m["q"], m["k"], m["v"]
-    if len(_shape(q)) != 4:
-        raise NearMiss(f"its queries have {len(_shape(q))} dimensions, not 4 (batch, heads, length, width)")
+    if len(shape_of(q)) != 4:
+        raise NearMiss(f"its queries have {len(shape_of(q))} dimensions, not 4 (batch, heads, length, width)")
     if m["dropout"]:
         raise NearMiss("it drops out")
     scale = m["scale"] if m["scale"] is not None else float(q.meta["val"].shape[-1]) ** -0.5
@@ -204,7 +99,7 @@ def _from_softmax(m: Match) -> fx.Node | None:
     probabilities, v = m["p"], m["v"]
     if _peel_scores(m.node.args[0]) is not probabilities:
         raise NearMiss("its probabilities are reshaped between softmax and product")
-    if argument(probabilities, "dim") not in (-1, len(_shape(probabilities)) - 1):
+    if argument(probabilities, "dim") not in (-1, len(shape_of(probabilities)) - 1):
         raise NearMiss("its softmax is not over the keys")
     scores = Scores()
     _read_scores(m.program, probabilities.args[0], scores)
@@ -212,17 +107,17 @@ def _from_softmax(m: Match) -> fx.Node | None:
     q, k, v = (_four_dimensional(x) for x in (scores.q, scores.k, v))
     scores.q, scores.k = q, unrepeated(k)
     out = _attention(m, scores, unrepeated(v))
-    if len(_shape(m.node)) == 4:
+    if len(shape_of(m.node)) == 4:
         return out
     shape: Any = flat.args[1]
-    return m.new(aten.reshape.default, out, [*shape[:2], _shape(v)[-1]])
+    return m.new(aten.reshape.default, out, [*shape[:2], shape_of(v)[-1]])
 
 
 def _four_dimensional(x: fx.Node | None) -> fx.Node:
     """x as [batch, heads, length, width], also where batch and heads were made one dimension for bmm."""
-    if x is not None and len(_shape(x)) == 3 and x.target is aten.reshape.default:
+    if x is not None and len(shape_of(x)) == 3 and x.target is aten.reshape.default:
         x = x.args[0]
-    if x is None or len(_shape(x)) != 4:
+    if x is None or len(shape_of(x)) != 4:
         raise NearMiss("queries, keys and values are not [batch, heads, length, width]")
     return x
 
@@ -231,10 +126,10 @@ def _read_scores(program: Program, node: Any, scores: Scores, factor: float = 1.
     """Walks from the softmax to q k^T, collecting what happens on the way; ``factor`` scales all of it."""
     node = _peel_scores(node)
     left, right = (*node.args, None, None)[:2]
-    number = _number_of(program, right)
+    number = number_of(program, right)
     if node.target is aten.add.Tensor and isinstance(right, fx.Node):
         inner, mask = (left, right) if _leads_to_matmul(left) else (right, left)
-        if argument(node, "alpha") != 1 or _is_bool(_peel(mask)):
+        if argument(node, "alpha") != 1 or is_bool(peel(mask)):
             raise NearMiss(f"it adds {mask.name}, which is scaled or boolean")
         add_mask(program, scores, mask, factor)
         _read_scores(program, inner, scores, factor)
@@ -247,12 +142,12 @@ def _read_scores(program: Program, node: Any, scores: Scores, factor: float = 1.
         _read_scores(program, left, scores, factor / number)
     elif node.target is aten.mul.Tensor and static_gate(program, right) == (scores.causal, scores.window):
         _read_scores(program, left, scores, factor)  # what it multiplies by 0 is hidden already
-    elif node.target in (aten.max.other, aten.maximum.default) and _hides(program, right, factor):
+    elif node.target in (aten.max.other, aten.maximum.default) and hides(program, right, factor):
         _read_scores(program, left, scores, factor)  # it keeps scores finite, and what it raises is hidden still
-    elif node.target in _WHERE and _hides(program, node.args[2], factor):
+    elif node.target in WHERE and hides(program, node.args[2], factor):
         add_mask(program, scores, left)
         _read_scores(program, right, scores, factor)
-    elif node.target is aten.masked_fill.Scalar and _hides(program, node.args[2], factor):
+    elif node.target is aten.masked_fill.Scalar and hides(program, node.args[2], factor):
         add_mask(program, scores, _negated(program, right))
         _read_scores(program, left, scores, factor)
     elif node.target in _MATMULS:
@@ -267,8 +162,8 @@ def _why_not(program: Program, node: fx.Node, factor: float) -> str:
     others = [other for other in node.args[1:] if isinstance(other, fx.Node)]
     if node.target in (aten.mul.Tensor, aten.div.Tensor) and others:
         return f"its scores are scaled by {others[0].name}, which is no number"
-    if node.target in _WHERE or node.target is aten.masked_fill.Scalar:
-        value = _number_of(program, node.args[2])
+    if node.target in WHERE or node.target is aten.masked_fill.Scalar:
+        value = number_of(program, node.args[2])
         held = "what is no number" if value is None else f"{value * factor:g}"
         return f"its mask puts {held} where a key is hidden, which softmax sees unless it is {HIDDEN:g} or less"
     return f"its scores pass through {node.target}"
@@ -278,7 +173,7 @@ def _negated(program: Program, hidden: Any) -> fx.Node:
     """The mask whose negation ``hidden`` is: by a not, or by being an additive mask where it is not zero."""
     if isinstance(hidden, fx.Node) and hidden.target in (aten.bitwise_not.default, aten.logical_not.default):
         return hidden.args[0]
-    source = _mask_source(hidden) if isinstance(hidden, fx.Node) else hidden
+    source = mask_source(hidden) if isinstance(hidden, fx.Node) else hidden
     if source.target is slim.visibility.default and argument(source, "additive") is not None:
         return source
     if isinstance(hidden, fx.Node) and hidden.meta["val"].dtype == torch.bool:
@@ -288,14 +183,14 @@ def _negated(program: Program, hidden: Any) -> fx.Node:
 
 def _peel_scores(node: Any) -> Any:
     """Scores seen through casts, copies, and reshapes that only merge or part batch and heads."""
-    node = _peel(node)
+    node = peel(node)
     while node.target is aten.reshape.default and _sizes(node)[-2:] == _sizes(node.args[0])[-2:]:
-        node = _peel(node.args[0])
+        node = peel(node.args[0])
     return node
 
 
 def _sizes(node: fx.Node) -> list[str]:
-    return [str(size) for size in _shape(node)]
+    return [str(size) for size in shape_of(node)]
 
 
 _ON_THE_WAY = frozenset(
@@ -304,7 +199,7 @@ _ON_THE_WAY = frozenset(
         aten.div.Tensor,
         aten.add.Tensor,
         aten.sub.Tensor,
-        *_WHERE,
+        *WHERE,
         aten.masked_fill.Scalar,
         aten.max.other,
     }
@@ -320,27 +215,15 @@ def _leads_to_matmul(node: Any) -> bool:
     return node.target in _ON_THE_WAY and any(_leads_to_matmul(argument) for argument in node.args)
 
 
-def _number_of(program: Program, value: Any) -> float | None:
-    """The value of a number, or of a constant tensor with one element."""
-    if isinstance(value, (int, float)):
-        return float(value)
-    name = program.weight_of(_peel(value))
-    if name is not None and program.weights.numel(name) == 1:
-        return float(program.weights[name])
-    if isinstance(value, fx.Node) and value.target is aten.full.default and not argument(value, "size"):
-        return float(argument(value, "fill_value"))
-    return None
-
-
 def _unscaled(program: Program, q: Any, scores: Scores) -> Any:
-    q = _peel(q, COPIES | {aten.expand.default})
+    q = peel(q, COPIES | {aten.expand.default})
     if q.target in (aten.mul.Tensor, aten.mul.Scalar):
-        factor = _number_of(program, q.args[1])
+        factor = number_of(program, q.args[1])
         if factor is not None:
             scores.scale *= factor
             return _unscaled(program, q.args[0], scores)
     if q.target in (aten.div.Tensor, aten.div.Scalar):
-        factor = _number_of(program, q.args[1])
+        factor = number_of(program, q.args[1])
         if factor is not None:
             scores.scale /= factor
             return _unscaled(program, q.args[0], scores)
@@ -350,7 +233,7 @@ def _unscaled(program: Program, q: Any, scores: Scores) -> Any:
 def _transposed(program: Program, k: Any, scores: Scores) -> fx.Node:
     """k, given k^T."""
     k = _unscaled(program, k, scores)
-    rank = len(_shape(k))
+    rank = len(shape_of(k))
     if k.target is aten.transpose.int and sorted(d % rank for d in k.args[1:3]) == [rank - 2, rank - 1]:
         return _unscaled(program, k.args[0], scores)
     if k.target is aten.permute.default:
@@ -370,14 +253,14 @@ _WRITTEN_OUT = call(aten.div.Tensor, args=(_EXP, call(aten.sum.dim_IntList, args
 
 
 def _seen_through(inner: Pattern) -> Pattern:
-    return Through(_TRANSPARENT | {aten.reshape.default}, inner)
+    return Through(TRANSPARENT | {aten.reshape.default}, inner)
 
 
 def _changed(inner: Pattern) -> Pattern:
     """What is done to probabilities number by number."""
     pairs = call(aten.mul.Tensor, aten.add.Tensor, args=(inner, "by"), commutes=True, name="changed")
     rest = call(aten.div.Tensor, aten.sub.Tensor, aten.masked_fill.Scalar, args=(inner,), name="changed")
-    return Either((pairs, rest, call(*_WHERE, args=("by", inner), name="changed")))
+    return Either((pairs, rest, call(*WHERE, args=("by", inner), name="changed")))
 
 
 ATTENTION_RULES = (
