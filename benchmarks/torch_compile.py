@@ -82,8 +82,8 @@ def _table(told: dict[str, Any]) -> str:
     lines = [
         f"all-MiniLM-L6-v2 on random tokens, batch {told['batch']} x {told['length']}, {told['threads']} threads of",
         f"{told['machine']['processor']}, torch {told['torch']}, {told['date']}: one interleaved run of",
-        f"{told['rounds']} rounds of {told['repeats']} calls each. Off by: the largest difference of an output from that",
-        "of eager. Cosine: of the mean over tokens, which is the sentence's embedding, with that of eager, the worst row.",
+        f"{told['rounds']} rounds of {told['repeats']} calls each. Off by: the largest difference of an output from",
+        "eager's. Cosine: of the mean over tokens, which is the sentence's embedding, with eager's, the worst row.",
         "",
         "| engine | best, ms | median, ms | off by | cosine |",
         "|---|---|---|---|---|",

@@ -8,6 +8,8 @@ compute, a warning names the reason.
 from __future__ import annotations
 
 import logging
+import operator
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -98,7 +100,10 @@ class Pieces:
 
     def __init__(self, module: fx.GraphModule, options: Options, examples: Sequence[Any]) -> None:
         self._module, self._options = module, options
-        self._pieces = [Piece.of(module, options, examples)]
+        self._closed: errors.LiftFailed | None = None  # why sizes cannot be left open
+        self._pieces: list[Piece | _Nothing] = []
+        self._lock = threading.Lock()  # two threads must not compile the same twice
+        self._add(examples)
 
     @torch.no_grad()
     def __call__(self, *arguments: Any) -> Any:
@@ -107,13 +112,32 @@ class Pieces:
         Raises BadInput where inputs overlap, and where more comes than can be compiled.
         """
         _tell_breaks()  # one at the end of a frame comes after the last graph was compiled
-        for piece in self._pieces:
-            if piece.is_for(arguments):
-                return piece(arguments)
+        piece = self._found(arguments)
+        if piece is None:
+            with self._lock:
+                piece = self._found(arguments) or self._add(arguments)
+        return piece(arguments)
+
+    def _found(self, arguments: Sequence[Any]) -> Piece | _Nothing | None:
+        return next((piece for piece in self._pieces if piece.is_for(arguments)), None)
+
+    def _add(self, arguments: Sequence[Any]) -> Piece | _Nothing:
         if len(self._pieces) == _MOST:
             raise errors.BadInput(argument="inputs", reason=_TOO_MANY)
-        self._pieces.append(Piece.of(self._module, self._options, arguments))
-        return self._pieces[-1](arguments)
+        captured = self._captured(arguments)
+        self._pieces.append(Piece.of(captured, self._module, self._options, arguments))
+        return self._pieces[-1]
+
+    def _captured(self, arguments: Sequence[Any]) -> Captured:
+        """For all sizes that Dynamo lets change; where that cannot be lifted, for these alone, with a warning."""
+        if self._closed is None:
+            try:
+                return capture(self._module, arguments)
+            except errors.LiftFailed as error:
+                self._closed = error
+        captured = capture(self._module, arguments, fixed=True)
+        log.warning("a graph is compiled for each set of sizes and numbers that comes: %s", self._closed)
+        return captured
 
 
 class Piece:
@@ -124,9 +148,10 @@ class Piece:
         self._versions = {place: _version(weight) for place, weight in captured.frozen.items()}
 
     @classmethod
-    def of(cls, module: fx.GraphModule, options: Options, examples: Sequence[Any]) -> Piece | _Nothing:
+    def of(
+        cls, captured: Captured, module: fx.GraphModule, options: Options, examples: Sequence[Any]
+    ) -> Piece | _Nothing:
         passes, target = as_passes(options.passes), select(options.target)
-        captured = _captured(module, examples)
         if captured.program is None:
             log.warning("a captured graph computes nothing: all that it returns are its inputs, or views of them")
             return _Nothing(module)
@@ -156,16 +181,6 @@ class Piece:
         for place, output in self.captured.mutated:
             arguments[place].copy_(outputs[output])
         return tuple(give(arguments, outputs) for give in self.captured.results)
-
-
-def _captured(module: fx.GraphModule, examples: Sequence[Any]) -> Captured:
-    """For all sizes that Dynamo lets change; where that cannot be lifted, for those of ``examples``, with a warning."""
-    try:
-        return capture(module, examples)
-    except errors.LiftFailed as error:
-        captured = capture(module, examples, fixed=True)
-        log.warning("a graph is compiled for each set of sizes and numbers that comes: %s", error)
-        return captured
 
 
 class _Nothing:
@@ -205,18 +220,18 @@ def _extent(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
-_told = 0  # how many of Dynamo's graph breaks have been told of
+_told: list[Any] = []  # the graph breaks that have been told of
 
 
 def _tell_breaks() -> None:
     """Warns of the graph breaks that came since it was last asked; Dynamo forgets them when it is reset."""
-    global _told
     from torch._dynamo.utils import graph_break_reasons
 
-    _told = min(_told, len(graph_break_reasons))
-    for number, found in enumerate(graph_break_reasons[_told:], _told + 1):
+    known = len(_told) if all(map(operator.is_, _told, graph_break_reasons)) else 0
+    known = min(known, len(graph_break_reasons))
+    for number, found in enumerate(graph_break_reasons[known:], known + 1):
         log.warning("graph break %d%s: PyTorch runs what lies between two graphs: %s", number, _at(found), _why(found))
-    _told = len(graph_break_reasons)
+    _told[:] = graph_break_reasons
 
 
 def _at(found: Any) -> str:

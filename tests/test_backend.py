@@ -3,6 +3,7 @@
 import logging
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from benchmarks import zoo
-from slim import errors
+from slim import backend, errors
 from slim.backend import slim_backend
 
 
@@ -176,6 +177,36 @@ def test_fullgraph_works_and_a_graph_break_is_named(caplog: pytest.LogCaptureFix
     with torch.no_grad():
         whole = Gated().eval()
         close(torch.compile(whole, backend=slim_backend, fullgraph=True)(x), whole(x))
+
+
+def test_a_graph_break_is_told_anew_after_a_reset(caplog: pytest.LogCaptureFixture) -> None:
+    def breaking(x: Tensor) -> Tensor:
+        x = x * 2
+        torch._dynamo.graph_break()
+        return x + 1
+
+    for _ in range(2):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.compile(breaking, backend=slim_backend)(torch.ones(3))
+    assert sum("graph break 1 at " in message for message in caplog.messages) == 2
+
+
+def test_threads_compile_a_graph_once_for_each_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    models, x = [Gated().eval() for _ in range(2)], torch.randn(2, 5, 16)
+    fast, made = [compiled(model) for model in models], []
+    with torch.no_grad():
+        fast[0](x)
+    of = backend.Piece.of
+    monkeypatch.setattr(backend.Piece, "of", lambda *given: made.append(1) or of(*given))
+
+    @torch.no_grad()
+    def difference(_: int) -> float:
+        return float((fast[1](x) - models[1](x)).abs().max())
+
+    with ThreadPoolExecutor(4) as pool:
+        assert max(pool.map(difference, range(8))) < 1e-4
+    assert len(made) == 1
 
 
 def test_passes_are_applied() -> None:
