@@ -144,6 +144,29 @@ class Slot:
         return self.heads * sum(-(-math.prod(t.width) * t.dtype.itemsize // t.tokens) for t in self.tensors)
 
 
+@dataclass(frozen=True)
+class CacheStats:
+    """What a cache holds: tokens of each row, padding included; tokens there is memory for; bytes of that memory."""
+
+    held: int
+    capacity: int
+    nbytes: int
+
+
+def check_truncate(length: int) -> None:
+    """Raises BadInput for what is no number of tokens."""
+    if not isinstance(length, int) or isinstance(length, bool) or length < 0:
+        raise errors.BadInput(argument="length", reason=f"{length!r} is no number of tokens", of="cache.truncate")
+
+
+def check_fork(order: Sequence[int], batch: int) -> None:
+    """Raises BadInput for an order that names a row that there is not."""
+    for row in order:
+        if not isinstance(row, int) or isinstance(row, bool) or not 0 <= row < batch:
+            reason = f"{row!r} is no row; there are {batch}, from 0 on"
+            raise errors.BadInput(argument="order", reason=reason, of="cache.fork")
+
+
 _ROOM = 64  # tokens to make room for at least, so that a short prompt does not grow at once
 
 
@@ -237,6 +260,31 @@ class KVCache:
     def advance(self, tokens: int) -> None:
         """Counts ``tokens`` as held, once a step has written them."""
         self.length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens of each row from ``length`` on: what was tried and not taken is rolled back.
+
+        Raises:
+            BadInput: below zero.
+        """
+        check_truncate(length)
+        self.length = min(self.length, length)
+
+    def fork(self, order: Sequence[int]) -> None:
+        """Row i becomes a copy of row ``order[i]``, as beams do; there may be more rows than before, or fewer.
+
+        Raises:
+            BadInput: for a row that there is not.
+        """
+        check_fork(order, self.batch)
+        rows = torch.tensor(list(order), dtype=torch.int64, device=self.device)
+        for index, tensor in enumerate(self.tensors):
+            self.tensors[index] = tensor[rows]  # one at a time, so that only one is held twice
+        self.mask, self.batch = self.mask[rows], len(rows)
+
+    def stats(self) -> CacheStats:
+        """Tokens held, tokens there is memory for, and bytes."""
+        return CacheStats(held=self.length, capacity=self.capacity, nbytes=self.nbytes)
 
     def reset(self) -> None:
         """Forgets all tokens and keeps the memory."""

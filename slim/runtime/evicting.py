@@ -9,27 +9,26 @@ import torch
 from torch import Tensor
 
 from slim import errors
-from slim.runtime.cache import KVCache, Slot
+from slim.runtime.cache import CacheStats, KVCache, Slot, check_truncate
 from slim.runtime.eviction import Eviction
 
 _CHUNK = 512  # tokens of a prompt that are run at a time, beyond what fits
 
 
 @dataclass(frozen=True)
-class EvictionStats:
-    """What a cache holds. ``seen``, ``held`` and ``evicted`` count tokens of each head of each row, padding included.
+class EvictionStats(CacheStats):
+    """What a cache holds; tokens are those of each head of each row, padding included.
 
     Attributes:
+        budget: tokens that are held at most.
+        seen, evicted: tokens that came, and those of them that left.
         choices: how often tokens were chosen to leave.
-        nbytes: memory, room to grow included.
     """
 
     budget: int
     seen: int
-    held: int
     evicted: int
     choices: int
-    nbytes: int
 
 
 class EvictingKVCache(KVCache):
@@ -77,8 +76,10 @@ class EvictingKVCache(KVCache):
 
     def stats(self) -> EvictionStats:
         """Tokens seen, held and evicted, how often was chosen, and bytes."""
-        evicted = self.seen - self.length
-        return EvictionStats(self.eviction.budget, self.seen, self.length, evicted, self.choices, self.nbytes)
+        return EvictionStats(
+            held=self.length, capacity=self.capacity, nbytes=self.nbytes, budget=self.eviction.budget,
+            seen=self.seen, evicted=self.seen - self.length, choices=self.choices,
+        )  # fmt: skip
 
     def held(self, slot: int) -> Tensor:
         """The indices of the tokens that each head of a slot holds, int64 [B, G, length], from old to new."""
@@ -92,17 +93,16 @@ class EvictingKVCache(KVCache):
 
         Tokens that left are gone, and what those to be forgotten paid to others cannot be taken back.
         """
+        check_truncate(length)
         if length < self.seen:
             reason = f"a cache with eviction={self.eviction.kind!r} has let tokens go and has counted the attention of "
             raise errors.CacheUnsupported(reason=reason + "those that are to be forgotten, so it cannot go back")
 
     def fork(self, order: Sequence[int]) -> None:
-        """Row i becomes a copy of row ``order[i]``, as beams do."""
-        rows = torch.tensor(list(order), device=self.device)
-        self.tensors = [tensor[rows] for tensor in self.tensors]
+        super().fork(order)
+        rows = torch.tensor(list(order), dtype=torch.int64, device=self.device)
         self._chosen = [chosen[rows] for chosen in self._chosen]
         self._columns = None if self._columns is None else self._columns[rows]
-        self.mask, self.batch = self.mask[rows], len(rows)
 
     def reset(self) -> None:
         super().reset()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from slim import errors
 from slim.runtime.binding import Paging
-from slim.runtime.cache import KVCacheConfig, Slot
+from slim.runtime.cache import KVCacheConfig, Slot, check_fork, check_truncate
 from slim.runtime.pages import PAGE, PagePool, Row, Stats, stats
 
 _CHUNK = 512  # tokens of a prompt that go into a ring at a time
@@ -169,6 +169,7 @@ class PagedKVCache:
             CacheUnsupported: for a ring, whose pages are written in place.
         """
         self._refuse_ring("fork")
+        check_fork(order, self.batch)
         rows = [self.rows[index].fork() for index in order]
         for row in self.rows:
             row.free()
@@ -185,6 +186,7 @@ class PagedKVCache:
         Raises:
             CacheUnsupported: for a ring that has overwritten what it would have to see again.
         """
+        check_truncate(length)
         if length >= self.length:
             return
         gone = self.mask[:, length:].sum(1).tolist()

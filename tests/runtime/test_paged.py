@@ -50,33 +50,58 @@ def test_quantised_pages_hold_what_one_tensor_a_layer_holds(bits: str) -> None:
     assert torch.equal(compiled("llama", "auto", config).generate(tokens, **options), wanted)
 
 
-def test_beams_fork_and_only_what_differs_is_held_twice() -> None:
+KINDS = {"contiguous": KVCacheConfig(), "int8": KVCacheConfig(dtype="int8"), "paged": PAGED}
+
+
+def test_beams_that_fork_hold_twice_only_what_differs() -> None:
     model = compiled("llama", "eager", PAGED)
-    tokens, _ = prompt(padded=False)
     cache = model.new_cache(3)
-    model(tokens, past_key_values=cache)
+    model(prompt(padded=False)[0], past_key_values=cache)
     cache.fork([1, 1, 0])
     assert cache.stats().shared == 1
-    step = torch.tensor([[5], [6], [7]])
-    got = model(step, past_key_values=cache).logits[:, 0]
-    rows = [torch.cat([tokens[i], step[n]]) for n, i in enumerate((1, 1, 0))]
-    assert difference(got, torch.stack([model(row[None]).logits[0, -1] for row in rows])) < 1e-5
+    model(torch.tensor([[5], [6], [7]]), past_key_values=cache)
     assert cache.stats().copies == 1
 
 
-def test_what_was_tried_is_rolled_back() -> None:
-    model = compiled("llama", "eager", PAGED)
-    tokens, mask = prompt()
+@pytest.mark.parametrize("kind", KINDS)
+def test_forked_rows_go_on_as_their_originals_would(kind: str) -> None:
+    model = compiled("llama", "eager", KINDS[kind])
+    tokens, _ = prompt(padded=False)
     cache = model.new_cache(3)
-    model(tokens, attention_mask=mask, past_key_values=cache)
+    model(tokens, past_key_values=cache)
+    order, step = [1, 1, 0, 2], torch.tensor([[5], [6], [7], [8]])
+    cache.fork(order)
+    got = model(step, past_key_values=cache).logits[:, 0]
+    fresh = model.new_cache(4)
+    model(tokens[order], past_key_values=fresh)
+    assert difference(got, model(step, past_key_values=fresh).logits[:, 0]) < 1e-5
+    assert cache.batch == 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_tried_is_rolled_back(kind: str) -> None:
+    model = compiled("llama", "eager", KINDS[kind])
+    tokens, mask = prompt()
+    cache, fresh = model.new_cache(3), model.new_cache(3)
+    for each in (cache, fresh):
+        model(tokens, attention_mask=mask, past_key_values=each)
     model(torch.full((3, 70), 5), past_key_values=cache)
     cache.truncate(tokens.shape[1])
     step = torch.tensor([[5], [6], [7]])
-    again = model(step, past_key_values=cache).logits
-    wide = torch.cat([mask, torch.ones(3, 1, dtype=torch.long)], 1)
-    whole = model(torch.cat([tokens, step], 1), attention_mask=wide).logits[:, -1:]
-    assert difference(again, whole) < 1e-5
-    assert [row.length for row in cache.rows] == wide.sum(1).tolist()
+    again, once = (model(step, past_key_values=each).logits for each in (cache, fresh))
+    assert difference(again, once) < 1e-5
+    assert cache.get_seq_length() == fresh.get_seq_length() == tokens.shape[1] + 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_and_lengths_that_there_are_not_are_refused(kind: str) -> None:
+    cache = compiled("llama", "eager", KINDS[kind]).new_cache(2)
+    for order in ([0, 2], [-1], [True]):
+        with pytest.raises(errors.BadInput, match="is no row; there are 2"):
+            cache.fork(order)
+    for length in (-1, 2.5, None):
+        with pytest.raises(errors.BadInput, match="is no number of tokens"):
+            cache.truncate(length)  # type: ignore[arg-type]
 
 
 # -- rings -------------------------------------------------------------------------------------------------------------
