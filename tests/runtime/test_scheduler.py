@@ -1,6 +1,7 @@
 """Continuous batching: whatever comes, goes, forks or is cancelled, each request gets the tokens it gets alone."""
 
 import random
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -99,44 +100,42 @@ def test_first_come_is_first_served_and_nobody_starves(model: CompiledModel) -> 
     assert [r for r in order if r is not large] == small
 
 
+PROMPTS = [make_prompt(random.Random(seed), 90) for seed in range(24)]
+
+
 def test_a_thousand_random_schedules_leak_nothing_and_change_nobody_s_tokens(model: CompiledModel) -> None:
-    """A thousand events over the lives of 25 schedulers: submissions, forks, cancellations, work."""
-    known: dict[tuple[tuple[int, ...], int], list[int]] = {}
-    events = 0
-    for seed in range(25):
+    known = {(n, limit): alone(model, PROMPTS[n], limit) for n in range(len(PROMPTS)) for limit in (1, 5, 40)}
+    met: Counter[str] = Counter()
+    for seed in range(1000):
         rng = random.Random(seed)
         scheduler = Scheduler(
-            model, max_tokens=rng.choice([4, 6, 12]) * PAGE, max_batch=rng.randint(1, 6),
+            model, max_tokens=rng.choice([3, 3, 6]) * PAGE, max_batch=rng.randint(1, 4),
             chunk=rng.choice([16, 64, 200]), eos_token_id=EOS, share_prefixes=rng.random() < 0.5,
         )  # fmt: skip
-        requests: list[Request] = []
-        pool = [make_prompt(rng, 150) for _ in range(3)]
-        while events < 40 * (seed + 1):
-            events += 1
-            action = rng.random()
-            live = [request for request in requests if not request.done]
-            if action < 0.4:
-                requests.append(scheduler.submit(rng.choice(pool), rng.choice([1, 5, 20])))
-            elif action < 0.5 and live:
-                requests.append(scheduler.fork(rng.choice(live)))
-            elif action < 0.6 and live:
-                rng.choice(live).cancel()
+        requests: list[tuple[Request, list[int]]] = []
+        for _ in range(rng.randint(3, 9)):
+            action, live = rng.random(), [each for each in requests if not each[0].done]
+            if action < 0.4 or not requests:
+                key = rng.randrange(len(PROMPTS)), rng.choice([1, 5, 40])
+                requests.append((scheduler.submit(PROMPTS[key[0]], key[1]), known[key]))
+            elif action < 0.55 and live:
+                request, wanted = rng.choice(live)
+                requests.append((scheduler.fork(request), wanted))
+            elif action < 0.7 and live:
+                rng.choice(live)[0].cancel()
             else:
                 scheduler.advance()
         scheduler.run()
-        assert all(request.done for request in requests)
-        for request in requests:
-            key = (tuple(request.prompt), request.limit)
-            if key not in known:
-                known[key] = alone(model, request.prompt, request.limit)
-            if request.state == "finished":
-                assert request.tokens == known[key]
-            else:
-                assert request.tokens == known[key][: len(request.tokens)]
+        for request, wanted in requests:
+            assert request.done
+            assert request.tokens == (wanted if request.state == "finished" else wanted[: len(request.tokens)])
+            met.update({request.state: 1, "preempted": request.preempted})
         if scheduler.prefixes is not None:
+            met["shared"] += scheduler.prefixes.hits
             scheduler.prefixes.clear()
         assert scheduler.pool.free == scheduler.pool.pages
         assert not any(scheduler.pool.references)
+    assert min(met[kind] for kind in ("finished", "cancelled", "preempted", "shared")) > 20, met
 
 
 HOT = Sampling(temperature=1.3, top_k=40, top_p=0.95, seed=3)
