@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import itertools
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -199,6 +201,7 @@ def _report(data: dict[str, Any]) -> Report:
 
 COLUMNS = ("pass", "sites", "rules", "nodes", "parameters", "bytes", "output\nmoved", "since\nlift", "ms")
 _WIDTH = 100
+_ALIKE = 3  # further notes of one form that are still printed
 
 
 def _table(report: PipelineReport) -> Iterator[str]:
@@ -276,10 +279,26 @@ def _remarks(report: PipelineReport) -> Iterator[str]:
     yield from (f"note: {note}" for note in report.notes)
     yield from near_misses(report.rules)
     yield from _lowered(report)
-    for item in report.passes:
-        yield from (f"{item.text}: {note}" for note in item.notes)
+    for index, item in enumerate(report.passes):
+        yield from (f"{item.text}: {note}" for note in _folded(item.notes, f"report.passes[{index}].notes"))
         yield from (f"{item.text}: {miss}" for miss in near_misses(item.rules))
         yield from (f"{item.text} left {sites}: {reason}" for sites, reason in _by_reason(item.skipped))
+
+
+def _folded(notes: list[str], place: str) -> Iterator[str]:
+    """Notes in their order; of many that differ in names and numbers alone, the first and how many more there are."""
+    for _, alike in itertools.groupby(notes, key=_form_of):
+        first, *rest = alike
+        yield first
+        if len(rest) < _ALIKE:
+            yield from rest
+        else:
+            yield f"and {len(rest)} more such lines in {place}"
+
+
+def _form_of(note: str) -> str:
+    """What is left of a note without names of weights and numbers."""
+    return re.sub(r"(# ?)+", "#", re.sub(r"\S*[\d.]\S+|\d", "#", note))
 
 
 def _by_reason(skips: list[Skip]) -> Iterator[tuple[str, str]]:

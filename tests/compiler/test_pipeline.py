@@ -296,6 +296,20 @@ def test_a_report_has_sites_rules_nodes_and_milliseconds_of_each_pass(start):
     assert row[-1] == "254"
 
 
+def test_notes_that_differ_in_names_and_numbers_are_printed_once():
+    lines = [f"model.layers.{n}.o_proj.weight: rank {8 * n} of 64" for n in range(9)]
+    item = Report(text="low_rank(0.5)", notes=["512 tokens", *lines, "12 numbers of 30"])
+    said = str(PipelineReport(passes=[item])).splitlines()
+    assert said[-4:] == [
+        "low_rank(0.5): 512 tokens",
+        f"low_rank(0.5): {lines[0]}",
+        "low_rank(0.5): and 8 more such lines in report.passes[0].notes",
+        "low_rank(0.5): 12 numbers of 30",
+    ]
+    item.notes = lines[:3]
+    assert str(PipelineReport(passes=[item])).count("rank") == 6
+
+
 def test_the_rules_of_a_report_are_listed_by_stage(start):
     _, report = run_pipeline(start, [planted(scale(2.0))], Context())
     report.rules = {"x + 0 = x": Count(40, 2), "x * 1 = x": Count(7, 5), "x / 1 = x": Count()}
