@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from slim import errors
 from slim.codegen import select
@@ -23,6 +24,7 @@ from slim.compiler.lift.captured import Captured, capture
 from slim.compiler.passes_base import Context
 from slim.compiler.pipeline import run_pipeline
 from slim.compiler.probe import make_probe
+from slim.compiler.report import left_to_pytorch
 from slim.passes import as_passes
 from slim.runtime.compiled import CompiledModel
 
@@ -54,7 +56,7 @@ class Options:
         known = [field.name for field in fields(cls)]
         for name, value in (given or {}).items():
             if name not in known:
-                raise errors.BackendOption(option=name, known=known)
+                raise errors.BackendOption(option=str(name), known=known)
             if not isinstance(value, _TYPES.get(name, object)):
                 reason = f"it must be a {_TYPES[name].__name__}, not {value!r:.40}"
                 raise errors.BadInput(argument=f"options[{name!r}]", reason=reason, of="slim.backend.Options")
@@ -81,10 +83,25 @@ def slim_backend(module: fx.GraphModule, examples: Sequence[Any], *, options: An
     if mode is not None:
         raise errors.BackendOption(option="mode", known=[field.name for field in fields(Options)])
     chosen = Options.of(options)
-    if torch.is_grad_enabled() and any(isinstance(each, Tensor) and each.requires_grad for each in examples):
+    if _records_gradients(module.graph) and any(isinstance(one, Tensor) and one.requires_grad for one in examples):
         raise errors.NeedsNoGrad
     _tell_breaks()
     return Pieces(module, chosen, examples)
+
+
+def _records_gradients(graph: fx.Graph) -> bool:
+    """Whether something is computed while gradients are recorded, by the mode of the call and those in the graph."""
+    modes = [torch.is_grad_enabled()]
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            modes[-1] = bool(node.args[0])
+        elif node.target is torch.autograd.grad_mode._enter_inference_mode:
+            modes.append(not node.args[0])
+        elif node.target is torch.autograd.grad_mode._exit_inference_mode:
+            modes.pop()
+        elif node.op.startswith("call_") and modes[-1]:
+            return True
+    return False
 
 
 _MOST = 256  # pieces of one graph: what changes at every call must not be compiled at every call
@@ -145,7 +162,7 @@ class Piece:
 
     def __init__(self, captured: Captured, compiled: CompiledModel) -> None:
         self.captured, self.compiled = captured, compiled
-        self._versions = {place: _version(weight) for place, weight in captured.frozen.items()}
+        self._states = {place: _State(weight) for place, weight in captured.frozen.items()}
 
     @classmethod
     def of(
@@ -159,10 +176,10 @@ class Piece:
         probe = make_probe(captured.program, [examples[place].detach() for place in captured.inputs])
         context = Context(calibration=options.calibration, probe=probe, verify=options.verify, strict=options.strict)
         program, report = run_pipeline(captured.program, passes, context)
-        for note in report.notes:
-            log.warning("%s", note)
         text = ", ".join(map(repr, passes))
         compiled = CompiledModel(program, target, report=report, pipeline=text, dump=context.dumped)
+        for note in (*report.notes, *left_to_pytorch(report)):
+            log.warning("%s", note)
         context.dumped.report(report)
         return cls(captured, compiled)
 
@@ -172,9 +189,8 @@ class Piece:
         return shaped and counted and all(arguments[place] is weight for place, weight in self.captured.frozen.items())
 
     def __call__(self, arguments: Sequence[Any]) -> tuple[Any, ...]:
-        for place, weight in self.captured.frozen.items():
-            if _version(weight) != self._versions[place]:
-                raise errors.WeightsChanged
+        if not all(state.is_of(self.captured.frozen[place]) for place, state in self._states.items()):
+            raise errors.WeightsChanged
         for place, _ in self.captured.mutated:
             _check_apart(arguments, place)
         outputs = self.compiled.run_flat([arguments[place].contiguous() for place in self.captured.inputs])
@@ -196,9 +212,19 @@ class _Nothing:
         return self._module.forward(*arguments)
 
 
-def _version(weight: Tensor) -> int | None:
-    """How often it was written to; None for tensors of inference mode, of which PyTorch does not count that."""
-    return None if weight.is_inference() else weight._version
+class _State:
+    """In which memory a weight was, and how often it had been written to; other memory comes with ``to`` and ``half``.
+
+    PyTorch counts neither writes through ``data`` nor those to tensors of inference mode.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._memory = StorageWeakRef(weight.untyped_storage())  # while it is there, no other memory has its name
+        self._version = None if weight.is_inference() else weight._version
+
+    def is_of(self, weight: Tensor) -> bool:
+        written = self._version is not None and weight._version != self._version
+        return not written and weight.untyped_storage()._cdata == self._memory.cdata
 
 
 def _check_apart(arguments: Sequence[Any], place: int) -> None:

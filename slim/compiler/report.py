@@ -318,10 +318,16 @@ def _lowered(report: PipelineReport) -> Iterator[str]:
         parts = f"in {form.segments} segment{'s' * (form.segments != 1)}" if form.foreign else "in one piece"
         made = f"{form.regions} regions by {form.kernels} kernels"
         yield f"{report.target}: {name} runs {made}, {parts} ({form.seconds:.1f} s)"
-        for sites, reason in _by_reason(form.foreign):
-            yield f"{report.target}: {name} leaves {sites} to PyTorch: {reason}"
+    yield from left_to_pytorch(report)
     if report.error is not None:
         yield f"{report.target}: the probe's output is off by {report.error:.1e} of its largest"
+
+
+def left_to_pytorch(report: PipelineReport) -> Iterator[str]:
+    """What no code was generated for, and why."""
+    for name, form in report.forms.items():
+        for sites, reason in _by_reason(form.foreign):
+            yield f"{report.target}: {name} leaves {sites} to PyTorch: {reason}"
 
 
 def short_count(number: int) -> str:

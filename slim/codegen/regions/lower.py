@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import fx
 
+from slim import errors
 from slim.codegen.regions import linears, pairs
 from slim.codegen.regions.pointwise import builder, const
 from slim.codegen.regions.products import Pair, Part, Product
@@ -45,6 +46,7 @@ from slim.compiler.types import expression
 from slim.compiler.uses import DEQUANTIZE, LINEAR, stored_in
 
 log = logging.getLogger(__name__)
+aten = torch.ops.aten
 
 Handler = Callable[["Lowering", fx.Node], Any]
 HANDLERS: dict[Any, Handler] = {}
@@ -166,6 +168,7 @@ class Lowering:
         if isinstance(node.meta["val"], (int, torch.SymInt)):
             return self.size(node)
         try:
+            self._check_types(node)
             handler = HANDLERS.get(node.target) or _pointwise
             value = handler(self, node)
         except Unsupported as reason:
@@ -173,6 +176,19 @@ class Lowering:
         if isinstance(value, Value):
             mark(value.body, node.name)
         return self._settled(node, value)
+
+    def _check_types(self, node: fx.Node) -> None:
+        """Kernels compute in float32, which is too little for what asks for more, and with real numbers."""
+        values = [each.meta["val"] for each in (node, *node.all_input_nodes)]
+        dtypes = {value.dtype for value in values if isinstance(value, torch.Tensor)}
+        if any(dtype.is_complex for dtype in dtypes):
+            raise self._refused(f"kernels know no complex numbers, which {node} takes or gives")
+        if torch.float64 in dtypes and node.target is not aten._to_copy.default:
+            raise Unsupported("kernels compute in float32, and it is of float64")
+
+    def _refused(self, reason: str) -> errors.UnsupportedModel:
+        model = self.program.facts.architecture or "the model"
+        return errors.UnsupportedModel(model=model, reason=f'{reason}; target="eager" has them')
 
     def _settled(self, node: fx.Node, value: Any) -> Any:
         """``value``, in memory if more than one node reads it and computing it twice would cost."""
@@ -309,6 +325,8 @@ class Lowering:
     def _outputs(self, node: fx.Node) -> None:
         for index, result in enumerate(node.args[0]):  # type: ignore[arg-type]
             value = self.value(result)
+            if value.dtype == torch.float64:
+                raise self._refused("kernels compute in float32, and it returns numbers of float64")
             buffer = Buffer("output", f"output_{index}", value.dtype, value.shape)
             self.schedule.outputs.append(buffer)
             self.store(value, buffer.view())

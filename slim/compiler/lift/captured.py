@@ -28,6 +28,12 @@ Give = Callable[[Sequence[Any], Sequence[Any]], Any]  # (arguments, the Program'
 Size = Callable[[Sequence[Any]], int]  # arguments -> a number
 
 _TRAINS: dict[Any, str] = {F.batch_norm: "training", F.instance_norm: "use_input_stats"}
+# What says whether gradients are recorded from here on.
+_GRAD_MODES = (
+    torch._C._set_grad_enabled,
+    torch.autograd.grad_mode._enter_inference_mode,
+    torch.autograd.grad_mode._exit_inference_mode,
+)
 _NORMS = {function: inspect.signature(function) for function in _TRAINS}
 
 
@@ -42,7 +48,7 @@ class Captured:
         results: how each result is made, in order.
         mutated: (place of an argument, place among the Program's outputs of what it must hold afterwards).
         shapes: place among the arguments -> the only shape that the Program takes there, where sizes are fixed.
-        numbers: place among the arguments -> the only number that it takes there.
+        numbers: place among the arguments -> the only number that it takes there; a float lies in a tensor.
     """
 
     program: Program | None
@@ -51,7 +57,7 @@ class Captured:
     results: tuple[Give, ...]
     mutated: tuple[tuple[int, int], ...]
     shapes: dict[int, torch.Size]
-    numbers: dict[int, int]
+    numbers: dict[int, float]
 
 
 def capture(module: fx.GraphModule, examples: Sequence[Any], *, fixed: bool = False) -> Captured:
@@ -73,12 +79,11 @@ class _Capture:
         self.placeholders = self.module.graph.find_nodes(op="placeholder")
         self.places = {node: place for place, node in enumerate(self.placeholders)}
         self.frozen: dict[int, Tensor] = {}
-        self.numbers: dict[int, int] = {}
+        self.numbers: dict[int, float] = {}
 
     def made(self) -> Captured:
-        for node in self.module.graph.find_nodes(op="call_method", target="item"):
-            if isinstance(node.meta.get("example_value"), torch.SymFloat):
-                raise _failed("it takes a float that changes from call to call; make it a tensor")
+        self._erase_grad_modes()
+        self._read_floats()
         changed = [node for node in self.placeholders if _is_mutated(node)]
         results = self._results()
         kept = [place for place, give in enumerate(results) if give is None]
@@ -205,11 +210,31 @@ class _Capture:
             graph.erase_node(node)
             self.frozen[self.places[node]] = example
 
+    def _erase_grad_modes(self) -> None:
+        """The Program records no gradients, whatever the model says in between."""
+        for node in reversed([node for node in self.module.graph.nodes if node.target in _GRAD_MODES]):
+            self.module.graph.erase_node(node)
+
+    def _read_floats(self) -> None:
+        """A float is a tensor among the arguments, whose ``item`` is called: it is compiled in."""
+        for node in self.module.graph.find_nodes(op="call_method", target="item"):
+            if not isinstance(node.meta.get("example_value"), torch.SymFloat):
+                continue
+            tensor: Any = node.args[0]
+            if tensor not in self.places:
+                raise _failed(f"it takes the number in {tensor}, a tensor that it computes, out of it")
+            number = self.numbers[self.places[tensor]] = float(self.examples[self.places[tensor]])
+            node.replace_all_uses_with(number)
+            self.module.graph.erase_node(node)
+
     def _read_sizes(self) -> None:
         """A size among the arguments is one of a tensor's: it is read there. Where it is fixed, it is a number."""
         graph = self.module.graph
         for node in graph.find_nodes(op="placeholder"):
             example = node.meta.get("example_value")
+            if self.places[node] in self.numbers:
+                self.module.graph.erase_node(node)
+                continue
             if isinstance(example, Tensor):
                 continue
             if node.users and self.fixed:
