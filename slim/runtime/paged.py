@@ -201,8 +201,10 @@ class PagedKVCache:
         self.lengths.copy_(torch.tensor([row.length for row in self.rows]))
 
     def reset(self) -> None:
-        """Forgets all tokens and keeps the memory."""
+        """Forgets all tokens and keeps the memory; pages that rows share after a fork are theirs no longer."""
         for row in self.rows:
+            if self.ring is None:
+                row.free()
             row.length = 0
         self.length = 0
         self.mask = self.mask[:, :0]

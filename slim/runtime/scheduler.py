@@ -19,6 +19,8 @@ from torch import Tensor
 
 from slim import errors
 from slim.codegen import Ends, GreedySteps
+from slim.compiler.patterns import read_pattern
+from slim.compiler.rules import argument
 from slim.runtime.detokenize import Detokenizer
 from slim.runtime.paged_steps import PagedStep
 from slim.runtime.pages import PAGE, PagePool, Row, Stats, stats
@@ -52,7 +54,7 @@ class Scheduler:
 
     Args:
         model: compiled with ``KVCacheConfig(layout="paged")``.
-        max_tokens: that all requests together may hold; the pool's size.
+        max_tokens: that all requests together may hold, rounded up to whole pages; the pool's size.
         max_batch: requests that decode at the same time.
         chunk: tokens of prompts that are run between two bursts of decoding.
         share_prefixes: whether prompts that begin alike share pages.
@@ -60,7 +62,8 @@ class Scheduler:
         tokenizer: of transformers; with one, ``request.stream()`` gives text, which a thread makes beside the work.
 
     Raises:
-        CacheUnsupported: where the model's cache is not in pages, or keeps a window alone.
+        CacheUnsupported: where the model's cache is not in pages, or keeps a window alone; where what a token sees
+            hangs on how its prompt is cut.
 
     Example:
         >>> scheduler = Scheduler(compiled, max_tokens=8192)
@@ -86,11 +89,15 @@ class Scheduler:
         if not model.paged or model.kv_cache.window is not None:
             wanted = 'compile with kv_cache=KVCacheConfig(layout="paged")'
             raise errors.CacheUnsupported(reason=f"a scheduler shares pages that keep all tokens: {wanted}")
+        patterns = (argument(node, "pattern") for node in model.program.attention_nodes())
+        if any(text is not None and read_pattern(text).vote for text in patterns):
+            reason = "vertical_slash keeps what the last tokens of a prompt look at, and a scheduler runs it in pieces"
+            raise errors.CacheUnsupported(reason=reason)
         self.model, self.max_batch, self.chunk = model, max_batch, chunk
         step = model.step(last_only=True)
         assert isinstance(step, PagedStep)
         self._step = step
-        limit = max(1, max_tokens // PAGE)
+        limit = -(-max_tokens // PAGE)
         self.pool = PagePool(model.slots, min(limit, 4 * max_batch), limit, model.device)
         self.prefixes = Prefixes(self.pool) if share_prefixes else None
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)

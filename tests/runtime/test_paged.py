@@ -94,6 +94,20 @@ def test_what_was_tried_is_rolled_back(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_rows_that_forked_are_apart_after_a_reset(kind: str) -> None:
+    model = compiled("llama", "eager", KINDS[kind])
+    first, then = torch.randint(3, 90, (2, 2, 200), generator=torch.Generator().manual_seed(0))
+    cache, fresh = model.new_cache(2), model.new_cache(2)
+    model(first, past_key_values=cache)
+    cache.fork([0, 0])
+    cache.reset()
+    for each in (cache, fresh):
+        model(then[:, :150], past_key_values=each)
+    got, wanted = (model(then[:, 150:], past_key_values=each).logits for each in (cache, fresh))
+    assert difference(got, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_rows_and_lengths_that_there_are_not_are_refused(kind: str) -> None:
     cache = compiled("llama", "eager", KINDS[kind]).new_cache(2)
     for order in ([0, 2], [-1], [True]):

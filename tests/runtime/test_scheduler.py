@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from slim import KVCacheConfig, Sampling, Scheduler, errors
+from slim import KVCacheConfig, Sampling, Scheduler, SparseAttention, errors
+from slim.compiler.passes_base import Context
 from slim.runtime.compiled import CompiledModel
 from slim.runtime.pages import PAGE
 from slim.runtime.request import Request
@@ -64,6 +65,14 @@ def test_who_runs_out_of_pages_is_computed_again_and_says_the_same(model: Compil
     scheduler.run()
     assert sum(request.preempted for request in requests) > 0
     assert [r.tokens for r in requests] == [alone(model, r.prompt, 60) for r in requests]
+
+
+def test_what_keeps_other_keys_of_a_prompt_in_pieces_is_refused() -> None:
+    program = pair("llama")[1].program.copy()
+    SparseAttention("vertical_slash", columns=4, slashes=4).run(program, Context())
+    voting = CompiledModel(program, "eager", kv_cache=KVCacheConfig(layout="paged"))
+    with pytest.raises(errors.CacheUnsupported, match="vertical_slash keeps"):
+        Scheduler(voting)
 
 
 def test_a_shared_prompt_is_run_once(model: CompiledModel) -> None:

@@ -217,7 +217,7 @@ class Lowering:
 
     def held(self, dtype: torch.dtype) -> torch.dtype:
         """The type in which numbers of ``dtype`` lie between regions."""
-        return F32 if dtype.is_floating_point and self.wants.wide else dtype
+        return F32 if dtype.is_floating_point and dtype != torch.float64 and self.wants.wide else dtype
 
     @property
     def floats(self) -> torch.dtype | None:

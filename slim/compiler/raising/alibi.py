@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from slim.compiler.program import Program
+from slim.compiler.rules import NearMiss
 
 aten = torch.ops.aten
 
@@ -43,6 +44,21 @@ def alibi_slopes(program: Program, bias: fx.Node, factor: float) -> fx.Node | No
     if slopes is None:
         return None
     return _constant(program, f"{name}_slopes" + f"_{factor:g}" * (factor != 1.0), slopes * factor)
+
+
+def by_head(program: Program, slopes: fx.Node | None, heads: int) -> fx.Node | None:
+    """Slopes that a batch of fixed size repeats for each row, once.
+
+    Raises:
+        NearMiss: where they are no such repetition.
+    """
+    name = None if slopes is None else program.weight_of(slopes)
+    if name is None or program.weights.numel(name) == heads:
+        return slopes
+    once, *others = program.weights[name].split(heads)
+    if not all(torch.equal(once, other) for other in others):
+        raise NearMiss(f"its ALiBi has {program.weights.numel(name)} slopes, and there are {heads} heads")
+    return _constant(program, f"{name}_by_head", once.clone())
 
 
 def _table_slopes(program: Program, name: str) -> torch.Tensor | None:

@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from slim.compiler.program import Program
+from slim.compiler.raising.alibi import by_head
 from slim.compiler.raising.cleanup import COPIES
 from slim.compiler.raising.masks import HIDDEN, static_gate
 from slim.compiler.raising.scores import (
@@ -106,6 +107,7 @@ def _from_softmax(m: Match) -> fx.Node | None:
     flat = scores.q
     q, k, v = (_four_dimensional(x) for x in (scores.q, scores.k, v))
     scores.q, scores.k = q, unrepeated(k)
+    scores.slopes = by_head(m.program, scores.slopes, shape_of(q)[1])
     out = _attention(m, scores, unrepeated(v))
     if len(shape_of(m.node)) == 4:
         return out

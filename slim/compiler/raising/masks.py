@@ -119,7 +119,7 @@ def _of_one_length(nodes: list[fx.Node]) -> bool:
 
 def _length(program: Program, nodes: list[fx.Node]) -> int:
     tables = [program.weights.shape(str(n.target)) for n in nodes if n.op == "get_attr"]
-    squares = [shape[-1] for shape in tables if len(shape) >= 2 and shape[-1] == shape[-2]]
+    squares = [shape[-1] for shape in tables if len(shape) >= 2 and shape[-1] == shape[-2] > 1]
     return min(squares, default=_LENGTH)
 
 
