@@ -27,6 +27,8 @@ class PagedStep:
         self.slots = cache_slots(bound)
         self.names = tuple(value.name for value in bound.inputs)
         self.own = self.names[: self.names.index(TABLE)]
+        outputs: Any = bound.graph.output_node().args[0]
+        self._last_only = [value.meta["val"].shape[1] == 1 for value in outputs]  # the others: of all tokens
         self.feedback = Feedback(
             logits=0,
             tokens=self.names.index("input_ids"),
@@ -76,11 +78,11 @@ class PagedStep:
             if not len(real):
                 continue
             for index, value in enumerate(self._run(cache, slice(row, row + 1), own)):
-                wide = value.shape[1] == len(real)
+                last_only = self._last_only[index]
                 if index == len(outputs):
-                    shape = (cache.batch, mask.shape[1] if wide else value.shape[1], *value.shape[2:])
+                    shape = (cache.batch, 1 if last_only else mask.shape[1], *value.shape[2:])
                     outputs.append(value.new_zeros(shape))
-                outputs[index][row, real if wide else slice(None)] = value[0]
+                outputs[index][row, slice(None) if last_only else real] = value[0]
         return tuple(outputs)
 
 

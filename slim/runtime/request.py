@@ -26,6 +26,7 @@ class Request:
     """One prompt on its way; iterate over it for its new tokens as they come, over ``stream()`` for their text.
 
     Attributes:
+        scheduler: whose it is.
         prompt: token ids. tokens: new ones so far. limit: how many there may be.
         state: "waiting", "running", "finished" or "cancelled".
         preempted: how often it gave its pages back and was computed again.
@@ -37,7 +38,7 @@ class Request:
     def __init__(
         self, scheduler: Works, number: int, prompt: list[int], limit: int, sampling: Sampling | None = None
     ) -> None:
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self.number, self.prompt, self.limit = number, prompt, limit
         self.tokens: list[int] = []
         self.state = "waiting"
@@ -63,7 +64,7 @@ class Request:
                 given += 1
             if done:
                 return
-            self._scheduler.advance()
+            self.scheduler.advance()
 
     def stream(self) -> Iterator[str]:
         """The text of its new tokens, a piece at a time; no piece ends within a character.
@@ -79,7 +80,7 @@ class Request:
             if text.complete and given == len(text.pieces):
                 text.wait(given)  # which raises what went wrong
                 return
-            if self.done or not self._scheduler.advance():
+            if self.done or not self.scheduler.advance():
                 text.wait(given)
 
     @property
@@ -99,7 +100,7 @@ class Request:
 
     def cancel(self) -> None:
         """Stops it where it is; its pages are free at once."""
-        self._scheduler.cancel(self)
+        self.scheduler.cancel(self)
 
     @property
     def known(self) -> list[int]:
@@ -129,4 +130,18 @@ def _as_tensor(tokens: Tensor | Sequence[int]) -> Tensor:
     if not listed or not all(isinstance(token, int) and not isinstance(token, bool) for token in tokens):
         reason = f"it must be a tensor or a list of token ids, not {tokens!r:.40}"
         raise errors.BadInput(argument="input_ids", reason=reason, of="slim.Scheduler.submit")
+    return torch.tensor(tokens, dtype=torch.int64)
+
+
+def end_tokens(given: int | Sequence[int] | None, vocabulary: int | None) -> Tensor:
+    """The tokens that end a request, int64; none for None.
+
+    Raises:
+        BadInput: for what is no token of the model.
+    """
+    tokens = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    for token in tokens:
+        whole = isinstance(token, int) and not isinstance(token, bool) and token >= 0
+        if not whole or (vocabulary is not None and token >= vocabulary):
+            raise errors.BadInput(argument="eos_token_id", reason=f"{token!r} is no token", of="slim.Scheduler")
     return torch.tensor(tokens, dtype=torch.int64)

@@ -41,7 +41,7 @@ class Sampling:
             )
 
         if not _is_number(self.temperature) or not 0 < self.temperature < float("inf"):
-            refuse("temperature", "a number above 0; leave do_sample out for the likeliest token")
+            refuse("temperature", "a number above 0; without slim.Sampling the likeliest token is taken")
         if self.top_k is not None and (not _is_whole(self.top_k) or self.top_k < 1):
             refuse("top_k", "a number of tokens")
         if self.top_p is not None and (not _is_number(self.top_p) or not 0 < self.top_p <= 1):

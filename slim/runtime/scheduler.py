@@ -25,7 +25,7 @@ from slim.runtime.detokenize import Detokenizer
 from slim.runtime.paged_steps import PagedStep
 from slim.runtime.pages import PAGE, PagePool, Row, Stats, stats
 from slim.runtime.prefixes import Prefixes
-from slim.runtime.request import Request, prompt_tokens
+from slim.runtime.request import Request, end_tokens, prompt_tokens
 from slim.runtime.sampling import Sampling, drawn
 
 if TYPE_CHECKING:
@@ -101,7 +101,8 @@ class Scheduler:
         self.pool = PagePool(model.slots, min(limit, 4 * max_batch), limit, model.device)
         self.prefixes = Prefixes(self.pool) if share_prefixes else None
         self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
-        self._ends = _ends(model, eos_token_id)
+        ends = model.generation_config.eos_token_id if eos_token_id is None else eos_token_id
+        self._ends = end_tokens(ends, model.vocabulary).to(model.device)
         self._last = frozenset(self._ends.tolist())
         self._waiting: deque[Request] = deque()
         self._running: list[Request] = []  # in the order they came
@@ -154,8 +155,11 @@ class Scheduler:
             sampling: how its tokens are drawn; None takes the likeliest, however those so far were drawn.
 
         Raises:
-            BadInput: for one that is done.
+            BadInput: for one that is done, or that another scheduler has.
         """
+        self._check_own(request, "fork")
+        if sampling is not None and not isinstance(sampling, Sampling):
+            raise errors.BadInput(argument="sampling", reason=f"{sampling!r:.40} is none", of="slim.Scheduler.fork")
         with self._lock:
             if request.done:
                 raise errors.BadInput(argument="request", reason=f"{request} does not go on", of="slim.Scheduler.fork")
@@ -172,13 +176,19 @@ class Scheduler:
             return twin
 
     def cancel(self, request: Request) -> None:
-        """See ``Request.cancel``; one that is done stays as it is."""
+        """See ``Request.cancel``; one that is done stays as it is. Raises BadInput for another scheduler's."""
+        self._check_own(request, "cancel")
         with self._lock:
             if request.done:
                 return
             if request in self._waiting:
                 self._waiting.remove(request)
             self._leave(request, "cancelled")
+
+    def _check_own(self, request: Request, of: str) -> None:
+        if not isinstance(request, Request) or request.scheduler is not self:
+            reason = f"{request!r:.60} is no request of this scheduler"
+            raise errors.BadInput(argument="request", reason=reason, of=f"slim.Scheduler.{of}")
 
     def advance(self) -> bool:
         """A piece of a prompt, then a burst of decoding; False where there is nothing to do."""
@@ -401,10 +411,3 @@ def _places(rows: Sequence[Row], spare: int = 0) -> tuple[Tensor, Tensor]:
     for index, row in enumerate(rows):
         table[index, : len(row.pages)] = torch.tensor(row.pages, dtype=torch.int32)
     return table, torch.tensor([row.length for row in rows])
-
-
-def _ends(model: CompiledModel, given: int | Sequence[int] | None) -> Tensor:
-    if given is None:
-        given = model.generation_config.eos_token_id
-    tokens = [] if given is None else ([given] if isinstance(given, int) else list(given))
-    return torch.tensor(tokens, dtype=torch.int64, device=model.device)

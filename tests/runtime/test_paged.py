@@ -29,6 +29,15 @@ def test_generate_writes_the_same_in_pages(name: str, target: str) -> None:
     assert torch.equal(compiled(name, target, PAGED).generate(tokens, **options), wanted)
 
 
+@pytest.mark.parametrize("rows", [[[5, 6, 7], [9]], [[9], [5, 6, 7]]])
+def test_a_row_of_one_token_goes_beside_longer_ones(rows: list[list[int]]) -> None:
+    tokens = torch.tensor([[0] * (3 - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (3 - len(row)) + [1] * len(row) for row in rows])
+    options = dict(attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    got = compiled("llama", "eager", PAGED).generate(tokens, **options)
+    assert torch.equal(got, pair("llama")[1].generate(tokens, **options))
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_calls_with_padding_and_a_growing_cache_return_the_same_logits(target: str) -> None:
     tokens, mask = prompt()

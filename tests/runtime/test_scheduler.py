@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers.generation import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
-from slim import KVCacheConfig, Sampling, Scheduler, SparseAttention, errors
+from slim import KVCacheConfig, Sampling, Scheduler, errors
 from slim.compiler.passes_base import Context
+from slim.passes import SparseAttention
 from slim.runtime.compiled import CompiledModel
 from slim.runtime.pages import PAGE
 from slim.runtime.request import Request
@@ -73,6 +74,20 @@ def test_what_keeps_other_keys_of_a_prompt_in_pieces_is_refused() -> None:
     voting = CompiledModel(program, "eager", kv_cache=KVCacheConfig(layout="paged"))
     with pytest.raises(errors.CacheUnsupported, match="vertical_slash keeps"):
         Scheduler(voting)
+
+
+def test_requests_of_another_scheduler_and_ends_that_are_no_tokens_are_refused(model: CompiledModel) -> None:
+    mine, other = (Scheduler(model, max_tokens=2048, eos_token_id=[]) for _ in range(2))
+    request = mine.submit([9, 10], 20)
+    mine.advance()
+    for act in (other.cancel, other.fork):
+        for given in (request, None):
+            with pytest.raises(errors.BadInput, match="is no request of this scheduler"):
+                act(given)  # type: ignore[arg-type]
+    assert len(request.result()) == 20
+    for end in ("x", [[1]], 3.5, True, -1, 10**6):
+        with pytest.raises(errors.BadInput, match="is no token"):
+            Scheduler(model, eos_token_id=end)  # type: ignore[arg-type]
 
 
 def test_a_shared_prompt_is_run_once(model: CompiledModel) -> None:
