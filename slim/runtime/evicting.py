@@ -95,8 +95,11 @@ class EvictingKVCache(KVCache):
         """
         check_truncate(length)
         if length < self.seen:
-            reason = f"a cache with eviction={self.eviction.kind!r} has let tokens go and has counted the attention of "
-            raise errors.CacheUnsupported(reason=reason + "those that are to be forgotten, so it cannot go back")
+            reason = (
+                f"a cache with eviction={self.eviction.kind!r} has counted whom the tokens to be forgotten looked at, "
+                "and may have let others go by it, so it cannot go back"
+            )
+            raise errors.CacheUnsupported(reason=reason)
 
     def fork(self, order: Sequence[int]) -> None:
         super().fork(order)

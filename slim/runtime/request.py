@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ def end_tokens(given: int | Sequence[int] | None, vocabulary: int | None) -> Ten
     Raises:
         BadInput: for what is no token of the model.
     """
-    tokens = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
+    tokens: list[Any] = [] if given is None else list(given) if isinstance(given, (list, tuple)) else [given]
     for token in tokens:
         whole = isinstance(token, int) and not isinstance(token, bool) and token >= 0
         if not whole or (vocabulary is not None and token >= vocabulary):
