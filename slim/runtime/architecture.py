@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from slim.compiler.config import empty_model
+from slim.compiler.lift.spelled import SpelledOut
 from slim.compiler.program import Facts
 
 log = logging.getLogger(__name__)
@@ -34,26 +35,28 @@ def loss_function(facts: Facts) -> Any:
 
 
 class _CumulativeSums(TorchDispatchMode):
-    """Notes whether anything is summed up along the way."""
+    """Notes whether anything of ``shape`` is summed up along the way."""
 
-    def __init__(self) -> None:
+    def __init__(self, shape: torch.Size) -> None:
         super().__init__()
+        self.shape = shape
         self.seen = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.seen = self.seen or func is torch.ops.aten.cumsum.default
+        self.seen = self.seen or (func is torch.ops.aten.cumsum.default and args[0].shape == self.shape)
         return func(*args, **(kwargs or {}))
 
 
 def counts_real_tokens(facts: Facts) -> bool:
     """Whether the model, given a mask and no positions, numbers its real tokens (OPT) and not all of them (Llama).
 
-    The architecture is asked: it runs once without weights, and one that numbers real tokens sums up the mask.
+    The architecture is asked: it runs once without weights, and one that numbers real tokens sums up the mask (others
+    sum up the tokens of their experts). It is spelled out: torch has no grouped float32 products without values.
     """
     tokens = torch.zeros(1, 3, dtype=torch.long, device="meta")
     try:
         model = empty_model(facts, attn_implementation="eager")
-        with _CumulativeSums() as sums, torch.no_grad():
+        with SpelledOut(), _CumulativeSums(tokens.shape) as sums, torch.no_grad():
             model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=False)
     except Exception as error:  # an architecture may do anything on tensors without values
         log.warning("cannot ask %s how it numbers padded tokens (%s): all are numbered", facts.architecture, error)

@@ -66,6 +66,17 @@ def test_quantised_experts_have_kernels():
     assert not compiled.report.forms["whole"].foreign
 
 
+def test_experts_have_scratch_for_any_share_of_the_rows():
+    """1,040 rows are chunks of 347; an expert that gets 490 of them takes those in one."""
+    _, eager = pair("mixtral")
+    generated = CompiledModel(eager.program, "cpu")
+    needs = [line for line in generated.code["program.cpp"].splitlines() if "+ expert_scratch(" in line]
+    assert any("size_max(" in line for line in needs)
+    assert all("linear_scratch_up_to(" in line for line in needs if "size_max(" in line)
+    tokens = torch.cat([torch.full((1, 490), 5), torch.arange(3, 33)[None]], 1)
+    assert difference(generated(tokens).logits, eager(tokens).logits) < 1e-4
+
+
 def test_a_step_after_a_prompt_equals_the_whole():
     _, eager = pair("qwen3")
     generated = CompiledModel(eager.program, "cpu")

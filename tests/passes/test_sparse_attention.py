@@ -67,6 +67,17 @@ def test_a_pattern_is_what_the_program_computes_on_any_model(architecture: str) 
     assert difference(dense(TOKENS).logits, compiled(TOKENS).logits) > 1e-4
 
 
+@pytest.mark.parametrize("pattern", ["window=6, sinks=2", '"block_topk", block=5, share=2'])
+def test_mpt_counts_tokens_from_the_first_real_one(pattern: str) -> None:
+    """It casts its additive mask to what is hidden, which is slim's causality and padding all the same."""
+    compiled = slim.compile(pair("mpt")[0], f"sparse_attention({pattern})", target="eager")
+    assert all(argument(n, "causal") and argument(n, "key_mask") for n in compiled.program.attention_nodes())
+    mask = torch.ones_like(TOKENS)
+    mask[0, :17] = 0
+    padded = compiled(TOKENS, attention_mask=mask).logits[0, 17:]
+    assert difference(padded, compiled(TOKENS[:1, 17:]).logits[0]) < 1e-5
+
+
 def test_an_encoder_sees_a_window_in_both_directions() -> None:
     sizes = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48, vocab_size=96)
     encoder = BertModel(BertConfig(**sizes)).eval()

@@ -7,6 +7,7 @@ from transformers import BertConfig, BertForMaskedLM, BertModel
 
 from slim import errors
 from slim.compiler.lift import lift
+from slim.runtime.architecture import counts_real_tokens
 from slim.runtime.cache import KVCache, KVCacheConfig
 from slim.runtime.compiled import CompiledModel
 from tests.compiled import difference, pair, prompt
@@ -29,6 +30,12 @@ def test_logits_are_the_models_own(name, given):
     found = compiled(**inputs)
     assert type(found) is type(expected)
     assert difference(found.logits, expected.logits, mask) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])
+def test_the_tokens_that_experts_sum_up_are_no_positions(name, caplog):
+    assert not counts_real_tokens(pair(name)[1].program.facts)
+    assert "cannot ask" not in caplog.text
 
 
 def test_the_loss_is_the_models_own():

@@ -52,7 +52,7 @@ def _experts(writer: Writer, region: Linear, call: list[str], rows: str, n: str,
     rest = ", ".join([group, f"{scratch} + expert_scratch({rows}, experts)", *step])
     ids = writer.arguments.pointer(region.source.expert, writer.sizes)
     stride = writer.sizes.text(region.source.expert.strides[-1])
-    writer.scratch.append(f"linear_scratch({rows}, {n}, threads) + expert_scratch({rows}, {experts})")
+    writer.scratch.append(f"linear_scratch_up_to({rows}, {n}, threads) + expert_scratch({rows}, {experts})")
     run = [
         "const i64 count = starts[expert + 1] - starts[expert];",
         "if (count == 0) continue;",

@@ -19,7 +19,6 @@ from slim.compiler.raising.scores import (
     add_mask,
     hides,
     is_bool,
-    mask_source,
     number_of,
     peel,
     shape_of,
@@ -175,12 +174,21 @@ def _negated(program: Program, hidden: Any) -> fx.Node:
     """The mask whose negation ``hidden`` is: by a not, or by being an additive mask where it is not zero."""
     if isinstance(hidden, fx.Node) and hidden.target in (aten.bitwise_not.default, aten.logical_not.default):
         return hidden.args[0]
-    source = mask_source(hidden) if isinstance(hidden, fx.Node) else hidden
-    if source.target is slim.visibility.default and argument(source, "additive") is not None:
+    source = _added(hidden)
+    if source is not None:
         return source
     if isinstance(hidden, fx.Node) and hidden.meta["val"].dtype == torch.bool:
         return program.insert(hidden.next, aten.logical_not.default, hidden, like=hidden)
     raise NearMiss("its masked_fill takes a mask that is not boolean")
+
+
+def _added(hidden: Any) -> fx.Node | None:
+    """The additive mask of slim that was cast to what is True where it hides (MPT)."""
+    while isinstance(hidden, fx.Node) and hidden.target in TRANSPARENT:
+        hidden = hidden.args[0]
+    if not isinstance(hidden, fx.Node) or hidden.target is not slim.visibility.default:
+        return None
+    return hidden if argument(hidden, "additive") is not None else None
 
 
 def _peel_scores(node: Any) -> Any:

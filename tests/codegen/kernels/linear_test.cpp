@@ -324,11 +324,25 @@ std::string describe(const Case& c) {
     return text;
 }
 
+// An expert may get any number of the rows that its call has.
+bool suffices_for_fewer_rows(i64 rows, i64 n, int threads) {
+    for (i64 fewer = 1; fewer <= rows; fewer++) {
+        if (linear_scratch(fewer, n, threads) <= linear_scratch_up_to(rows, n, threads)) continue;
+        std::printf("%ld of %ld rows of %ld need more scratch, %d threads\n", (long)fewer, (long)rows, (long)n, threads);
+        return false;
+    }
+    return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
     unsigned seed = argc > 1 ? (unsigned)std::atoi(argv[1]) : 0;
     int cases = argc > 2 ? std::atoi(argv[2]) : 200;
+    for (i64 rows : {1, 9, 16, 17, 100, 512, 513, 1040, 1537})
+        for (i64 n : {1, 64, 1024, 5000, 20000})
+            for (int threads : {1, 3, 64})
+                if (!suffices_for_fewer_rows(rows, n, threads)) return 1;
     Errors errors;
     for (int i = 0; i < cases; i++) {
         Random random(seed * 1000003u + (unsigned)i);

@@ -57,6 +57,8 @@ struct Linear {
 constexpr i64 ACT_GROUP = 128;  // the default of act_group
 
 i64 linear_scratch(i64 rows, i64 n, int threads);
+// For any number of rows up to this one: fewer rows can take more, since 513 are two chunks of 257, and 512 are one.
+i64 linear_scratch_up_to(i64 rows, i64 n, int threads);
 void linear(Thread& thread, const Linear& args);
 
 // slim.token_scale of a row: the step that sends its largest magnitude to 127, which clips nothing.

@@ -162,6 +162,15 @@ float token_scale(const float* x, i64 n) {
 
 i64 linear_scratch(i64 rows, i64 n, int threads) { return rows > 0 ? Scratch(rows, n).total(threads) : 0; }
 
+i64 linear_scratch_up_to(i64 rows, i64 n, int threads) {
+    i64 chunk = rows < CHUNK_ROWS ? rows : CHUNK_ROWS, bytes = linear_scratch(chunk, n, threads);  // 512 rows in one
+    for (i64 fewer = 1; fewer < chunk && few(fewer); fewer++) {  // of which each thread may have its own copy
+        i64 own = linear_scratch(fewer, n, threads);
+        bytes = own > bytes ? own : bytes;
+    }
+    return bytes;
+}
+
 void linear(Thread& thread, const Linear& args) {
     if (args.rows <= 0) return;
     Scratch scratch(args.rows, args.n);
