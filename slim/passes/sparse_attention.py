@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -11,7 +11,7 @@ from torch import fx
 from slim import errors
 from slim.compiler.passes_base import KNOWN_HEADS, Context, Pass
 from slim.compiler.patterns import by_head, read_pattern
-from slim.compiler.patterns.picture import picture
+from slim.compiler.patterns.picture import picture, shown
 from slim.compiler.patterns.terms import (
     Blocks,
     Columns,
@@ -72,6 +72,8 @@ KINDS: dict[str, _Kind] = {
         lambda o: (Top(o["block"], o["share"]), *_columns(o["sinks"])),
     ),
 }  # fmt: skip
+_NUMBERS = tuple(dict.fromkeys(option for kind in KINDS.values() for option in kind.options))
+_MAY_BE_ZERO = ("sinks", "seed")
 _AUTO = {"sinks": 4}
 _MASS = 0.95
 # Terms that draw from, or choose among, the keys before a query.
@@ -137,27 +139,40 @@ class SparseAttention(Pass):
 
     def check(self) -> None:
         """Options that the pattern does not have, and values that make no pattern, are refused."""
-        known = self._known()
-        for option in ("window", "sinks", "stride", "block", "summary", "global_tokens", "neighbours", "random_blocks",
-                       "seed", "columns", "slashes", "share", "mass"):  # fmt: skip
-            value = getattr(self, option)
-            if value is not None and option not in known:
-                reason = f"the pattern {self.pattern!r} has no such option"
-                raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason, known=known)
+        for option in _NUMBERS:
+            if getattr(self, option) is not None:
+                self._check_number(option, getattr(self, option))
         for option, value in (("mass", self.mass), ("skip", self.skip)):
             if value is not None and not 0.0 < value < 1.0:
-                reason = f"{value} is not between 0 and 1"
-                raise errors.BadPassOption(pass_name=self.name, option=option, reason=reason)
+                raise self._bad(option, f"{value} is not between 0 and 1")
+        if self.mass is not None and "mass" not in self._known():
+            raise self._bad("mass", f"the pattern {self.pattern!r} has no such option", self._known())
+        if self.layers is not None and not self.layers:
+            raise self._bad("layers", "it names no layer; leave it out for all")
         if self.pattern != "auto":
-            try:
-                self.text()
-            except errors.BadInput as error:
-                raise errors.BadPassOption(
-                    pass_name=self.name, option="pattern", reason=str(error.reason), known=[*KINDS, "auto", "dense"]
-                ) from None
-            if self.text() == "dense" and self.skip is None:
-                reason = "it changes nothing without skip"
-                raise errors.BadPassOption(pass_name=self.name, option="dense", reason=reason)
+            self._check_text()
+
+    def _check_number(self, option: str, value: Any) -> None:
+        known, least = self._known(), int(option not in _MAY_BE_ZERO)
+        if option not in known:
+            raise self._bad(option, f"the pattern {self.pattern!r} has no such option", known)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 31:
+            raise self._bad(option, f"it is a whole number from {least} to 2**31 - 1, not {value!r}")
+
+    def _check_text(self) -> None:
+        try:
+            pattern = read_pattern(self.text())
+        except errors.BadInput as error:
+            raise self._bad("pattern", str(error.reason), [*KINDS, "auto", "dense"]) from None
+        if pattern.is_dense and self.skip is None:
+            raise self._bad("pattern", f"{self.pattern!r} changes nothing without skip")
+        if self.pattern == "fixed":
+            block, summary = (getattr(self, name) or KINDS["fixed"].options[name] for name in ("block", "summary"))
+            if summary > block:
+                raise self._bad("summary", f"{summary} tokens are more than the block's {block}")
+
+    def _bad(self, option: str, reason: str, known: Sequence[str] = ()) -> errors.BadPassOption:
+        return errors.BadPassOption(pass_name=self.name, option=option, reason=reason, known=known)
 
     def _known(self) -> list[str]:
         if self.pattern == "auto":
@@ -173,9 +188,24 @@ class SparseAttention(Pass):
         terms = kind.terms({name: kind.options[name] if value is None else value for name, value in given.items()})
         return str(by_head([terms]))
 
-    def picture(self, tokens: int = 32, head: int = 0) -> str:
-        """What queries (rows) keep of the keys (columns); see ``slim.compiler.patterns.picture``."""
-        return picture(self.text(), tokens, head)
+    def picture(self, tokens: int | None = None, head: int = 0) -> str:
+        """What queries (rows) keep of the keys (columns); see ``slim.compiler.patterns.picture``.
+
+        Args:
+            tokens: how many, each a character; None for as many as show what is left out, several a character.
+
+        Raises:
+            BadInput: for no tokens, or a head that there is not. BadPassOption: for "auto".
+        """
+        if self.pattern == "auto":
+            raise self._bad("pattern", "auto chooses on calibration data: print(compiled.program) tells what")
+        text = self.text()
+        tokens, step = shown(text, head) if tokens is None else (tokens, 1)
+        title = f"{step} queries and {step} keys a character: █ all kept, ▒ some, · none" if step > 1 else ""
+        if any(isinstance(term, (Top, VerticalSlash)) for term in read_pattern(text).terms):
+            title += "; " * bool(title) + "chosen for random queries and keys"
+        title += "\n" * bool(title)
+        return title + picture(text, tokens, head, step=step)
 
     def run(self, program: Program, ctx: Context) -> Report:
         """Writes the pattern into each attention node."""

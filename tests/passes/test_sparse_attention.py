@@ -27,8 +27,7 @@ def patterns(compiled: slim.CompiledModel) -> list[str | None]:
 def test_every_published_pattern_is_text_that_is_read_back_and_a_picture(kind: str) -> None:
     sparse = SparseAttention(kind)
     assert SparseAttention(sparse.text()).text() == sparse.text()
-    rows = sparse.picture(12).splitlines()
-    assert len(rows) == 12
+    rows = sparse.picture(12).splitlines()[-12:]
     assert all(row[place] == "█" for place, row in enumerate(rows))  # a query sees itself
 
 
@@ -38,13 +37,38 @@ def test_every_published_pattern_is_text_that_is_read_back_and_a_picture(kind: s
         (dict(pattern="windw"), "none of dense"), (dict(pattern="window", stride=4), "no such option"),
         (dict(pattern="auto", window=4), "no such option"), (dict(pattern="auto", mass=1.0), "between 0 and 1"),
         (dict(skip=2.0), "between 0 and 1"), (dict(pattern="dense"), "changes nothing without skip"),
-        (dict(pattern="columns(4)"), "would see no key"), (dict(window=0), "numbers of tokens"),
-        (dict(pattern="window(8)", sinks=2), "no such option"),
+        (dict(pattern="columns(4)"), "would see no key"), (dict(window=0), "'window': it is a whole number"),
+        (dict(pattern="window(8)", sinks=2), "no such option"), (dict(pattern="auto", sinks=-1), "'sinks'"),
+        (dict(pattern="0-3: dense; 4: dense"), "changes nothing without skip"), (dict(layers=()), "names no layer"),
+        (dict(pattern="block_topk", share=0), "'share'"), (dict(window=True), "'window'"),
+        (dict(pattern="bigbird", random_blocks=2.5), "'random_blocks'"), (dict(window=1 << 40), "'window'"),
+        (dict(pattern="fixed", block=8, summary=20), "more than the block's 8"),
+        (dict(pattern="window(2**40)"), "written out"), (dict(pattern="window(1, 2)"), "number of values"),
     ],
 )  # fmt: skip
 def test_options_without_sense_are_refused(options: dict[str, object], match: str) -> None:
     with pytest.raises(errors.BadPassOption, match=match):
         SparseAttention(**options)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_picture_is_as_long_as_it_takes_to_see_what_is_left_out(kind: str) -> None:
+    title, *rows = SparseAttention(kind).picture().splitlines()
+    assert "keys a character" in title
+    assert len(rows) == 32
+    below = "".join(row[:place] for place, row in enumerate(rows))
+    assert below.count("·") + below.count("▒") > 0.2 * len(below)
+    assert SparseAttention(kind, skip=0.1).picture() == SparseAttention(kind).picture()
+
+
+def test_a_picture_of_what_is_not_there_is_refused() -> None:
+    by_head = SparseAttention("0: dense; 1: window(4)")
+    assert by_head.picture(8, head=1) == SparseAttention(window=4, sinks=0).picture(8)
+    for tokens, head, match in ((-1, 0, "no number of tokens"), (8, 2, "no head of 2"), (8, -1, "no head")):
+        with pytest.raises(errors.BadInput, match=match):
+            by_head.picture(tokens, head)
+    with pytest.raises(errors.BadPassOption, match="chooses on calibration data"):
+        SparseAttention("auto").picture()
 
 
 def test_a_layer_that_is_not_there_is_named() -> None:

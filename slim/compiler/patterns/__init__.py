@@ -146,10 +146,14 @@ def _term(node: ast.expr, text: str) -> Term:
     match node:
         case ast.Call(func=ast.Name(id=name), args=args, keywords=[]) if name in TERMS:
             try:
-                return TERMS[name](*(ast.literal_eval(arg) for arg in args))
+                values = [ast.literal_eval(arg) for arg in args]
+            except ValueError:
+                raise _bad(text, f"{ast.unparse(node)} takes numbers that are written out") from None
+            try:
+                return TERMS[name](*values)
             except errors.BadInput as error:
                 raise _bad(text, error.reason) from None
-            except (TypeError, ValueError):
+            except TypeError:
                 raise _bad(text, f"{ast.unparse(node)} has the wrong number of values") from None
     raise _bad(text, f"{ast.unparse(node)} is none of {_KNOWN}")
 
