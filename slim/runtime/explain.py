@@ -132,6 +132,7 @@ def explain(
             reason=f"it is a node or the name of one, not {name!r:.40}",
             of="slim.CompiledModel.explain",
         )
+    name = next((str(node.target) for node in weight_nodes(program) if node.name == name), name)
     name = program.facts.tied.get(name, name)
     nodes = {node.name: node for node in program.graph.nodes if node.op in ("call_function", "placeholder")}
     weights = {str(node.target): node for node in weight_nodes(program)}

@@ -71,6 +71,8 @@ def test_a_weight_names_its_readers_its_bytes_and_its_passes(compiled):
     assert [line.partition(":")[0] for line in found.readers] == ["dequantize_6", down(compiled).name]
     assert found.readers[1].endswith("  # multiplies by it")
     assert found.passes == [("lift", "made"), ('quantize("int8")', "changed")]
+    node = next(node for node in compiled.program.graph.find_nodes(op="get_attr") if node.target == DOWN)
+    assert compiled.explain(node) == compiled.explain(node.name) == found
 
 
 def test_a_weight_that_a_pass_removed_is_still_known(compiled):
