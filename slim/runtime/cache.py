@@ -156,7 +156,9 @@ class CacheStats:
 def check_truncate(length: int) -> None:
     """Raises BadInput for what is no number of tokens."""
     if not isinstance(length, int) or isinstance(length, bool) or length < 0:
-        raise errors.BadInput(argument="length", reason=f"{length!r} is no number of tokens", of="cache.truncate")
+        raise errors.BadInput(
+            argument="length", reason=f"{length!r} is no number of tokens", of="slim.runtime.cache.KVCache.truncate"
+        )
 
 
 def check_fork(order: Sequence[int], batch: int) -> None:
@@ -164,7 +166,7 @@ def check_fork(order: Sequence[int], batch: int) -> None:
     for row in order:
         if not isinstance(row, int) or isinstance(row, bool) or not 0 <= row < batch:
             reason = f"{row!r} is no row; there are {batch}, from 0 on"
-            raise errors.BadInput(argument="order", reason=reason, of="cache.fork")
+            raise errors.BadInput(argument="order", reason=reason, of="slim.runtime.cache.KVCache.fork")
 
 
 _ROOM = 64  # tokens to make room for at least, so that a short prompt does not grow at once

@@ -157,7 +157,7 @@ class Scheduler:
         Raises:
             BadInput: for one that is done, or that another scheduler has.
         """
-        self._check_own(request, "fork")
+        self._check_own(request)
         if sampling is not None and not isinstance(sampling, Sampling):
             raise errors.BadInput(argument="sampling", reason=f"{sampling!r:.40} is none", of="slim.Scheduler.fork")
         with self._lock:
@@ -177,7 +177,7 @@ class Scheduler:
 
     def cancel(self, request: Request) -> None:
         """See ``Request.cancel``; one that is done stays as it is. Raises BadInput for another scheduler's."""
-        self._check_own(request, "cancel")
+        self._check_own(request)
         with self._lock:
             if request.done:
                 return
@@ -185,10 +185,10 @@ class Scheduler:
                 self._waiting.remove(request)
             self._leave(request, "cancelled")
 
-    def _check_own(self, request: Request, of: str) -> None:
+    def _check_own(self, request: Request) -> None:
         if not isinstance(request, Request) or request.scheduler is not self:
             reason = f"{request!r:.60} is no request of this scheduler"
-            raise errors.BadInput(argument="request", reason=reason, of=f"slim.Scheduler.{of}")
+            raise errors.BadInput(argument="request", reason=reason, of="slim.Scheduler")
 
     def advance(self) -> bool:
         """A piece of a prompt, then a burst of decoding; False where there is nothing to do."""
