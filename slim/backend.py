@@ -142,6 +142,8 @@ class Pieces:
         if len(self._pieces) == _MOST:
             raise errors.BadInput(argument="inputs", reason=_TOO_MANY)
         captured = self._captured(arguments)
+        if self._pieces and captured.numbers and self._closed is None:
+            log.warning("a graph is compiled once more, for other numbers: %s", [*captured.numbers.values()])
         self._pieces.append(Piece.of(captured, self._module, self._options, arguments))
         return self._pieces[-1]
 

@@ -90,10 +90,7 @@ def test_spellings_that_only_torch_compile_meets_take_other_sizes(name: str) -> 
     """Heads that were folded into the batch by a -1; experts as one call of a grouped product."""
     model = zoo.build(name)
     fast = compiled(model, target="cpu")
-    with torch.no_grad():
-        for shape in ((1, 9), (2, 7), (3, 5)):
-            tokens = torch.randint(3, 90, shape)
-            close(fast(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
+    equal_at(fast, model, (1, 9), (2, 7), (3, 5))
 
 
 def test_what_cannot_be_lifted_for_all_sizes_is_compiled_for_each_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
@@ -114,10 +111,7 @@ def test_generated_code_of_a_language_model_takes_other_sizes_at_one_recompile()
         lambda module, examples: slim_backend(module, examples, options={"target": "cpu"})
     )
     fast = torch.compile(model, backend=counter)
-    with torch.no_grad():
-        for shape in ((2, 9), (3, 7), (4, 11), (2, 7)):
-            tokens = torch.randint(3, 90, shape)
-            close(fast(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
+    equal_at(fast, model, (2, 9), (3, 7), (4, 11), (2, 7))
     assert counter.frame_count == 2
 
 
@@ -220,7 +214,15 @@ class Divided(Gated):
         return x / x.abs().max().item()
 
 
-def test_floats_that_change_are_compiled_in() -> None:
+def equal_at(fast: Any, model: nn.Module, *shapes: tuple[int, int]) -> None:
+    """Logits of random tokens of each shape."""
+    with torch.no_grad():
+        for shape in shapes:
+            tokens = torch.randint(3, 90, shape)
+            close(fast(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
+
+
+def test_floats_that_change_are_compiled_in_and_said_so(caplog: pytest.LogCaptureFixture) -> None:
     model = Divided().eval()
     fast = torch.compile(model, backend=slim_backend, dynamic=True)
     with torch.no_grad():
@@ -229,18 +231,19 @@ def test_floats_that_change_are_compiled_in() -> None:
             close(fast(x), model(x))
         scaled, x = Scaled().eval(), torch.randn(2, 5, 16)
         fast = compiled(scaled)
+        caplog.clear()
         for factor in (0.1, 0.2, 0.3, 0.2):
             close(fast(x, factor), scaled(x, factor))
+    assert [message for message in caplog.messages if "once more" in message] == [
+        "a graph is compiled once more, for other numbers: [0.3]"
+    ]
 
 
 def test_dynamic_true_takes_all_sizes_at_once() -> None:
     model = zoo.build("llama")
     counter = CompileCounterWithBackend("slim")
     fast = torch.compile(model, backend=counter, dynamic=True)
-    with torch.no_grad():
-        for shape in ((2, 5), (2, 7), (3, 5), (3, 9)):
-            tokens = torch.randint(3, 90, shape)
-            close(fast(tokens, use_cache=False).logits, model(tokens, use_cache=False).logits)
+    equal_at(fast, model, (2, 5), (2, 7), (3, 5), (3, 9))
     assert counter.frame_count == 1
 
 

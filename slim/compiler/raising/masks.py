@@ -67,7 +67,7 @@ def _band(program: Program, node: fx.Node, seen: Any) -> tuple[bool, int | None]
 
 def _square(mask: Tensor | None, length: int) -> Tensor | None:
     """[length, length] of a mask that is the same for every batch and head; None for another."""
-    if mask is None or list(mask.shape[-2:]) != [length, length]:
+    if mask is None or mask.numel() == 0 or list(mask.shape[-2:]) != [length, length]:
         return None
     first, *rest = mask.reshape(-1, length, length)
     return first if all(torch.equal(first, other) for other in rest) else None

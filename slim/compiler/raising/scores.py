@@ -48,7 +48,7 @@ class Scores:
 
 def add_mask(program: Program, scores: Scores, mask: fx.Node, factor: float = 1.0) -> None:
     """Folds ``factor`` times one additive mask, or a boolean one, into ``scores``: as attributes where it is one."""
-    mask = mask_source(mask)
+    mask = _mask_source(mask)
     low = factor if mask.meta["val"].dtype != torch.bool else 1.0
     if mask.target is aten.add.Tensor and all(isinstance(a, fx.Node) and not is_bool(a) for a in mask.args[:2]):
         for part in mask.args[:2]:
@@ -100,7 +100,7 @@ def hides(program: Program, value: Any, factor: float = 1.0) -> bool:
     return number is not None and number * factor <= HIDDEN
 
 
-def mask_source(mask: fx.Node) -> fx.Node:
+def _mask_source(mask: fx.Node) -> fx.Node:
     """The mask before it was cast, expanded, or cut to the length of the keys (which it has)."""
     while True:
         inner = mask
