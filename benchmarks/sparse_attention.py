@@ -42,6 +42,9 @@ ROWS = {
     "auto, 90 %": '"auto", mass=0.9',
     "auto": '"auto"',
     "auto, 99 %": '"auto", mass=0.99',
+    "windows, 90 %": '"auto", mass=0.9, among=("window",)',
+    "windows": '"auto", among=("window",)',
+    "windows, 99 %": '"auto", mass=0.99, among=("window",)',
 }
 HEADER = """# Sparse attention, without training
 

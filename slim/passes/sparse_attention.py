@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,72 +13,20 @@ from slim import errors
 from slim.compiler.passes_base import KNOWN_HEADS, Context, Pass
 from slim.compiler.patterns import by_head, read_pattern
 from slim.compiler.patterns.picture import picture, shown
-from slim.compiler.patterns.terms import (
-    Blocks,
-    Columns,
-    Random,
-    Rows,
-    Stride,
-    Summary,
-    Term,
-    Top,
-    VerticalSlash,
-    Window,
-)  # fmt: skip
+from slim.compiler.patterns.terms import Top, VerticalSlash
 from slim.compiler.program import Program
 from slim.compiler.report import Report, Skip
 from slim.compiler.rules import argument
 from slim.compiler.statistics import calibration_of
-from slim.compiler.statistics.attention import kept_attention
 from slim.compiler.statistics.batches import first_batches
+from slim.passes.sparsity.auto import SETTINGS, cheapest
+from slim.passes.sparsity.kinds import KINDS
 
-_Options = Mapping[str, int]
-_TOKENS = 16384  # of calibration that "auto" looks at
-_DENSE = ()
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """A published pattern: the options it has, with their defaults, and the terms it is made of."""
-
-    options: _Options
-    terms: Callable[[_Options], tuple[Term, ...]]
-
-
-def _columns(tokens: int) -> tuple[Term, ...]:
-    return (Columns(tokens),) if tokens else ()
-
-
-KINDS: dict[str, _Kind] = {
-    "window": _Kind({"window": 1024, "sinks": 4}, lambda o: (Window(o["window"]), *_columns(o["sinks"]))),
-    "strided": _Kind({"window": 128, "stride": 128}, lambda o: (Window(o["window"]), Stride(o["stride"]))),
-    "fixed": _Kind({"block": 128, "summary": 8}, lambda o: (Blocks(o["block"], 1), Summary(o["block"], o["summary"]))),
-    "longformer": _Kind(
-        {"window": 512, "global_tokens": 16},
-        lambda o: (Window(o["window"]), Columns(o["global_tokens"]), Rows(o["global_tokens"])),
-    ),
-    "bigbird": _Kind(
-        {"block": 64, "neighbours": 2, "global_tokens": 64, "random_blocks": 3, "seed": 0},
-        lambda o: (
-            Blocks(o["block"], o["neighbours"]), Columns(o["global_tokens"]), Rows(o["global_tokens"]),
-            Random(o["block"], o["random_blocks"], o["seed"]),
-        ),
-    ),
-    "vertical_slash": _Kind(
-        {"columns": 256, "slashes": 256, "sinks": 4},
-        lambda o: (VerticalSlash(o["columns"], o["slashes"]), *_columns(o["sinks"])),
-    ),
-    "block_topk": _Kind(
-        {"block": 16, "share": 8, "sinks": 4},
-        lambda o: (Top(o["block"], o["share"]), *_columns(o["sinks"])),
-    ),
-}  # fmt: skip
+_TOKENS = 8192  # of calibration that "auto" looks at
 _NUMBERS = tuple(dict.fromkeys(option for kind in KINDS.values() for option in kind.options))
 _MAY_BE_ZERO = ("sinks", "seed")
 _AUTO = {"sinks": 4}
 _MASS = 0.95
-# Terms that draw from, or choose among, the keys before a query.
-_LOOK_BACK = (Random, Top, VerticalSlash)
 
 
 @dataclass(frozen=True)
@@ -90,8 +39,8 @@ class SparseAttention(Pass):
     Args:
         pattern: "window" (window, sinks), "strided" (window, stride), "fixed" (block, summary), "longformer" (window,
             global_tokens), "bigbird" (block, neighbours, global_tokens, random_blocks, seed), "vertical_slash"
-            (columns, slashes, sinks), "block_topk" (block, share, sinks), "auto" (mass, sinks), "dense", or a text as
-            the IR has it: "window(64) | columns(4)".
+            (columns, slashes, sinks), "block_topk" (block, share, sinks), "auto" (mass, among, sinks), "dense", or a
+            text as the IR has it: "window(64) | columns(4)".
         window: newest tokens that a query keeps, its own among them.
         sinks: first tokens that all queries keep.
         stride: every so many keys back from the query one is kept.
@@ -100,8 +49,11 @@ class SparseAttention(Pass):
         random_blocks: earlier blocks drawn for each head and block of queries, by ``seed``.
         columns, slashes: keys, and distances, that the last 64 queries of a prompt choose; decoding is dense.
         share: of the blocks before its own a query keeps the best 1 in so many.
-        mass: with "auto", the share of its attention that each head must keep on the calibration data. The head gets
-            the narrowest window (a power of two, beside the sinks) that does; heads that need more stay dense.
+        mass: with "auto", the share of its attention that each head must keep on the calibration data. Of the
+            patterns that do, in sequences as long as the data's, the head gets the one that reads fewest keys; heads
+            that need more stay dense.
+        among: with "auto", the kinds that are tried; None for all but vertical_slash. ("window",) keeps what a ring
+            needs: memory that does not grow with the text.
         skip: let kernels leave out keys that together hold no more than this share of a row's attention, where that
             saves work: with "dense" the only change. What a row gives is then off by at most twice as much, relative
             to its largest value.
@@ -132,6 +84,7 @@ class SparseAttention(Pass):
     slashes: int | None = None
     share: int | None = None
     mass: float | None = None
+    among: tuple[str, ...] | None = None
     skip: float | None = None
     layers: tuple[int, ...] | None = None
 
@@ -145,8 +98,11 @@ class SparseAttention(Pass):
         for option, value in (("mass", self.mass), ("skip", self.skip)):
             if value is not None and not 0.0 < value < 1.0:
                 raise self._bad(option, f"{value} is not between 0 and 1")
-        if self.mass is not None and "mass" not in self._known():
-            raise self._bad("mass", f"the pattern {self.pattern!r} has no such option", self._known())
+        for option in ("mass", "among"):
+            if getattr(self, option) is not None and option not in self._known():
+                raise self._bad(option, f"the pattern {self.pattern!r} has no such option", self._known())
+        if self.among is not None and not (self.among and set(self.among) <= set(SETTINGS)):
+            raise self._bad("among", f"it names one or more of these, not {self.among}", list(SETTINGS))
         if self.layers is not None and not self.layers:
             raise self._bad("layers", "it names no layer; leave it out for all")
         if self.pattern != "auto":
@@ -176,7 +132,7 @@ class SparseAttention(Pass):
 
     def _known(self) -> list[str]:
         if self.pattern == "auto":
-            return ["mass", *_AUTO]
+            return ["mass", "among", *_AUTO]
         return list(KINDS[self.pattern].options) if self.pattern in KINDS else []
 
     def text(self) -> str:
@@ -184,9 +140,7 @@ class SparseAttention(Pass):
         if self.pattern not in KINDS:
             return str(read_pattern(self.pattern))
         kind = KINDS[self.pattern]
-        given = {name: getattr(self, name) for name in kind.options}
-        terms = kind.terms({name: kind.options[name] if value is None else value for name, value in given.items()})
-        return str(by_head([terms]))
+        return str(by_head([kind.terms({name: getattr(self, name) for name in kind.options})]))
 
     def picture(self, tokens: int | None = None, head: int = 0) -> str:
         """What queries (rows) keep of the keys (columns); see ``slim.compiler.patterns.picture``.
@@ -216,9 +170,8 @@ class SparseAttention(Pass):
         )
         for node, text in texts.items():
             if text == "dense" and self.skip is None:
-                report.skipped.append(
-                    Skip(_name(node), f"no window keeps {self.mass or _MASS:.0%} of any head's attention")
-                )
+                reason = f"nothing that reads fewer keys keeps {self.mass or _MASS:.0%} of any head's attention"
+                report.skipped.append(Skip(_name(node), reason))
                 continue
             if text != "dense":
                 node.update_kwarg("pattern", text)
@@ -253,9 +206,7 @@ class SparseAttention(Pass):
         heads, named = int(argument(node, "q").meta["val"].shape[1]), self._heads_named()
         if named not in (None, heads):
             return f"it has {heads} heads, and the pattern names {named}"
-        looks_back = self.pattern != "auto" and any(
-            isinstance(term, _LOOK_BACK) for term in read_pattern(self.text()).terms
-        )
+        looks_back = self.pattern != "auto" and any(term.looks_back for term in read_pattern(self.text()).terms)
         if looks_back and not argument(node, "causal"):
             return "it looks at later tokens, and the pattern chooses among earlier ones alone"
         if argument(node, "q").meta["val"].shape[2] != argument(node, "k").meta["val"].shape[2]:
@@ -265,29 +216,18 @@ class SparseAttention(Pass):
     # -- auto --------------------------------------------------------------------------------------------------------
 
     def _found(self, program: Program, ctx: Context, nodes: list[fx.Node], report: Report) -> dict[fx.Node, str]:
-        """For each node the narrowest window of each head that keeps enough of its attention."""
+        """For each node the pattern of each head that reads fewest keys and keeps enough of its attention."""
         batches = first_batches(calibration_of(program, ctx, self.name).batches, _TOKENS)
-        longest = max(int(batch.inputs[0].shape[1]) for batch in batches)
-        sinks = _columns(_AUTO["sinks"] if self.sinks is None else self.sinks)
-        sizes = [2**n for n in range(3, 20) if 2**n < longest]
-        candidates = [(Window(size), *sinks) for size in sizes]
+        sinks = _AUTO["sinks"] if self.sinks is None else self.sinks
         wanted = self.mass or _MASS
-        kept = kept_attention(program, nodes, batches, [str(by_head([terms])) for terms in candidates])
-        texts: dict[fx.Node, str] = {}
-        narrow = 0
-        for node in nodes:
-            heads = [
-                next((terms for terms, share in zip(candidates, shares, strict=True) if share >= wanted), _DENSE)
-                for shares in kept[node].tolist()
-            ]
-            narrow += sum(terms != _DENSE for terms in heads)
-            texts[node] = str(by_head(heads))
-        total = sum(int(argument(node, "q").meta["val"].shape[1]) for node in nodes)
+        found = cheapest(program, nodes, batches, self.among or tuple(SETTINGS), sinks, wanted)
+        kinds = Counter(head.kind for heads in found.values() for head in heads)
+        named = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
         report.notes.append(
-            f"{narrow} of {total} heads keep {wanted:.0%} of their attention in a window, of up to {longest} tokens of "
-            f"{sum(batch.tokens for batch in batches):,} that were looked at"
+            f"each head keeps {wanted:.0%} of its attention over {sum(batch.tokens for batch in batches):,} tokens, in "
+            f"sequences of up to {max(int(batch.inputs[0].shape[1]) for batch in batches)}: {named}"
         )
-        return texts
+        return {node: str(by_head([head.terms for head in heads])) for node, heads in found.items()}
 
 
 def _name(node: fx.Node) -> str:

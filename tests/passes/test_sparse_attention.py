@@ -9,9 +9,13 @@ from transformers import BertConfig, BertModel
 import slim
 from slim import errors
 from slim.codegen import build
+from slim.compiler.patterns import read_pattern
 from slim.compiler.rules import argument
+from slim.compiler.statistics import read_calibration
+from slim.compiler.statistics.attention import kept_attention
 from slim.passes import SparseAttention
-from slim.passes.sparse_attention import KINDS
+from slim.passes.sparsity.auto import SETTINGS, candidates
+from slim.passes.sparsity.kinds import KINDS
 from tests.compiled import difference, pair
 from tests.programs import model
 
@@ -114,17 +118,63 @@ def test_an_encoder_sees_a_window_in_both_directions() -> None:
         slim.compile(encoder, 'sparse_attention("block_topk")', target="eager")
 
 
-def test_auto_gives_each_head_the_narrowest_window_that_keeps_enough() -> None:
-    data = [torch.randint(3, 96, (4, 48), generator=torch.Generator().manual_seed(2))]
-    options = dict(calibration=data, target="eager")
-    few, all_ = (slim.compile(model("llama"), f'sparse_attention("auto", mass={m})', **options) for m in (0.3, 0.8))
-    assert patterns(few) != patterns(all_)
+DATA = [torch.randint(3, 96, (4, 48), generator=torch.Generator().manual_seed(2))]
+
+
+def auto(options: str, of: torch.nn.Module | None = None) -> slim.CompiledModel:
+    return slim.compile(of or model("llama"), f'sparse_attention("auto", {options})', calibration=DATA, target="eager")
+
+
+def test_auto_gives_each_head_a_wider_window_the_more_it_must_keep() -> None:
+    few, much = (auto(f'mass={mass}, among=("window",)') for mass in (0.3, 0.7))
+    assert patterns(few) != patterns(much)
     assert all(text and "columns(4)" in text for text in patterns(few))
-    assert any("keep 30% of their attention" in note for note in few.report.passes[0].notes)
+    assert any("each head keeps 30% of its attention" in note for note in few.report.passes[0].notes)
     with pytest.raises(errors.NeedsCalibration):
         slim.compile(model("llama"), 'sparse_attention("auto")', target="eager")
-    with pytest.raises(errors.PassMatchedNothing, match="no window keeps"):
-        slim.compile(model("llama"), 'sparse_attention("auto", mass=0.999999)', **options)
+    with pytest.raises(errors.PassMatchedNothing, match="nothing that reads fewer keys keeps"):
+        auto("mass=0.999999")
+
+
+@pytest.mark.parametrize("mass", [0.3, 0.5])
+def test_auto_gives_each_head_what_reads_fewest_keys_of_all_that_keep_enough(mass: float) -> None:
+    compiled = auto(f"mass={mass}")
+    dense = slim.compile(model("llama"), target="eager").program
+    batches = read_calibration(dense, DATA).batches
+    for node, text in zip(dense.attention_nodes(), patterns(compiled), strict=True):
+        tried = candidates(node, 48, tuple(SETTINGS), sinks=4)
+        kept = kept_attention(dense, [node], batches, [each.text for each in tried])[node]
+        for head, shares in enumerate(kept.tolist()):
+            terms = read_pattern(text or "dense").of(head)
+            chosen = next(each for each in tried if each.terms == terms)
+            enough = [each for each, share in zip(tried, shares, strict=True) if share >= mass - 1e-6]
+            assert chosen in enough
+            assert chosen.reads == min(each.reads for each in enough if each.top in (None, chosen.top))
+
+
+class Alike(torch.nn.Module):
+    """One head looks at tokens like its own, wherever they are; the other at near ones."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        place = torch.arange(tokens, dtype=x.dtype).expand(batch, tokens)[..., None] / 4
+        near = torch.cat([place, torch.ones_like(place), x[..., 2:] * 0], -1)
+        query = torch.cat([torch.ones_like(place), place * 0, x[..., 2:] * 0], -1)
+        q, k = torch.stack([x, query], 1), torch.stack([x, near], 1)
+        found = torch.nn.functional.scaled_dot_product_attention(
+            q, k, torch.stack([x, x], 1), is_causal=True, scale=1.0
+        )
+        return found.transpose(1, 2).reshape(batch, tokens, 2 * width)
+
+
+def test_auto_gives_a_head_that_looks_far_blocks_and_one_that_looks_near_a_window() -> None:
+    kinds = torch.eye(16)[torch.randint(16, (1, 32), generator=torch.Generator().manual_seed(3))]
+    x = 3.0 * kinds.repeat_interleave(16, 1)
+    compiled = slim.compile(Alike(), 'sparse_attention("auto")', example_inputs=(x,), calibration=[(x,)], target=TARGET)
+    assert patterns(compiled) == ["0: top(16, 16) | columns(4); 1: window(16) | columns(4)"]
+    assert difference(compiled(x), Alike()(x)) < 0.1
+    with pytest.raises(errors.BadPassOption, match="among"):
+        SparseAttention("auto", among=("vertical_slash",)).check()
 
 
 def test_a_pattern_that_names_other_heads_than_there_are_is_refused() -> None:

@@ -48,9 +48,11 @@ class Term(ABC):
 
     Attributes:
         sees_itself: whether every query keeps its own token.
+        looks_back: whether it draws from, or chooses among, the keys before a query.
     """
 
     sees_itself: ClassVar[bool] = False
+    looks_back: ClassVar[bool] = False
 
     @classmethod
     def name(cls) -> str:
@@ -76,6 +78,10 @@ class Term(ABC):
     def keys_kept(self, keys: Any, queries: Any) -> Any:
         """About how many of ``keys`` each of ``queries`` of a call keeps, numbers or expressions; at most all count."""
         ...
+
+    def keys_to_choose(self, keys: float) -> float:
+        """What a query reads to choose among ``keys``, as so many keys and their values."""
+        return 0.0
 
 
 @dataclass(frozen=True, repr=False)
@@ -168,6 +174,7 @@ class Random(Term):
     Every target draws the same ones: ``draw`` is a formula over the numbers of head and block.
     """
 
+    looks_back = True
     size: int
     count: int
     seed: int
@@ -195,6 +202,7 @@ class Top(Term):
     """
 
     sees_itself = True
+    looks_back = True
     size: int
     share: int
 
@@ -208,6 +216,9 @@ class Top(Term):
     def keys_kept(self, keys: Any, queries: Any) -> Any:
         return keys / self.share + self.size
 
+    def keys_to_choose(self, keys: float) -> float:
+        return keys / self.size  # of each block two bounds of its keys, as much as a key and a value
+
 
 @dataclass(frozen=True, repr=False)
 class VerticalSlash(Term):
@@ -218,6 +229,7 @@ class VerticalSlash(Term):
     """
 
     sees_itself = True
+    looks_back = True
     columns: int
     slashes: int
 

@@ -79,12 +79,18 @@ def kept_attention(
             if batch.real is not None:
                 looks = looks * batch.real[:, None, :, None]
             masks = (pattern_mask(text, q, k, None, batch.real, scale=1.0, offset=0) for text in patterns)
-            shares = [(looks * mask).sum((0, 2, 3)).double() for mask in masks]
-            kept[node] = kept.get(node, 0.0) + torch.stack(shares, 1)
+            kept[node] = kept.get(node, 0.0) + torch.stack([_left(looks, mask) for mask in masks], 1)
             whole[node] = whole.get(node, 0.0) + looks.sum((0, 2, 3)).double()
 
         watch(program, nodes, batch, seen)
     return {node: kept[node] / whole[node].clamp_min(1e-300)[:, None] for node in nodes if node in kept}
+
+
+def _left(looks: Tensor, mask: Tensor) -> Tensor:
+    """[H], what a mask leaves of looks [B, H, S, T]."""
+    if mask.shape[:2] == (1, 1):  # a product of a matrix and a vector: a tenth of the time
+        return (looks.sum(0).flatten(1) @ mask.flatten().to(looks.dtype)).double()
+    return (looks * mask).sum((0, 2, 3)).double()
 
 
 def _weights(node: fx.Node, args: Any, kwargs: Any) -> Tensor:

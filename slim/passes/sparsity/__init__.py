@@ -1,0 +1,1 @@
+"""Which patterns SparseAttention knows by name, and how it chooses among them."""
