@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import ast
 import io
+import itertools
 import json
 import operator
 import tokenize
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -33,6 +34,15 @@ import torch
 aten, slim = torch.ops.aten, torch.ops.slim
 inf, nan = math.inf, math.nan
 """
+
+_TAKEN = frozenset({"weights", "forward", "math", "operator", "torch", "aten", "slim", "inf", "nan"})
+
+
+def free_name(name: str, others: Container[str]) -> str:
+    """What an input of that name is called in the text, where some names mean something else."""
+    numbered = (f"{name}_{number}" for number in itertools.count(1))
+    return name if name not in _TAKEN else next(each for each in numbered if each not in others)
+
 
 # -- printing ----------------------------------------------------------------------------------------------------------
 
@@ -67,9 +77,8 @@ def target_name(target: Any) -> str:
 
 def _origin(node: fx.Node) -> str:
     module, place = node.meta.get("module", ""), node.meta.get("where", "")
-    if not place:  # of torch's own modules, whose source is not the user's
-        return f"  # {module}" if module else ""
-    return f"  # {module} @ {place}"
+    told = [module, f"@ {place}" if place else ""]  # no place: of torch's own modules, whose source is not the user's
+    return "  # " + " ".join(filter(None, told)) if any(told) else ""
 
 
 def _call(node: fx.Node) -> str:
@@ -87,7 +96,7 @@ def _target_name(target: Any) -> str:
 
 def _literal(value: Any) -> str:
     if isinstance(value, fx.Node):
-        return f"weights[{json.dumps(value.target)}]" if value.op == "get_attr" else value.name
+        return f"weights[{json.dumps(value.target, ensure_ascii=False)}]" if value.op == "get_attr" else value.name
     if isinstance(value, (list, tuple)):
         body = ", ".join(_literal(v) for v in value)
         return f"[{body}]" if isinstance(value, list) else f"({body}{',' * (len(value) == 1)})"
@@ -211,8 +220,8 @@ class _Reader:
         return node
 
     def _provenance(self, node: fx.Node, line: int) -> None:
-        module, _, place = self.comments.get(line, "").partition(" @ ")
-        node.meta.update({key: v for key, v in (("module", module), ("where", place)) if v})
+        module, _, place = f" {self.comments.get(line, '')}".partition(" @ ")
+        node.meta.update({key: v for key, v in (("module", module.lstrip()), ("where", place)) if v})
 
     def _value(self, node: ast.expr) -> Any:
         match node:

@@ -485,6 +485,16 @@ def test_keywords_are_examples_too():
     assert float(program.run(torch.full((4, 5), 2.0), torch.full((4, 5), 3.0))[0].mean()) == 6.0
 
 
+def test_an_example_that_is_given_twice_stands_for_two_inputs():
+    class Two(nn.Module):
+        def forward(self, x, y):
+            return x + 10 * y
+
+    example = torch.ones(2, 3)
+    program = lift(Two(), (example, example))
+    assert float(program.run(torch.full((4, 5), 2.0), torch.full((4, 5), 3.0))[0].mean()) == 32.0
+
+
 def test_dropout_is_gone_and_batch_norm_is_in_evaluation():
     model = nn.Sequential(nn.Linear(16, 16), nn.Dropout(0.5), nn.BatchNorm1d(16)).train()
     before = [m.training for m in model.modules()]

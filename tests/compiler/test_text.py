@@ -147,7 +147,7 @@ def test_every_kind_of_argument_reads_back(line):
     assert torch.equal(executed(str(made))(made.weights, x)[0], made.run(x)[0])
 
 
-@pytest.mark.parametrize("name", ['a"]; b["c', "back\\slash", "new\nline", "übung.重み", "a.b.0.weight", "it's"])
+@pytest.mark.parametrize("name", ['a"]; b["c', "back\\slash", "new\nline", "übung.重み", "a.b.0.weight", "it's", "😀"])
 def test_any_weight_name_reads_back(name):
     made = program(f"y = aten.add.Tensor(x, weights[{name!r}])\nreturn (y,)", {name: torch.ones(8)})
     assert list(made.weights) == [name]
@@ -159,6 +159,18 @@ def test_the_order_in_which_weights_are_read_does_not_change_the_text():
     line = "y = aten.linear.default(x, weights['b'], weights['a'])\nz = aten.add.Tensor(y, weights['a'])\nreturn (z,)"
     made = program(line, {"a": torch.ones(8), "b": torch.ones(8, 8)})
     assert str(reread(reread(made))) == str(made)
+
+
+def test_an_input_that_is_called_as_the_text_calls_something_else_gets_a_number():
+    class Scaled(torch.nn.Module):
+        def forward(self, weights, aten, weights_1, slim):
+            return weights * aten + weights_1 / slim
+
+    examples = tuple(torch.full((2, 3), float(number)) for number in (1, 2, 3, 4))
+    made = lift(Scaled(), examples)
+    assert [value.name for value in made.inputs] == ["weights_2", "aten_1", "weights_1", "slim_1"]
+    same_nodes(reread(made), made)
+    assert float(executed(str(made))(made.weights, *examples)[0][0, 0]) == 2.75
 
 
 def test_inputs_of_no_dimension_read_back():

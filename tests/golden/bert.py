@@ -20,7 +20,7 @@ def forward(weights, input_ids: i64[B, S], attention_mask: i64[B, S], token_type
     embedding_2: f32[1, S, 64] = aten.embedding.default(weights["embeddings.position_embeddings.weight"], slice_1)  # embeddings.position_embeddings @ transformers/models/bert/modeling_bert.py:103
     add_2: f32[B, S, 64] = aten.add.Tensor(add_1, embedding_2)  # embeddings @ transformers/models/bert/modeling_bert.py:104
     layer_norm_5: f32[B, S, 64] = slim.layer_norm.default(add_2, weights["embeddings.LayerNorm.weight"], weights["embeddings.LayerNorm.bias"], eps=1e-12)  # embeddings.LayerNorm @ transformers/models/bert/modeling_bert.py:106
-    _to_copy: bool[B, S] = aten._to_copy.default(attention_mask, dtype=torch.bool)  #  @ transformers/models/bert/modeling_bert.py:661
+    _to_copy: bool[B, S] = aten._to_copy.default(attention_mask, dtype=torch.bool)  # @ transformers/models/bert/modeling_bert.py:661
     linear: f32[B, S, 64] = aten.linear.default(layer_norm_5, weights["encoder.layer.0.attention.self.query.weight"], weights["encoder.layer.0.attention.self.query.bias"])  # encoder.layer.0.attention.self.query @ transformers/models/bert/modeling_bert.py:175
     reshape_2: f32[B, S, 4, 16] = aten.reshape.default(linear, [size_B, size_S, -1, 16])  # encoder.layer.0.attention.self @ transformers/models/bert/modeling_bert.py:175
     transpose: f32[B, 4, S, 16] = aten.transpose.int(reshape_2, 1, 2)  # encoder.layer.0.attention.self @ transformers/models/bert/modeling_bert.py:175

@@ -385,7 +385,7 @@ def test_a_bad_number_is_click_s_business_and_also_ends_with_2(artifact: Path) -
 
 def process(*args: object, **options) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "slim.cli", *map(str, args)]
+    command = [sys.executable, "-m", "slim", *map(str, args)]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     return subprocess.Popen(command, env=environment, **pipes, **options)
 

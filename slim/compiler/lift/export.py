@@ -26,6 +26,7 @@ from slim import errors
 from slim.compiler.lift.functional import is_functional, spelled
 from slim.compiler.lift.spelled import SpelledOut
 from slim.compiler.program import Facts, Program, where
+from slim.compiler.text import free_name
 from slim.compiler.types import SIZE_OPS, Input
 from slim.compiler.weights import Deferred, Weights
 
@@ -47,6 +48,7 @@ def export(
     with torch.no_grad(), tracing(None), _quiet(), SpelledOut(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch.export warns of its own internals, which no user can act upon
         try:
+            args, kwargs = _distinct((args, kwargs))
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
             if not is_functional(exported.graph):
                 exported = exported.run_decompositions({})
@@ -59,6 +61,20 @@ def export(
     facts.out_spec = pytree.treespec_dumps(exported.call_spec.out_spec)
     with _quiet():
         return _Builder(model, exported, facts).build()
+
+
+def _distinct(inputs: Any) -> Any:
+    """The same with a copy for a tensor that is given twice, or torch.export would take the two for one input."""
+    given: set[int] = set()
+
+    def once(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        known = id(value) in given
+        given.add(id(value))
+        return value.clone() if known else value
+
+    return pytree.tree_map(once, inputs)
 
 
 @contextmanager
@@ -132,8 +148,9 @@ class _Builder:
     def _input(self, node: fx.Node) -> Input:
         fake = node.meta["val"]
         shape = tuple(self._dim(size, position) for position, size in enumerate(fake.shape))
-        self.values[node] = self.graph.placeholder(node.name)
-        return Input(node.name, fake.dtype, shape)
+        name = free_name(node.name, self.signature)
+        self.values[node] = self.graph.placeholder(name)
+        return Input(name, fake.dtype, shape)
 
     def _dim(self, size: Any, position: int) -> int | str:
         """Symbols are named in the order they are met: B for a first dimension, S for a second, then d2, d3..."""

@@ -1,5 +1,0 @@
-"""``python -m slim.cli``: the same as ``slim``."""
-
-from slim.cli import main
-
-main(prog_name="slim")
