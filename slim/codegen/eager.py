@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from slim.codegen import eager_ops
 from slim.codegen.executables import Ends, Feedback
-from slim.codegen.regions.provenance import Stage, program_name
+from slim.codegen.regions.provenance import Stage, program_names
 from slim.compiler.program import Program
 from slim.compiler.report import Form
 from slim.compiler.rules import argument
@@ -143,7 +143,7 @@ def lower(program: Program) -> fx.Graph:
     copy = program.copy()
     lowering = _Lowering(copy.graph)
     for node in copy.nodes():
-        node.meta[_COMPUTES] = (program_name(node),)
+        node.meta[_COMPUTES] = tuple(program_names(node))
     for node in list(copy.nodes()):
         lowering.visit(node)
     for node in reversed(list(copy.graph.nodes)):  # what the new nodes no longer read
@@ -180,7 +180,7 @@ class _Lowering:
             functions = _GROUPED
         else:
             return False
-        node.meta[_COMPUTES] += tuple(map(program_name, _restoring(weight)))
+        node.meta[_COMPUTES] += tuple(each.name for each in _restoring(weight))
         self._replace(node, functions[node.target], *before, *_stored(weight), *after)
         return True
 

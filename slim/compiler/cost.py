@@ -16,7 +16,7 @@ import sympy
 import torch
 from torch import fx
 
-from slim.compiler.patterns import read_pattern
+from slim.compiler.patterns.pairs import keys_seen, pairs
 from slim.compiler.program import Program
 from slim.compiler.rounded_kv import held_bytes, pair_bits
 from slim.compiler.rules import argument
@@ -164,23 +164,13 @@ class _Reader:
     def _attention_flops(self, node: fx.Node) -> sympy.Expr:
         """Two products over every pair of a query and a key it may see."""
         q, v = node.args[0], node.args[2]
-        pairs = S * T
-        if argument(node, "causal"):
-            pairs = pairs - S * (S - 1) / 2
-        window = argument(node, "window")
-        if window is not None:
-            pairs = sympy.Min(pairs, S * (window if argument(node, "causal") else 2 * window - 1))
-        pairs = sympy.Min(pairs, S * _keys_kept(node, T, S)) if argument(node, "pattern") is not None else pairs
-        pairs = pairs.subs(S, self._size(q, 2))
-        return 2 * self._size(q, 0) * self._size(q, 1) * pairs * (self._size(q, 3) + self._size(v, 3))
+        seen = pairs(node, self._size(q, 2), T)
+        return 2 * self._size(q, 0) * self._size(q, 1) * seen * (self._size(q, 3) + self._size(v, 3))
 
     def _attention_bytes(self, node: fx.Node) -> sympy.Expr:
         """Queries, results, the new keys and values written, and all keys and values in sight read."""
         q, k = node.args[:2]
-        window = argument(node, "window")
-        seen = T if window is None else sympy.Min(T, self._size(q, 2) + window - 1)
-        if argument(node, "pattern") is not None:
-            seen = sympy.Min(seen, self._size(q, 2) - 1 + _keys_kept(node, T, self._size(q, 2)))
+        seen = keys_seen(node, self._size(q, 2), T)
         cached = self._size(q, 0) * self.kv_bytes(node) * (seen + self._size(k, 2))
         return self._bytes(q) + self._bytes(node) + cached
 
@@ -236,16 +226,6 @@ class _Reader:
     @staticmethod
     def _is_weight(node: fx.Node) -> bool:
         return node.op == "get_attr" or node.target in RESTORING or not isinstance(node.meta["val"], torch.Tensor)
-
-
-def _keys_kept(node: fx.Node, keys: sympy.Expr, queries: sympy.Expr) -> sympy.Expr:
-    """How many of ``keys`` each of ``queries`` keeps by its pattern, on average over heads."""
-    pattern, heads = read_pattern(argument(node, "pattern")), int(argument(node, "q").meta["val"].shape[1])
-    each = [pattern.of(head) for head in range(heads)]
-    total = sum(
-        (sympy.Min(keys, sum(term.keys_kept(keys, queries) for term in terms)) if terms else keys) for terms in each
-    )
-    return total / heads
 
 
 def _kind(node: fx.Node) -> str:

@@ -83,6 +83,11 @@ class Pass(ABC):
     def check(self) -> None:  # noqa: B027  a hook that most passes have no use for
         """Raises BadPassOption or ContradictoryOptions where well-typed options make no sense together."""
 
+    @property
+    def probe_tokens(self) -> int:
+        """How many tokens it takes to see what the pass does; 0 where it shows in any input."""
+        return 0
+
     @abstractmethod
     def run(self, program: Program, ctx: Context) -> Report:
         """Rewrites ``program`` in place; the pipeline hands it a copy, and throws that away if this raises.

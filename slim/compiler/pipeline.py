@@ -67,6 +67,11 @@ def check_order(passes: Sequence[Pass], program: Program | None = None) -> None:
         lost |= dict.fromkeys(pass_.invalidates, f"{pass_!r} before it takes them away")
 
 
+def probe_tokens(passes: Sequence[Pass]) -> int:
+    """How long a probe must be to show what each of ``passes`` does."""
+    return max((pass_.probe_tokens for pass_ in passes), default=0)
+
+
 def _lacking(program: Program) -> dict[str, str]:
     """What the model comes without -> the reason."""
     lost: dict[str, str] = {}
@@ -95,7 +100,7 @@ class _Run:
         self.ctx.watch(program)
         if self.passes and self.ctx.verify:
             with _timed(self.report.seconds, "probe"):
-                self.probe = self.ctx.probe or make_probe(program)
+                self.probe = self.ctx.probe or make_probe(program, tokens=probe_tokens(self.passes))
                 self.lifted = self.latest = self.probe.run(program)
 
     def step(self, before: Program, pass_: Pass) -> Program:
@@ -122,6 +127,8 @@ class _Run:
         with _timed(seconds, "run"):
             after = before.copy()
             report = pass_.run(after, self.ctx)
+            if not isinstance(report, Report):
+                raise TypeError(f"its run gave {report!r:.40} and no Report: end it with `return report`")
             after.clean()
         report.text, report.lossless, report.seconds = repr(pass_), pass_.lossless, seconds
         report.before, report.after = Size.of(before), Size.of(after)
@@ -156,6 +163,8 @@ class _Run:
             self._tell_from_rounding(before, pass_, report)
         if not math.isfinite(report.error):
             raise ArithmeticError("the output is no longer finite where it was before")
+        if report.error == 0.0 and report.matched and not pass_.lossless:
+            report.notes.append(f"the output did not move on the probe{_length(self.probe)}: other inputs may move it")
         return outputs
 
     def _tell_from_rounding(self, before: Program, pass_: Pass, report: Report) -> None:
@@ -176,7 +185,8 @@ class _Run:
         self.ctx.collected = {k: v for k, v in self.ctx.collected.items() if k in pass_.preserves}
         self.dump.stage(pass_.name, after)
         self.ctx.watch(after)
-        log.debug("%r: %d of %d sites, %s s", pass_, len(report.matched), report.tried, report.seconds)
+        took = ", ".join(f"{stage} {seconds:.3f} s" for stage, seconds in report.seconds.items())
+        log.debug("%r: %d of %d sites; %s", pass_, len(report.matched), report.tried, took)
 
     def _failed(self, before: Program, pass_: Pass, error: Exception) -> errors.PassFailed:
         reason = str(error).strip().splitlines()
@@ -186,6 +196,10 @@ class _Run:
 
     def _reproduce(self, before: Program, pass_: Pass, error: Exception) -> Reproducer:
         return write_reproducer(before, self.passes, pass_, self.ctx, error, self.dump.folder)
+
+
+def _length(probe: Probe) -> str:
+    return "" if probe.real is None else f", of {probe.real.shape[1]} tokens"
 
 
 def _left_by_pass(before: Program, error: errors.SlimError) -> ArithmeticError | None:

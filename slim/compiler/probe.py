@@ -72,19 +72,29 @@ def _relative(before: Tensor, after: Tensor) -> float:
     return moved / largest if largest > 0.0 else float("inf")
 
 
-def make_probe(program: Program, example: Sequence[Tensor] | None = None, seed: int = 0) -> Probe:
+def make_probe(
+    program: Program, example: Sequence[Tensor] | None = None, seed: int = 0, *, tokens: int = TOKENS
+) -> Probe:
     """A probe for ``program``: ``example`` where given, else random tokens, masks and positions that fit together.
 
     Args:
         example: one tensor an input of the Program, in its order, for inputs that random values do not suit.
         seed: the same seed gives the same probe.
+        tokens: of a row; fewer where the model was made for fewer, ``TOKENS`` where it is not known for how many.
     """
     generator = torch.Generator().manual_seed(seed)
-    maker = _Maker(program, generator)
+    maker = _Maker(program, generator, min(max(TOKENS, tokens), _made_for(program)))
     inputs = tuple(example) if example is not None else tuple(maker.value(item) for item in program.inputs)
     names = [item.name for item in program.inputs]
     real = inputs[names.index("attention_mask")].bool() if "attention_mask" in names else None
     return Probe(inputs, real if real is not None and real.dim() == 2 else None, _by_token(program))
+
+
+def _made_for(program: Program) -> int:
+    """Tokens that the model's configuration and its tables have positions for."""
+    config = program.facts.config or {}
+    limits = [program.facts.max_length, *(config.get(name) for name in ("max_position_embeddings", "n_positions"))]
+    return min((limit for limit in limits if limit), default=TOKENS)
 
 
 def _by_token(program: Program) -> tuple[bool, ...]:
@@ -108,10 +118,10 @@ def _leading(program: Program, value: Any) -> list[Any]:
 class _Maker:
     """Makes a value for each input from its name, type and use."""
 
-    def __init__(self, program: Program, generator: torch.Generator) -> None:
+    def __init__(self, program: Program, generator: torch.Generator, tokens: int) -> None:
         self.program = program
         self.generator = generator
-        self.sizes = _sizes(program.inputs)
+        self.sizes = _sizes(program.inputs, tokens)
 
     def value(self, item: Input) -> Tensor:
         shape = tuple(self.sizes[dim] if isinstance(dim, str) else dim for dim in item.shape)
@@ -146,11 +156,11 @@ class _Maker:
         return min(rows, default=2)
 
 
-def _sizes(inputs: tuple[Input, ...]) -> Mapping[str, int]:
+def _sizes(inputs: tuple[Input, ...], tokens: int) -> Mapping[str, int]:
     """A size for every symbol: B rows, S tokens, and unlike ones for the rest."""
     symbols = dict.fromkeys(dim for item in inputs for dim in item.shape if isinstance(dim, str))
     others = [symbol for symbol in symbols if symbol not in ("B", "S")]
-    return {"B": ROWS, "S": TOKENS} | {s: _OTHER_SIZES[i % len(_OTHER_SIZES)] for i, s in enumerate(others)}
+    return {"B": ROWS, "S": tokens} | {s: _OTHER_SIZES[i % len(_OTHER_SIZES)] for i, s in enumerate(others)}
 
 
 def tolerance(program: Program) -> float:

@@ -154,6 +154,10 @@ class Program:
             raise errors.BadInput(
                 argument="other", reason=f"it is no Program, but {other!r:.40}", of="slim.Program.diff"
             )
+        if not isinstance(context, int) or context < 0:
+            raise errors.BadInput(
+                argument="context", reason=f"{context!r:.40} is no number of lines", of="slim.Program.diff"
+            )
         return Difference.of(self, other, context)
 
     def to_networkx(self) -> networkx.MultiDiGraph:

@@ -107,7 +107,7 @@ class PipelineReport:
 
     Attributes:
         passes: what each pass did.
-        seconds: stage ("lift", "probe", "lower") -> time.
+        seconds: stage ("lift", "probe", "lower", "check": what the target computes of the probe) -> time.
         notes: what the lift wants the user to know.
         rules: how often each rule of the lift was tried and matched, and where it just missed.
         target: what the Program was lowered to.

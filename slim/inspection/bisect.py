@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from slim import errors
 from slim.compiler.lift import lift, lift_path
 from slim.compiler.passes_base import Context, Pass, Progress
-from slim.compiler.pipeline import run_pipeline
+from slim.compiler.pipeline import probe_tokens, run_pipeline
 from slim.compiler.probe import Probe, make_probe
 from slim.compiler.program import Program, where
 from slim.compiler.report import PipelineReport
@@ -61,8 +61,8 @@ class Finding:
         culprit: its site or sites, with errors; None where no pass crosses.
         places: the nodes that the culprit inserts or changes, with the lines of the model's source.
         inserted: those among them that only the Program after the pass has.
-        rewrites: rules that changed a value, in the order they were applied: a later one may hand on what an earlier
-            one did. Of the lift only where a module was given.
+        rewrites: rules that changed a value, in the order they were applied, without those that only hand on what an
+            earlier one did to their operand. Of the lift only where a module was given.
     """
 
     threshold: float
@@ -85,6 +85,8 @@ class Finding:
             crossing = f"  over {self.threshold:g}" if index - 1 == self.index and self.stage is not None else ""
             lines.append(f"{stage:<{width}}  {error:.1e}{crossing}")
         lines += map(str, self.rewrites[:_SHOWN])
+        if len(self.rewrites) > _SHOWN:
+            lines.append(f"... and {len(self.rewrites) - _SHOWN} more rewrites that changed a number")
         if self.culprit is None:
             lines.append(f"no pass moves the output by more than {self.threshold:g}")
         else:
@@ -138,6 +140,9 @@ def bisect(
             reason=f"it must be 0 or more, and finite, not {threshold!r}",
             of="slim.inspection.bisect",
         )
+    if not isinstance(model, (nn.Module, str, Path, Program)):
+        reason = f"{type(model).__name__} is neither a module nor a path nor a Program"
+        raise errors.BadInput(argument="model", reason=reason, of="slim.inspection.bisect")
     pipeline = as_passes(passes)
     watcher = _Watcher()
     if isinstance(model, nn.Module):
@@ -145,7 +150,7 @@ def bisect(
             lifted = lift(model, example_inputs)
     else:  # from disk, where the numbers come after the rules
         lifted = model if isinstance(model, Program) else lift_path(model, example_inputs)
-    probe = watcher.probe = make_probe(lifted)
+    probe = watcher.probe = make_probe(lifted, tokens=probe_tokens(pipeline))
     stages: list[Program] = []
     spoilt: dict[str, str] = {}
 
@@ -233,15 +238,25 @@ class _Watcher:
         self.probe: Probe | None = None
         self.bad: list[BadRewrite] = []
         self.stages = ["lift"]
-        self._values: dict[fx.Node, Any] = {}
+        self._values: dict[fx.Node, Any] = {}  # as they should be
+        self._wrong: dict[fx.Node, Any] = {}  # of what a rule made, as it is
 
     def see(self, program: Program, rule: Rule, old: fx.Node, new: fx.Node) -> None:
         probe = self.probe or make_probe(program)
         a, b = (self._value(program, node, probe) for node in (old, new))
         error = Probe((), None, (False,)).error((a,), (b,))
         if not error <= _exact(a):
-            self.bad.append(BadRewrite(self.stages[0], rule.name, where(old), error))
-            self._values[new] = a  # what reads it is judged by itself
+            if not self._hands_on(program, old, b):
+                self.bad.append(BadRewrite(self.stages[0], rule.name, where(old), error))
+            self._values[new], self._wrong[new] = a, b  # what reads it is judged by itself
+
+    @torch.no_grad()
+    def _hands_on(self, program: Program, old: fx.Node, now: Any) -> bool:
+        """Whether ``old`` is as wrong, over what earlier rewrites made of its operands."""
+        if not self._wrong.keys() & set(old.all_input_nodes):
+            return False
+        before = _called(old, {**self._values, **self._wrong})
+        return Probe((), None, (False,)).error((before,), (now,)) <= _exact(now)
 
     @torch.no_grad()
     def _value(self, program: Program, node: fx.Node, probe: Probe) -> Any:
@@ -264,9 +279,12 @@ class _Watcher:
             return probe.inputs[names.index(str(node.target))]
         if node.op == "get_attr":
             return program.weights[str(node.target)]
-        args, kwargs = fx.map_arg((node.args, node.kwargs), self._values.__getitem__)
-        target = _LENIENT.get(node.target, node.target)
-        return target(*args, **kwargs)
+        return _called(node, self._values)
+
+
+def _called(node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.map_arg((node.args, node.kwargs), values.__getitem__)
+    return _LENIENT.get(node.target, node.target)(*args, **kwargs)
 
 
 # While rules run, a copy may be gone that made memory contiguous for a view.

@@ -47,6 +47,16 @@ def names_of(programs: Sequence[Program]) -> list[str]:
     return [*sorted(found - {REST}, key=int), REST]
 
 
+def before_of(first: Program, last: Program) -> dict[str, str]:
+    """Where whole blocks are gone the later ones have other numbers: layer of ``last`` -> what it was in ``first``."""
+    old = {node.name: layer_of_node(node) for node in first.nodes()}
+    votes: dict[str, Counter[str]] = defaultdict(Counter)
+    for node in last.nodes():
+        if node.name in old:
+            votes[layer_of_node(node)][old[node.name]] += 1
+    return {layer: counts.most_common(1)[0][0] for layer, counts in votes.items()}
+
+
 def calls(program: Program, tokens: int) -> dict[str, dict[str, int]]:
     """What costs are for, of one row: of a language model reading ``tokens`` tokens, and writing the last of as many.
 
@@ -67,8 +77,9 @@ def measure_layers(program: Program, names: Sequence[str], tokens: int) -> Layer
         add("weights, bytes", layer_of(name), program.weights.nbytes(name))
     made = list(calls(program, tokens).items())
     (reading, prefill), (writing, decode) = made[0], made[-1]
+    heads = ", logits of the last" if len(made) > 1 else ""
     for node, flops, _ in generation_work(program, prefill):
-        add(f"FLOPs {reading}", layer_of_node(node), flops)
+        add(f"FLOPs {reading}{heads}", layer_of_node(node), flops)
     for node, _, nbytes in generation_work(program, decode):
         add(f"bytes moved {writing}", layer_of_node(node), nbytes)
     _formats(program, add)
@@ -102,10 +113,10 @@ class _Adder:
 
 
 def _formats(program: Program, add: _Adder) -> None:
-    """Bits a number of what linears and tables read, and the narrowest side of a linear, which is its rank."""
+    """Bits a number of what linears and tables read, and the lowest rank of a product of two linears."""
     bits: Counter[str] = Counter()
     numbers: Counter[str] = Counter()
-    narrowest: dict[str, list[int]] = defaultdict(list)
+    ranks: dict[str, list[int]] = defaultdict(list)
     seen: set[fx.Node] = set()
     for node in program.nodes(LINEAR, EXPERTS, EMBEDDING):
         weight: Any = node.args[0 if node.target is EMBEDDING else 1]
@@ -116,12 +127,21 @@ def _formats(program: Program, add: _Adder) -> None:
         layer = layer_of(str(held[0].target))
         bits[layer] += 8 * sum(program.weights.nbytes(str(part.target)) for part in held)
         numbers[layer] += int(weight.meta["val"].numel())
-        if node.target is LINEAR:
-            narrowest[layer].append(min(map(int, weight.meta["val"].shape[-2:])))
+        if (rank := _rank(node)) is not None:
+            ranks[layer].append(rank)
     for layer, count in numbers.items():
         add("bits a number", layer, bits[layer] / count)
-    for layer, ranks in narrowest.items():
-        add("narrowest linear (rank)", layer, min(ranks))
+    for layer, found in ranks.items():
+        add("rank of products, the lowest", layer, min(found))
+
+
+def _rank(node: fx.Node) -> int | None:
+    """How wide the step between two linears is, where one reads the other alone and it is narrower than both ends."""
+    inner = node.args[0]
+    if not (node.target is LINEAR and isinstance(inner, fx.Node) and inner.target is LINEAR):
+        return None
+    (m, rank), (_, n) = (linear.args[1].meta["val"].shape[-2:] for linear in (node, inner))  # type: ignore[union-attr]
+    return int(rank) if rank < min(m, n) else None
 
 
 def layer_of_node(node: fx.Node) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from slim.api import check_generated
 from slim.codegen import select
 from slim.compiler.lift import lift, lift_path
 from slim.compiler.passes_base import Context, Pass, Progress
@@ -56,6 +57,7 @@ def tell(
     text = ", ".join(map(repr, pipeline))
     compiled = CompiledModel(final, chosen, report=report, pipeline=text, dump=ctx.dumped)
     report.seconds = {"lift": lifted - start, **report.seconds, "lower": time.perf_counter() - begin}
+    check_generated(compiled, ctx)
     ctx.dumped.report(report)
     return Story(name, programs, report, compiled)
 

@@ -22,6 +22,7 @@ from slim.compiler.statistics.batches import first_batches
 from slim.passes.sparsity.auto import SETTINGS, cheapest
 from slim.passes.sparsity.kinds import KINDS
 
+_PROBED = 256  # tokens of the probe at most: it runs after every pass
 _TOKENS = 8192  # of calibration that "auto" looks at
 _NUMBERS = tuple(dict.fromkeys(option for kind in KINDS.values() for option in kind.options))
 _MAY_BE_ZERO = ("sinks", "seed")
@@ -160,6 +161,11 @@ class SparseAttention(Pass):
             title += "; " * bool(title) + "chosen for random queries and keys"
         title += "\n" * bool(title)
         return title + picture(text, tokens, head, step=step)
+
+    @property
+    def probe_tokens(self) -> int:
+        """As many as show what is left out, within reason; of "auto" it is not known yet."""
+        return _PROBED if self.pattern == "auto" else min(shown(self.text())[0], _PROBED)
 
     def run(self, program: Program, ctx: Context) -> Report:
         """Writes the pattern into each attention node."""

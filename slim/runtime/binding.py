@@ -243,8 +243,10 @@ class _Binder:
         more = (argument(node, "sinks"), argument(node, "slopes"), *map(held.get, ("k_scale", "v_scale", "k_bounds")))
         options = {name: node.kwargs[name] for name in _OPTIONS if name in node.kwargs}
         parts = rounded(k), rounded(v)
+        stood_for = [node.name]
         if all(parts):  # the cache rounds
             k, v = (part.x for part in parts if part is not None)
+            stood_for += [each.name for part in parts if part is not None for each in part.nodes]
         target, places = slim.cached_attention.default, (start, self._mask(bound, node))
         if self.paging is not None:
             target, places = slim.paged_attention.default, (_placeholder(bound, TABLE), _placeholder(bound, LENGTHS))
@@ -252,7 +254,7 @@ class _Binder:
         if self.eviction is not None:
             options |= {"mass": held["mass"], "votes": self.eviction.votes}
         new = bound.insert(node, target, argument(node, "q"), k, v, *caches, *places, *more, like=node, **options)
-        new.meta["stands_for"] = node.name
+        new.meta["stands_for"] = stood_for
         node.replace_all_uses_with(new)
         bound.graph.erase_node(node)
 

@@ -145,6 +145,8 @@ def explain(
         found = _removed(name, "weight", [(item.text, item.gone.weights) for item in reports])
     elif any(item.changes.nodes.verb(name) for item in reports):
         found = _removed(name, "node", [(item.text, item.gone.nodes) for item in reports])
+    elif name in program.facts.bases:
+        return _fused(program, name)
     else:
         raise _unknown(name, [*weights, *nodes, *program.facts.tied])
     is_weight = found.kind == "weight"
@@ -164,7 +166,8 @@ def explain(
 def _node(program: Program, node: fx.Node) -> Explanation:
     kind = show_type(node.meta["val"], program.dims)
     if node.op == "placeholder":
-        return Explanation(node.name, "node", type=kind, notes=["it is an input"])
+        readers = [print_node(program, user) for user in node.users if user.op == "call_function"]
+        return Explanation(node.name, "node", type=kind, readers=readers, notes=["it is an input"])
     read = dict.fromkeys(str(weight.target) for source in node.all_input_nodes for weight in stored_in(source))
     return Explanation(
         node.name,
@@ -191,6 +194,12 @@ def _weight(program: Program, node: fx.Node) -> Explanation:
         readers=list(_readers(program, node)),
         notes=notes,
     )
+
+
+def _fused(program: Program, name: str) -> Explanation:
+    """A weight of the model that the lift took apart."""
+    parts = [part for part, place in program.facts.parts.items() if place.base == name]
+    return Explanation(name, "weight", notes=[f"the lift took it apart, into {', '.join(parts)}"])
 
 
 # What a weight is to a node that reads it, where the operation leaves no doubt.
@@ -242,6 +251,10 @@ def _known(places: Sequence[tuple[str, str]]) -> list[Origin]:
 
 
 def _unknown(name: str, known: Sequence[str]) -> errors.BadInput:
+    within = [other for other in known if other.startswith(f"{name}.")]
+    if within:
+        reason = f"'{name}' is no node and no weight; in it are {', '.join(within[:_NEAR])}"
+        return errors.BadInput(argument="node", reason=reason, of="slim.CompiledModel.explain")
     near = difflib.get_close_matches(name, known, n=_NEAR, cutoff=0.5)
     parts = difflib.get_close_matches(name, {part for other in known for part in other.split(".")}, n=_NEAR, cutoff=0.7)
     near += [other for part in parts for other in known if part in other.split(".")]

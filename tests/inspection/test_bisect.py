@@ -1,12 +1,13 @@
 """A planted wrong rewrite is found by pass and by site; right ones are left in peace."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+import slim
 from slim import errors
 from slim.cli import main
 from slim.compiler import raising
@@ -110,6 +111,32 @@ def test_a_rule_of_the_lift_with_a_wrong_right_side_is_found_where_it_was_applie
     assert "model.layers.1.mlp" in found.rewrites[0].site
     assert found.culprit is None
     assert name in str(found)
+
+
+def test_a_rule_that_hands_on_what_another_did_is_not_blamed(monkeypatch):
+    def wrong(match):
+        made = right.build(match)
+        made.kwargs = {**made.kwargs, "eps": 1e4 * made.kwargs["eps"]}
+        return made
+
+    (right,) = (rule for rule in raising.NORMS if rule.name == "x * rsqrt(mean(x^2) + eps) = rms_norm(x)")
+    monkeypatch.setattr(raising, "NORMS", tuple(replace(r, build=wrong) if r is right else r for r in raising.NORMS))
+    found = bisect(model("llama"), FoldNorms(), 1e-2)
+    assert {bad.rule for bad in found.rewrites} == {right.name}
+    assert len(found.rewrites) == 5
+
+
+@dataclass(frozen=True)
+class Forgetful(Pass):
+    """A run that ends without its report."""
+
+    def run(self, program, ctx):
+        return None
+
+
+def test_a_pass_that_gives_no_report_is_told_what_to_add(llama):
+    with pytest.raises(errors.PassFailed, match="end it with `return report`"):
+        slim.compile(model("llama"), [Forgetful()], target="eager")
 
 
 @dataclass(frozen=True)

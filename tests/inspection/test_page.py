@@ -10,14 +10,18 @@ from click.testing import CliRunner
 from slim import errors
 from slim.cli import main
 from slim.compiler.lift import lift
+from slim.compiler.passes_base import Context
 from slim.compiler.patterns.picture import share_kept
+from slim.compiler.pipeline import run_pipeline
 from slim.inspection.layers import layer_of, measure_layers, names_of
 from slim.inspection.masks import CELLS
 from slim.inspection.page import collect, render, write_page
+from slim.inspection.page.collect import _short
 from slim.inspection.tell import tell
 from slim.inspection.times import predict_layers
+from slim.passes import LowRank
 from slim.runtime.compiled import CompiledModel
-from tests.programs import model, program
+from tests.programs import lifted, model, program
 from tests.stories import PASSES, PATTERN, SPARSE, with_code
 
 
@@ -110,6 +114,14 @@ def test_thirty_layers_stay_below_five_megabytes(tmp_path):
     assert file.stat().st_size < 5e6 / 4  # lines of the largest models are four times as many
 
 
+def test_code_that_would_make_the_page_too_large_is_left_out_assembly_first():
+    code = {"step/1.ptx": "p" * 900_000, "step/1.py": "x" * 900_000, "step/2.ptx": "q" * 900_000, "step/1.cubin": b"1"}
+    found = _short(code)
+    assert (found["step/1.py"], found["step/1.ptx"]) == (code["step/1.py"], code["step/1.ptx"])
+    assert found["step/2.ptx"] == "900,000 characters: left out of this page. compiled.code has them.\n"
+    assert list(found) == ["step/1.ptx", "step/1.py", "step/2.ptx"]
+
+
 # -- numbers by layer --------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +146,7 @@ def test_layers_add_up_to_the_points_of_the_roofline(story):
     metrics = {metric["title"]: metric["series"] for metric in data["layers"]["metrics"]}
     points = {name: (flops, moved, measured) for name, flops, moved, measured in data["roofline"]["points"]}
     for version, series in (("as lifted", "as lifted"), ("compiled", "now")):
-        flops = metrics[f"FLOPs to read {story.tokens} tokens"]
+        flops = metrics[f"FLOPs to read {story.tokens} tokens, logits of the last"]
         assert sum(flops.get(series, flops["now"])) == points[f"prefill, {version}"][0]
         assert sum(metrics["bytes moved to write one"][series]) == points[f"decode, {version}"][1]
     assert points["decode, compiled"][2] == story.speed.decode.best * points["decode, compiled"][0]
@@ -150,6 +162,32 @@ def test_layers_know_bits_heads_and_masks(story):
         ("0", PATTERN),
         ("1", "causal"),
     ]
+
+
+def test_the_rank_of_a_layer_is_that_of_its_products_and_not_of_a_narrow_linear():
+    before = lifted("mixtral")
+    after, report = run_pipeline(before, [LowRank(0.6, method="svd")], Context())
+    ranks = [re.search(r"rank (\d+)", note) for note in report.passes[0].notes]
+    told = measure_layers(after, ["0", "rest"], 16).metrics["rank of products, the lowest"]
+    assert told == [min(int(found[1]) for found in ranks if found), None]
+    assert "rank of products, the lowest" not in measure_layers(before, ["0", "rest"], 16).metrics
+
+
+def test_layers_behind_a_block_that_is_gone_stay_where_they_were():
+    model = lifted("llama", num_hidden_layers=4)
+    data = collect(
+        tell(
+            "short",
+            model,
+            'prune(depth=1, blocks="influence")',
+            calibration=[torch.randint(3, 96, (4, 32))],
+            target="eager",
+        )
+    )
+    gone = int(re.search(r"layers\.(\d) is gone", " ".join(data["steps"][1]["notes"]))[1])
+    (held,) = (metric["series"] for metric in data["layers"]["metrics"] if metric["title"] == "weights, bytes")
+    assert [value is None for value in held["now"]] == [place == gone for place in range(5)]
+    assert [layer for layer, _ in data["layers"]["masks"]] == [str(place) for place in range(4) if place != gone]
 
 
 def test_time_by_layer_is_predicted_from_the_machine_and_drawn_beside_what_was_measured(story):

@@ -182,6 +182,19 @@ def test_a_pattern_that_names_other_heads_than_there_are_is_refused() -> None:
         slim.compile(model("llama"), 'sparse_attention("0: dense; 1: window(5)")', target="eager")
 
 
+@pytest.mark.parametrize("window", [4, 30, 100])
+def test_the_report_says_how_far_a_window_moves_the_output_that_is_wider_than_a_short_prompt(window: int) -> None:
+    looks = model("llama", max_position_embeddings=256)
+    compiled = slim.compile(looks, f'sparse_attention("window({window})")', target="eager")
+    assert compiled.report.passes[0].error > 1e-3
+
+
+def test_a_pattern_that_no_probe_shows_says_so() -> None:
+    compiled = slim.compile(model("llama"), 'sparse_attention("window(100)")', target="eager")
+    assert compiled.report.passes[0].error == 0.0
+    assert any("did not move on the probe, of 64 tokens" in note for note in compiled.report.passes[0].notes)
+
+
 def test_it_is_done_once() -> None:
     with pytest.raises(errors.PassMatchedNothing, match=r"keeps window\(5\) already"):
         slim.compile(model("llama"), 'sparse_attention("window(5)"), sparse_attention(window=9)', target="eager")

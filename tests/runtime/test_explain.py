@@ -11,7 +11,7 @@ from slim.compiler.difference import AllGone, changes, gone
 from slim.compiler.passes_base import Context
 from slim.compiler.pipeline import run_pipeline
 from slim.compiler.report import PipelineReport, Report
-from slim.passes import FoldNorms, LowRank, Quantize
+from slim.passes import FoldNorms, LowRank, Quantize, QuantizeKV
 from slim.runtime.artifact import load
 from slim.runtime.compiled import CompiledModel
 from slim.runtime.explain import explain
@@ -153,6 +153,28 @@ def test_an_unknown_name_lists_those_near_it(compiled):
         compiled.explain("up_proj")
     with pytest.raises(errors.BadInput, match="the name of one, not 5"):
         compiled.explain(5)
+
+
+def test_an_input_names_its_readers_and_a_fused_weight_its_parts():
+    assert any("embedding" in line for line in plain().explain("input_ids").readers)
+    fused = CompiledModel(lifted("gpt_neox"), "eager")
+    (note,) = fused.explain("gpt_neox.layers.0.attention.query_key_value.weight").notes
+    parts = note.removeprefix("the lift took it apart, into ").split(", ")
+    assert len(parts) == 3
+    assert set(parts) <= set(fused.program.weights)
+
+
+def test_a_module_is_answered_with_what_is_in_it():
+    with pytest.raises(errors.BadInput, match=r"in it are model\.layers\.0\.mlp\.gate_proj\.weight"):
+        plain().explain("model.layers.0.mlp")
+
+
+def test_what_rounds_keys_and_values_is_found_in_the_step_over_a_cache():
+    program, report = run_pipeline(lifted("llama"), [QuantizeKV()], Context())
+    compiled = CompiledModel(program, "cpu", report=report)
+    nodes = program.nodes(torch.ops.slim.quantize.default)
+    assert nodes
+    assert all("step_last" in {place.form for place in compiled.explain(node).places} for node in nodes)
 
 
 def test_eager_models_and_those_without_a_pipeline_explain_too():

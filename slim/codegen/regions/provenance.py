@@ -68,14 +68,14 @@ def stages(schedule: Schedule, kernels: Callable[[int, Region], Sequence[Kernel]
     ]
 
 
-def program_name(node: fx.Node) -> str:
-    """As the Program calls it: in a step over a cache some nodes stand for others."""
-    return str(node.meta.get("stands_for", node.name))
+def program_names(node: fx.Node) -> list[str]:
+    """As the Program calls it: in a step over a cache a node stands for others, the first above all."""
+    return list(node.meta.get("stands_for", [node.name]))
 
 
 def _computed(region: Region) -> list[str]:
     scalars = [scalar for body in region.bodies() for scalar in walk(body)]
-    anchors = [program_name(node) for node in region.anchors()]
+    anchors = [name for node in region.anchors() for name in program_names(node)]
     return anchors + [scalar.node for scalar in scalars if isinstance(scalar, Op) and scalar.node]
 
 
@@ -86,8 +86,8 @@ def _free(schedule: Schedule, held: dict[str, list[int]]) -> dict[str, list[int]
         return found
     graph: fx.Graph = schedule.regions[0].node.graph
     for node in reversed(list(graph.nodes)):
-        if node.op == "call_function" and program_name(node) not in held:
-            numbers = [n for user in node.users for n in held.get(program_name(user), found.get(user.name, ()))]
+        if node.op == "call_function" and program_names(node)[0] not in held:
+            numbers = [n for user in node.users for n in held.get(program_names(user)[0], found.get(user.name, ()))]
             found[node.name] = list(dict.fromkeys(numbers)) or _writers(node, held)
     return found
 
@@ -95,7 +95,7 @@ def _free(schedule: Schedule, held: dict[str, list[int]]) -> dict[str, list[int]
 def _writers(node: fx.Node, held: dict[str, list[int]]) -> list[int]:
     """Of a view that only the output reads: the regions of what it is a view of."""
     for source in node.all_input_nodes:
-        numbers = held.get(program_name(source)) or (_writers(source, held) if source.op == "call_function" else [])
+        numbers = held.get(program_names(source)[0]) or (_writers(source, held) if source.op == "call_function" else [])
         if numbers:
             return numbers
     return []

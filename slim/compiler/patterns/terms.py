@@ -9,15 +9,16 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import sympy
 import torch
+from sympy import Rational
 from torch import Tensor
 
 from slim import errors
 from slim.compiler.patterns.choose import VOTERS, top_blocks, voted
 
+_NONE = Rational(0)
 _MOST = 2**31  # kernels hold the numbers of a term in 32 bits
 
 
@@ -75,8 +76,8 @@ class Term(ABC):
         ...
 
     @abstractmethod
-    def keys_kept(self, keys: Any, queries: Any) -> Any:
-        """About how many of ``keys`` each of ``queries`` of a call keeps, numbers or expressions; at most all count."""
+    def keys_kept(self, *, causal: bool) -> tuple[Rational, Rational]:
+        """(a, b): a query that sees n keys keeps about a + b n of them, if there are as many."""
         ...
 
     def keys_to_choose(self, keys: float) -> float:
@@ -94,8 +95,8 @@ class Window(Term):
     def kept(self, call: Call) -> Tensor:
         return (call.t - call.j).abs() < self.tokens
 
-    def keys_kept(self, keys: Any, queries: Any) -> Any:
-        return self.tokens
+    def keys_kept(self, *, causal: bool) -> tuple[Rational, Rational]:
+        return Rational(self.tokens if causal else 2 * self.tokens - 1), _NONE
 
 
 @dataclass(frozen=True, repr=False)
@@ -107,8 +108,8 @@ class Columns(Term):
     def kept(self, call: Call) -> Tensor:
         return call.j < self.tokens
 
-    def keys_kept(self, keys: Any, queries: Any) -> Any:
-        return self.tokens
+    def keys_kept(self, *, causal: bool) -> tuple[Rational, Rational]:
+        return Rational(self.tokens), _NONE
 
 
 @dataclass(frozen=True, repr=False)
@@ -120,8 +121,8 @@ class Rows(Term):
     def kept(self, call: Call) -> Tensor:
         return call.t < self.tokens
 
-    def keys_kept(self, keys: Any, queries: Any) -> Any:
-        return 0
+    def keys_kept(self, *, causal: bool) -> tuple[Rational, Rational]:
+        return _NONE, _NONE  # of some queries alone
 
 
 @dataclass(frozen=True, repr=False)
@@ -134,8 +135,8 @@ class Stride(Term):
     def kept(self, call: Call) -> Tensor:
         return (call.t - call.j) % self.step == 0
 
-    def keys_kept(self, keys: Any, queries: Any) -> Any:
-        return keys / self.step
+    def keys_kept(self, *, causal: bool) -> tuple[Rational, Rational]:
+        return _NONE, Rational(1, self.step)
 
 
 @dataclass(frozen=True, repr=False)
@@ -149,8 +150,10 @@ class Blocks(Term):
     def kept(self, call: Call) -> Tensor:
         return (_block(call.t, self.size) - _block(call.j, self.size)).abs() < self.count
 
-    def keys_kept(self, keys: Any, queries: Any) -> Any:
-        return self.size * self.count
+    def keys_kept(self, *, causal: bool) -> tuple[Rational, Rational]:
+        before = self.size * (self.count - 1)
+        own = Rational(self.size + 1, 2) if causal else Rational(self.size)
+        return (before if causal else 2 * before) + own, _NONE
 
 
 @dataclass(frozen=True, repr=False)
@@ -163,8 +166,8 @@ class Summary(Term):
     def kept(self, call: Call) -> Tensor:
         return call.j % self.size >= self.size - self.count
 
-    def keys_kept(self, keys: Any, queries: Any) -> Any:
-        return keys * self.count / self.size
+    def keys_kept(self, *, causal: bool) -> tuple[Rational, Rational]:
+        return _NONE, Rational(min(self.count, self.size), self.size)
 
 
 @dataclass(frozen=True, repr=False)
@@ -188,8 +191,8 @@ class Random(Term):
             found = found | (drawn == key) & (query > 0)
         return found
 
-    def keys_kept(self, keys: Any, queries: Any) -> Any:
-        return self.size * self.count
+    def keys_kept(self, *, causal: bool) -> tuple[Rational, Rational]:
+        return Rational(self.size * self.count), _NONE
 
 
 @dataclass(frozen=True, repr=False)
@@ -213,8 +216,8 @@ class Top(Term):
         own = _block(call.t, self.size) == _block(call.j, self.size)
         return best.repeat_interleave(heads // call.k.shape[1], 1) | own
 
-    def keys_kept(self, keys: Any, queries: Any) -> Any:
-        return keys / self.share + self.size
+    def keys_kept(self, *, causal: bool) -> tuple[Rational, Rational]:
+        return Rational(self.size), Rational(1, self.share)  # half of its own block, and half of one by rounding up
 
     def keys_to_choose(self, keys: float) -> float:
         return keys / self.size  # of each block two bounds of its keys, as much as a key and a value
@@ -243,8 +246,8 @@ class VerticalSlash(Term):
         k = call.k.repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
         return voted(call.q, k, call.full(True) if call.seen is None else call.seen, self.columns, self.slashes)
 
-    def keys_kept(self, keys: Any, queries: Any) -> Any:
-        return sympy.Piecewise((keys, queries < VOTERS), (self.columns + self.slashes, True))
+    def keys_kept(self, *, causal: bool) -> tuple[Rational, Rational]:
+        return Rational(self.columns + self.slashes), _NONE
 
 
 TERMS: dict[str, type[Term]] = {

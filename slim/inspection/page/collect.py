@@ -18,7 +18,15 @@ from slim.compiler.sources import source_line
 from slim.compiler.text import print_node
 from slim.compiler.types import show_shape
 from slim.compiler.uses import ATTENTION
-from slim.inspection.layers import calls, generation_work, layer_of_node, measure_layers, names_of, sensitivity
+from slim.inspection.layers import (
+    before_of,
+    calls,
+    generation_work,
+    layer_of_node,
+    measure_layers,
+    names_of,
+    sensitivity,
+)
 from slim.inspection.masks import CELLS, Gallery
 from slim.inspection.times import LayerSeconds, predict_layers
 from slim.runtime.compiled import CompiledModel
@@ -76,7 +84,7 @@ def collect(story: Story) -> dict[str, Any]:
         "steps": [_start(story, passes), *map(_step, passes)],
         "report": _remarks(story.report),
         "weights": {name: _held(final, name) for name in final.weights},
-        "code": {name: text for name, text in code.items() if isinstance(text, str)},
+        "code": _short(code),
         "regions": {name: [_region(stage) for stage in made] for name, made in stages.items()},
         "layers": _layers(story),
         "tokens": story.tokens,
@@ -168,6 +176,20 @@ def _region(stage: Stage) -> dict[str, Any]:
     return {"text": stage.text, "nodes": stage.nodes, "weights": stage.weights, "kernels": kernels}
 
 
+_CODE = 2_000_000  # characters of generated code that a page holds
+
+
+def _short(code: Mapping[str, str | bytes]) -> dict[str, str]:
+    """Texts, those that people write before those that compilers do, until the page would be too large."""
+    texts = {name: text for name, text in code.items() if isinstance(text, str)}
+    left = _CODE
+    for name in sorted(texts, key=lambda name: name.endswith((".ptx", ".amdgcn"))):
+        left -= len(texts[name])
+        if left < 0:
+            texts[name] = f"{len(texts[name]):,} characters: left out of this page. compiled.code has them.\n"
+    return texts
+
+
 # -- pictures ----------------------------------------------------------------------------------------------------------
 
 
@@ -175,19 +197,35 @@ def _layers(story: Story) -> dict[str, Any]:
     """Each metric as named series of a number a layer, and what attention sees."""
     first, last = story.programs[0], story.programs[-1]
     names = names_of([first, last])
-    after = measure_layers(last, names, story.tokens).metrics
+    was = before_of(first, last)
+    costs = measure_layers(last, names, story.tokens).metrics
+    after = {title: _placed(values, names, was) for title, values in costs.items()}
     before = after if last is first else measure_layers(first, names, story.tokens).metrics
     metrics = [
-        _metric(title, {"as lifted": before.get(title), "now": after.get(title)}) for title in {**before, **after}
+        _metric(title, {_came(story): before.get(title), "now": after.get(title)}) for title in {**before, **after}
     ]
-    metrics += _times(story, names)
+    metrics += _times(story, names, was)
     if story.sensitive and last is not first:
         title = "output moved where this layer alone is compressed"
         metrics.append(_metric(title, {"now": sensitivity(first, last, names)}))
-    return {"names": names, "metrics": metrics, **_masks(last, story.tokens)}
+    return {"names": names, "metrics": metrics, **_masks(last, story.tokens, was)}
 
 
 _Values = list[float | None] | None
+
+
+def _came(story: Story) -> str:
+    """What the first Program is called beside the last."""
+    return "as lifted" if story.start == "lift" else story.start
+
+
+def _placed(values: list[float | None], names: list[str], was: Mapping[str, str]) -> list[float | None]:
+    """Numbers of layers in the places that these had in the first Program."""
+    found: list[float | None] = [None] * len(names)
+    for name, value in zip(names, values, strict=True):
+        if value is not None:
+            found[names.index(was.get(name, name))] = value
+    return found
 
 
 def _metric(title: str, series: dict[str, _Values]) -> dict[str, Any]:
@@ -200,21 +238,25 @@ def _metric(title: str, series: dict[str, _Values]) -> dict[str, Any]:
     return {"title": title, "series": drawn}
 
 
-def _times(story: Story, names: list[str]) -> Iterator[dict[str, Any]]:
+def _times(story: Story, names: list[str], was: Mapping[str, str]) -> Iterator[dict[str, Any]]:
     if story.machine is None:
         return
     for name, seconds in predict_layers(story.programs[-1], story.machine, story.tokens).items():
         series = {"predicted, float32 roof": seconds, "measured": story.seconds.get(name)}
         values = {
-            title: None if found is None else [found.get(layer) for layer in names] for title, found in series.items()
+            title: None if found is None else _placed([found.get(layer) for layer in names], names, was)
+            for title, found in series.items()
         }
         yield _metric(f"seconds {name}", values)
 
 
-def _masks(program: Program, tokens: int) -> dict[str, Any]:
+def _masks(program: Program, tokens: int, was: Mapping[str, str]) -> dict[str, Any]:
     """Pictures, and [layer, mask] for every attention in order; masks name pictures by their numbers."""
     gallery = Gallery()
-    masks = [[layer_of_node(node), dataclasses.asdict(gallery.of(node, tokens))] for node in program.nodes(*ATTENTION)]
+    masks = []
+    for node in program.nodes(*ATTENTION):
+        layer = layer_of_node(node)
+        masks.append([was.get(layer, layer), dataclasses.asdict(gallery.of(node, tokens))])
     return {"masks": masks, "pictures": gallery.pictures, "cells": CELLS}
 
 
@@ -223,8 +265,8 @@ def _roofline(story: Story) -> dict[str, Any] | None:
     final = story.programs[-1]
     writes = final.facts.kind == "causal_lm"
     points = []
-    for label, program in (("as lifted", story.programs[0]), ("compiled", final)):
-        if cost(program).flops == 0 or (label == "as lifted" and len(story.programs) == 1):
+    for label, program in ((_came(story), story.programs[0]), ("compiled", final)):
+        if cost(program).flops == 0 or (label != "compiled" and len(story.programs) == 1):
             continue
         kinds = ("prefill", "decode") if writes else ("call",)
         for kind, sizes in zip(kinds, calls(program, story.tokens).values(), strict=True):
