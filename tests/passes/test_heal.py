@@ -17,6 +17,7 @@ from slim.compiler.report import Report
 from slim.passes import GQA, Heal, Quantize, QuantizeKV
 from slim.passes.healing import checkpoint as checkpoints
 from slim.passes.healing import trained as trained_weights
+from slim.passes.healing.steps import Steps, orthogonal
 from slim.passes.healing.student import Student
 from slim.passes.healing.trained import Product, find_trained
 from tests.compiled import lifted
@@ -115,6 +116,26 @@ def test_weights_are_trained_whole_and_as_products_where_there_are_too_many(
     assert {len(each.parameters[0]) for each in products} == {16}
 
 
+def test_tables_and_heads_tied_to_them_are_trained_where_weights_are_whole() -> None:
+    after, report = healed(lifted("gemma"), [GQA(1, method="mean"), Heal(**QUICK)])
+    assert "model.embed_tokens.weight" in report.matched
+    assert not torch.equal(
+        after.weights["model.embed_tokens.weight"], lifted("gemma").weights["model.embed_tokens.weight"]
+    )
+
+
+def test_an_orthogonal_step_moves_all_directions_alike() -> None:
+    torch.manual_seed(0)
+    for shape in ((24, 40), (40, 24), (1, 8)):
+        matrix = torch.randn(shape) * torch.logspace(-1, 1, shape[1])
+        values = torch.linalg.svdvals(orthogonal(matrix))
+        assert 0.5 < float(values.min()) <= float(values.max()) < 1.5
+        weight = torch.zeros(shape, requires_grad=True)
+        weight.grad = matrix.clone()
+        Steps([weight], [], learning_rate=0.01).step()
+        assert float(weight.detach().square().mean().sqrt()) == pytest.approx(0.01, rel=0.35)
+
+
 # -- behind every lossy pass -------------------------------------------------------------------------------------------
 
 
@@ -144,7 +165,9 @@ def test_gradients_pass_rounded_rows_keys_and_values(llama) -> None:
 
 def test_what_is_not_trained_is_named_with_its_reason() -> None:
     program = lifted("mixtral")
-    _, report = healed(program, [GQA(1, method="mean"), Heal(**QUICK | {"steps": 2, "patience": 1})], strict=False)
+    _, report = healed(
+        program, [GQA(1, method="mean"), Heal(**QUICK | {"steps": 2, "patience": 1, "rank": 4})], strict=False
+    )
     reasons = {skip.reason for skip in report.skipped}
     assert {"experts are not trained", "a table of embeddings is not trained"} <= reasons
 

@@ -46,7 +46,7 @@ class Checkpoint:
                 told = file.metadata() or {}
             tensors = load_file(self.path)
             steps, held = int(told["steps"]), (int(told["best step"]), int(told["since"]), float(told["score"]))
-            states = [{key: tensors[f"{key}/{i}"] for key in _STATE} for i in range(len(parameters))]
+            states = [_state(tensors, i) for i in range(len(parameters))]
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             log.warning("%s cannot be used (%s): healing begins anew", self.path, error)
             return 0
@@ -66,7 +66,7 @@ class Checkpoint:
         tensors = {f"now/{i}": parameter for i, parameter in enumerate(parameters)}
         tensors |= {f"best/{i}": kept for i, kept in enumerate(best.state)}
         for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"{key}/{index}": state[key] for key in _STATE}
+            tensors |= {f"{key}/{index}": value for key, value in state.items()}
         told = {"steps": steps, "best step": best.step, "since": best.since, "score": repr(best.score)}
         copies = {name: value.detach().cpu().clone() for name, value in tensors.items()}
         write_whole(self.path, copies, {key: str(value) for key, value in told.items()})
@@ -78,5 +78,10 @@ class Checkpoint:
             self.path.unlink()
 
 
-_FORM = 2  # what the parameters mean: another where what is trained changes, or a file of before would be gone on from
-_STATE = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
+def _state(tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    """What the optimiser kept of a parameter."""
+    return {key: tensors[f"{key}/{index}"] for key in _STATE if f"{key}/{index}" in tensors}
+
+
+_FORM = 3  # what the parameters mean: another where what is trained changes, or a file of before would be gone on from
+_STATE = ("step", "exp_avg", "exp_avg_sq")

@@ -30,7 +30,15 @@ class Student(Streaming):
 
     @property
     def parameters(self) -> list[Tensor]:
-        return [parameter for each in self.trained for parameter in each.parameters]
+        return [parameter for part in self.split for parameter in part]
+
+    @property
+    def split(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters that are whole matrices of linears, and all others."""
+        found: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for each in self.trained:
+            found[not each.is_matrix].extend(each.parameters)
+        return found
 
     def outputs(self, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
         """The flat outputs; differentiable where gradients are enabled."""

@@ -1,4 +1,4 @@
-"""The loop: batches in a seeded order, AdamW, a held-out score now and then, and the best state kept."""
+"""The loop: batches in a seeded order, a step for each few, a held-out score now and then, and the best state kept."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from slim.compiler.passes_base import Context
 from slim.compiler.program import Streaming
 from slim.compiler.statistics.batches import Batch
 from slim.passes.healing.checkpoint import Checkpoint
+from slim.passes.healing.steps import Steps
 from slim.passes.healing.student import Student
 
 _CHECK = 25  # steps between two scorings of the held-out batches
@@ -84,7 +85,7 @@ class _Run:
         self.student, self.teacher, self.objective, self.plan = student, teacher, objective, plan
         self.device = next((p.device for p in student.parameters), torch.device("cpu"))
         self.seen, self.held_out = _split(batches)
-        self.optimizer = torch.optim.AdamW(student.parameters, lr=plan.learning_rate, weight_decay=0.0)
+        self.optimizer = Steps(*student.split, plan.learning_rate)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 

@@ -13,7 +13,9 @@ from slim.compiler.report import Skip
 from slim.compiler.uses import DEQUANTIZE, Role, stored_in, uses, weight_nodes
 
 _QUANTIZE = torch.ops.slim.quantize.default
-_WHOLE = 1 << 26  # numbers in linears that are trained whole: with gradients and AdamW's state four bytes four times
+_WHOLE = (
+    1 << 26
+)  # numbers in linears and tables that are trained whole: with gradients and AdamW's state four bytes four times
 _RANK = 16  # of the products of larger models
 _LEAST = 1e-3  # the size of a weight that is all zeros, as biases begin
 
@@ -25,9 +27,12 @@ class Trained(ABC):
         name: of the weight.
         weight: as it was.
         parameters: the float32 tensors that are optimised; as they begin, the weight is unchanged.
+        is_matrix: whether its one parameter is all of a linear's weight.
         size: the root of the weight's mean square. Changes are counted in it, so that one learning rate is right for
             weights of every size (Shazeer and Stern, Adafactor, 2018, section 8).
     """
+
+    is_matrix = False
 
     def __init__(self, name: str, weight: Tensor, parameters: Sequence[Tensor]) -> None:
         self.name, self.weight = name, weight
@@ -72,6 +77,12 @@ class Sum(Trained):
         return self.weight.float() + self.size * self.parameters[0]
 
 
+class Matrix(Sum):
+    """A linear's weight [m, n], trained whole."""
+
+    is_matrix = True
+
+
 class Factor(Trained):
     """A scale and a relative change: however small a scale is, one step is right for all."""
 
@@ -86,7 +97,7 @@ def find_trained(program: Program, rank: int | None, seed: int) -> tuple[list[Tr
     """What is trained, in the order of the graph, and the float weights that are left as they are, with the reason.
 
     Args:
-        rank: of the products beside linears' weights; None: the weights whole, or 16 where they hold too much.
+        rank: of the products beside linears' weights; None: weights and tables whole, or 16 where they hold too much.
     """
     rank = rank or _rank_for(program)
     generator = torch.Generator().manual_seed(seed)
@@ -105,13 +116,15 @@ def find_trained(program: Program, rank: int | None, seed: int) -> tuple[list[Tr
 
 
 def _rank_for(program: Program) -> int | None:
-    """None where AdamW's state of whole weights is no burden."""
-    linears = [node for node in weight_nodes(program) if _is_linear(node)]
-    return None if sum(node.meta["val"].numel() for node in linears) <= _WHOLE else _RANK
+    """None where whole weights, their gradients and the optimiser's state are no burden."""
+    numbers = sum(node.meta["val"].numel() for node in weight_nodes(program) if _is_read(node, Role.LINEAR, Role.TABLE))
+    return None if numbers <= _WHOLE else _RANK
 
 
-def _is_linear(node: fx.Node) -> bool:
-    return node.meta["val"].dtype.is_floating_point and {use.role for use in uses(node)} == {Role.LINEAR}
+def _is_read(node: fx.Node, *roles: Role) -> bool:
+    """Whether a float weight is read in these roles alone."""
+    found = {use.role for use in uses(node)}
+    return node.meta["val"].dtype.is_floating_point and bool(found) and found <= set(roles)
 
 
 def _trained(program: Program, node: fx.Node, rank: int | None, generator: torch.Generator) -> Trained | str | None:
@@ -124,14 +137,16 @@ def _trained(program: Program, node: fx.Node, rank: int | None, generator: torch
         scales = all(reader.args[1] is node and stored_in(reader.args[0]) for reader in readers)
         return Factor(name, program.weights[name]) if scales else None
     roles = {use.role for use in uses(node)}
-    if _is_linear(node):
+    if _is_read(node, Role.LINEAR):
         m, n = shape
         weight = program.weights[name]
         if rank is None or rank * (m + n) >= m * n:
-            return Sum(name, weight)
+            return Matrix(name, weight)
         return Product(name, weight, rank, generator)
     if roles == {Role.OTHER} and len(shape) == 1:
         return Sum(name, program.weights[name])
     if Role.TABLE in roles:
+        if rank is None and roles <= {Role.TABLE, Role.LINEAR}:
+            return Sum(name, program.weights[name])
         return "a table of embeddings is not trained" + (" (nor the head tied to it)" if Role.LINEAR in roles else "")
     return "experts are not trained" if Role.EXPERTS in roles else "it is neither a linear's weight nor a vector"
