@@ -3,9 +3,12 @@
 const shown = {file: Object.keys(data.code)[0], kernel: null};
 
 function drawCode() {
-  by("code").innerHTML = `<div class="bar"><label for="file">file</label><select id="file">${groups().map(([group, files]) =>
-    `<optgroup label="${escape(group)}">${files.map(file => `<option value="${escape(file)}">${escape(file.slice(file.indexOf("/") + 1))}</option>`).join("")}</optgroup>`).join("")}</select></div>
-    <p class="dim">A kernel's name leads to the nodes it computes, a node to its line of IR and of the model's source.</p><div id="listing"></div>`;
+  const option = file => `<option value="${escape(file)}">${escape(file.slice(file.indexOf("/") + 1))}</option>`;
+  const choices = groups().map(([group, files]) =>
+    `<optgroup label="${escape(group)}">${files.map(option).join("")}</optgroup>`);
+  by("code").innerHTML = `<div class="bar"><label for="file">file</label><select id="file">${choices.join("")}</select></div>
+    <p class="dim">A kernel's name leads to the nodes it computes, a node to its line of IR and of the model's source.</p>
+    <div id="listing"></div>`;
   showFile(shown.file, shown.kernel);
 }
 
@@ -24,7 +27,9 @@ function showFile(file, kernel = null) {
   shown.kernel = kernel;
   const form = shown.file.slice(0, shown.file.indexOf("/")), regions = data.regions[form] || [];
   const rows = regions.map((region, number) => [number + 1, kernelLinks(region, form) || "PyTorch", `<code>${escape(region.text)}</code><br>${nodeLinks(region)}`]);
-  by("listing").innerHTML = `${rows.length ? `<details><summary>${plural(rows.length, "region")}, in the order they run</summary>${table(["#region", "kernel", "what it is, and its nodes"], rows)}</details>` : ""}
+  const regionsTable = () => `<details><summary>${plural(rows.length, "region")}, in the order they run</summary>
+    ${table(["#region", "kernel", "what it is, and its nodes"], rows)}</details>`;
+  by("listing").innerHTML = `${rows.length ? regionsTable() : ""}
     <pre class="source" tabindex="0">${source(data.code[shown.file].split("\n"), form).join("")}</pre>`;
   if (by("hit")) by("hit").scrollIntoView({block: "center"});
 }

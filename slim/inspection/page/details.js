@@ -74,8 +74,8 @@ function details(title, rows, again) {
   if (!by("details").contains(active)) panel.opener = active;
   panel.again = again;
   hold(anchor, () => document.body.classList.add("told"));
-  by("details").innerHTML = `<button class="close" aria-label="Close (Escape)">close</button><h2 id="told">${escape(title)}</h2><dl>` +
-    rows.filter(Boolean).map(([term, html]) => `<dt>${term}</dt><dd>${html}</dd>`).join("") + "</dl>";
+  by("details").innerHTML = `<button class="close" aria-label="Close (Escape)">close</button>
+    <h2 id="told">${escape(title)}</h2><dl>` + rows.filter(Boolean).map(([term, html]) => `<dt>${term}</dt><dd>${html}</dd>`).join("") + "</dl>";
   by("details").hidden = false;
   by("details").scrollTop = 0;
   if (anchor) anchor.scrollIntoView({block: "nearest"});

@@ -47,22 +47,31 @@ function edits(text, other) {
 /** Text as HTML; of each [begin, end, tag, attributes] what stands there is within that tag. */
 function inked(text, spans) {
   const cuts = [...new Set([0, text.length, ...spans.flatMap(([begin, end]) => [begin, end])])].sort((a, b) => a - b);
+  const within = (html, [, , tag, more = ""]) => `<${tag}${more}>${html}</${tag}>`;
   return cuts.slice(1).map((end, index) => spans.filter(one => one[0] <= cuts[index] && end <= one[1])
-    .reduce((html, [, , tag, more = ""]) => `<${tag}${more}>${html}</${tag}>`, escape(text.slice(cuts[index], end)))).join("");
+    .reduce(within, escape(text.slice(cuts[index], end)))).join("");
 }
 const spelled = (text, spans = []) => inked(text, [...spans, [0, Math.max(0, text.indexOf(":")), "b", ' class="name"']]);
 
-const view = {stage: Math.min(1, irs.length - 1), query: "", sought: null, whole: false, opened: irs.map(() => new Set()), picked: -1};
+const view = {
+  stage: Math.min(1, irs.length - 1), query: "", sought: null, whole: false, opened: irs.map(() => new Set()), picked: -1,
+};
 let rows = [];  // of the stage that is shown: lines beside each other, null where one has none
 
-const hitsIn = text => view.sought ? [...text.matchAll(view.sought)].map(match => [match.index, match.index + match[0].length, "mark", ' class="found"']) : [];
+const hitsIn = text => view.sought ? [...text.matchAll(view.sought)].map(({index, 0: words}) =>
+  [index, index + words.length, "mark", ' class="found"']) : [];
 
 function drawIR() {
-  const choices = irs.map((ir, index) => `<button data-stage="${index}" title="${escape(ir.name)}">${index ? index + ". " : ""}${escape(ir.name)}</button>`);
+  const choices = irs.map((ir, index) =>
+    `<button data-stage="${index}" title="${escape(ir.name)}">${index ? index + ". " : ""}${escape(ir.name)}</button>`);
   by("ir").innerHTML = `<div class="bar" id="stages" role="group" aria-label="Stages">${choices.join("")}</div>
-    <div class="bar"><input type="search" id="search" aria-label="Search" placeholder="Search nodes, weights, modules, source (/)">
-    <button id="whole">all lines</button></div>
-    <p class="dim"><span id="said"></span> <span id="found" role="status"></span> Inputs and weights are nodes without a line.</p><div class="rows" id="lines"></div>`;
+    <div class="bar">
+      <input type="search" id="search" aria-label="Search" placeholder="Search nodes, weights, modules, source (/)">
+      <button id="whole">all lines</button>
+    </div>
+    <p class="dim"><span id="said"></span> <span id="found" role="status"></span>
+      Inputs and weights are nodes without a line.</p>
+    <div class="rows" id="lines"></div>`;
   by("search").oninput = event => search(event.target.value);
   by("whole").onclick = () => { view.whole = !view.whole; view.opened[view.stage].clear(); drawLines(); };
   chooseStage(view.stage);
@@ -86,20 +95,25 @@ function drawLines() {
   const renumbered = new Set(before ? data.steps[view.stage].weights.changed : []);
   rows = (before ? beside(before, after) : after.lines.map(number => [null, number])).map(([left, right]) => {
     const differs = before != null && (left == null || right == null || lineOf(left) !== lineOf(right));
-    return {left, right, differs, touched: right != null && !differs && weightsIn(lineOf(right)).some(name => renumbered.has(name))};
+    const touched = right != null && !differs && weightsIn(lineOf(right)).some(name => renumbered.has(name));
+    return {left, right, differs, touched};
   });
   const matches = number => number != null && (lineOf(number) + " " + originOf(number)).search(view.sought) >= 0;
   const shown = rows.map((row, index) => view.sought ? matches(row.left) || matches(row.right)
     : view.whole || !before || opened.has(index) || near(index) || row.touched);
   by("whole").setAttribute("aria-pressed", view.whole);
-  by("said").innerHTML = before ? changesInWords(after.name) : `${plural(rows.length, "line")} ${after.name === "lift" ? "as lifted" : after.name}.`;
+  by("said").innerHTML = before ? changesInWords(after.name)
+    : `${plural(rows.length, "line")} ${after.name === "lift" ? "as lifted" : escape(after.name)}.`;
   by("found").textContent = view.sought ? `${shown.filter(Boolean).length} found.` : "";
-  const parts = before ? [`<div class="row heads" aria-hidden="true"><div>before: ${escape(before.name)}</div><div>after: ${escape(after.name)}</div></div>`] : [];
+  const heads = names => `<div class="row heads" aria-hidden="true">${names.map(name => `<div>${escape(name)}</div>`).join("")}</div>`;
+  const parts = before ? [heads([`before: ${before.name}`, `after: ${after.name}`])] : [];
   let next = 0;  // the first row behind those that are drawn or folded
   const foldTo = end => { if (end > next && !view.sought) parts.push(fold(next, end)); next = end + 1; };
   rows.forEach((row, index) => { if (shown[index]) { foldTo(index); parts.push(drawRow(row)); } });
   foldTo(rows.length);
-  if (view.sought && !shown.some(Boolean)) parts.push(`<p class="none">No line of this stage has "${escape(view.query)}" in it, nor in its module or line of source.</p>`);
+  if (view.sought && !shown.some(Boolean)) {
+    parts.push(`<p class="none">No line of this stage has "${escape(view.query)}" in it, nor in its module or line of source.</p>`);
+  }
   by("lines").className = before ? "rows" : "rows single";
   by("lines").innerHTML = parts.join("");
   const first = by("lines").querySelector(".picked") || by("lines").querySelector("[data-line]");
@@ -107,7 +121,8 @@ function drawLines() {
 }
 const originOf = number => data.origins[data.lines[number][1]].join(" ");
 const near = index => rows.slice(Math.max(0, index - 2), index + 3).some(row => row.differs);
-const fold = (from, to) => `<button class="fold" data-from="${from}" data-to="${to}">${plural(to - from, "equal line")}</button>`;
+const fold = (from, to) =>
+  `<button class="fold" data-from="${from}" data-to="${to}">${plural(to - from, "equal line")}</button>`;
 
 /** Opens one fold: its lines come where it stood, and what is above them stays there. */
 function openFold(button) {
@@ -139,22 +154,27 @@ function goToLine(number) {
 
 function changesInWords(name) {
   const differ = rows.filter(row => row.differs).length, others = rows.filter(row => row.touched).length;
-  return `Before and after ${escape(name)}: ${differ.toLocaleString("en")} of ${plural(rows.length, "line")} differ (<b>−</b> before, <b>+</b> after)` +
-    (others ? `; ${others.toLocaleString("en")} more read weights of other numbers (<b>∗</b>).` : ".");
+  return `Before and after ${escape(name)}: ${differ.toLocaleString("en")} of ${plural(rows.length, "line")} differ` +
+    " (<b>−</b> before, <b>+</b> after)" + (others ? `; ${others.toLocaleString("en")} more read weights of other numbers (<b>∗</b>).` : ".");
 }
 
-/** A line; where what was searched is not in it, what is known of its origin stands below. One is in the order of the tabulator, arrows lead on. */
+/**
+ * A line, and its origin below where what was searched is there alone.
+ * One line is in the order of the tabulator; the arrows lead on from it.
+ */
 function cell(number, kind, edited = []) {
-  const text = lineOf(number), hits = hitsIn(text), origin = originOf(number), elsewhere = hits.length ? [] : hitsIn(origin);
-  const html = spelled(text, [...hits, ...edited.map(([begin, end]) => [begin, end, "mark"])]) + (elsewhere.length ? `<br><span class="dim">${inked(origin, elsewhere)}</span>` : "");
-  return `<div class="${kind}${number === view.picked ? " picked" : ""}" role="button" tabindex="-1" data-line="${number}">${html}</div>`;
+  const text = lineOf(number), origin = originOf(number), hits = hitsIn(text), elsewhere = hits.length ? [] : hitsIn(origin);
+  const line = spelled(text, [...hits, ...edited.map(span => [...span, "mark"])]);
+  const below = elsewhere.length ? `<br><span class="dim">${inked(origin, elsewhere)}</span>` : "";
+  const classes = number === view.picked ? kind + " picked" : kind;
+  return `<div class="${classes}" role="button" tabindex="-1" data-line="${number}">${line}${below}</div>`;
 }
 
 function drawRow({left, right, differs, touched}) {
   if (!view.stage) return `<div class="row">${cell(right, "")}</div>`;
   const kind = left == null ? "made" : right == null ? "gone" : differs ? "changed" : "same";
   const [before, after] = kind === "changed" ? edits(lineOf(left), lineOf(right)) : [];
-  const [old, now] = kind === "changed" ? ["changed old", "changed new"] : kind === "same" ? ["", ""] : ["gone old", "made new"];
+  const [old, now] = {changed: ["changed old", "changed new"], same: ["", ""]}[kind] || ["gone old", "made new"];
   const side = (number, cls, edited) => number == null ? '<div class="gap"></div>' : cell(number, cls, edited);
   return `<div class="row ${kind}${touched ? " touched" : ""}">${side(left, old, before)}${side(right, now, after)}</div>`;
 }

@@ -26,7 +26,10 @@ function open(id) {
 
 // -- the address names the tab and what is open in it, so that the browser's Back leads there again --------------------
 
-const address = () => current === "ir" ? `ir/${view.stage}` : current === "code" ? `code/${shown.file}${shown.kernel ? ":" + shown.kernel : ""}` : current;
+function address() {
+  if (current === "ir") return `ir/${view.stage}`;
+  return current === "code" ? `code/${shown.file}${shown.kernel ? ":" + shown.kernel : ""}` : current;
+}
 
 function remember() {
   if (location.hash !== "#" + address()) history.pushState(null, "", "#" + address());
@@ -34,10 +37,11 @@ function remember() {
 
 /** Opens what the address says. */
 function follow() {
-  const [, id, , more, , kernel] = location.hash.match(/^#(\w+)(\/([^:]*)(:(.*))?)?$/) || [];
+  const [, id, more, kernel = null] = location.hash.match(/^#(\w+)(?:\/([^:]*)(?::(.*))?)?$/) || [];
   open(tabs.some(([name]) => name === id) ? id : "pipeline");
   if (id === "ir" && irs[more] && Number(more) !== view.stage) chooseStage(Number(more));
-  if (id === "code" && current === id && more in data.code && (more !== shown.file || (kernel || null) !== shown.kernel)) showFile(more, kernel);
+  const isOther = more !== shown.file || kernel !== shown.kernel;
+  if (id === "code" && Object.keys(data.code).includes(more) && isOther) showFile(more, kernel);
   const chosen = [...document.querySelectorAll("#lines .picked, #hit a")].find(one => one.getClientRects().length);
   if (chosen) chosen.focus({preventScroll: true});
 }
@@ -49,8 +53,10 @@ function openNode(name) {
   if (last.index.has(name)) showLine(last.lines[last.index.get(name)]);
 }
 
+const CLICKED = "[data-line], [data-weight], [data-kernel], [data-node], [data-step], [data-stage], [data-place], [data-tab], .fold, .close";
+
 document.addEventListener("click", event => {
-  const target = event.target.closest("[data-line], [data-weight], [data-kernel], [data-node], [data-step], [data-stage], [data-place], .fold, .close, [data-tab]");
+  const target = event.target.closest(CLICKED);
   if (!target) return;
   const told = target.dataset, link = target.tagName === "A";
   if (link) event.preventDefault();
@@ -85,7 +91,8 @@ function openStage(stage) {
 
 /** Opens the line in the focus, and its panel takes the focus; or, of a search, the first line that was found. */
 function choose(target) {
-  const line = target.closest("#lines [data-line]"), chosen = line || (target.id === "search" && view.query && by("lines").querySelector("[data-line]"));
+  const line = target.closest("#lines [data-line]");
+  const chosen = line || (target.id === "search" && view.query && by("lines").querySelector("[data-line]"));
   if (!chosen) return false;
   focusLine(chosen);
   showLine(Number(chosen.dataset.line));
@@ -123,7 +130,8 @@ function turn(target, places) {
     by("tab-" + id).focus();
     return;
   }
-  const stage = Math.abs(places) === 1 && target.closest("[data-stage]"), next = stage && (places > 0 ? stage.nextElementSibling : stage.previousElementSibling);
+  const stage = Math.abs(places) === 1 && target.closest("[data-stage]");
+  const next = stage && (places > 0 ? stage.nextElementSibling : stage.previousElementSibling);
   if (next) { next.focus(); next.click(); }
   if (stage) return;
   const line = Math.abs(places) === 1 && target.closest("#lines [data-line]"), other = line && (places > 0 ? line.nextElementSibling : line.previousElementSibling);

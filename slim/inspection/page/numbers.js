@@ -5,7 +5,9 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const by = id => document.getElementById(id);
 const escape = text => String(text).replace(/[&<>"]/g, c => ({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}[c]));
 /** Text in which names of options are not broken, and calls of passes where people would break them. */
-const worded = text => escape(text).replace(/(?<![\w-])--[a-z][\w-]*/g, '<span class="option">$&</span>').replace(/[(,](?!\s)/g, "$&<wbr>");
+const worded = text => escape(text)
+  .replace(/(^|[^\w-])(--[a-z][\w-]*)/g, '$1<span class="option">$2</span>')
+  .replace(/[(,](?!\s)/g, "$&<wbr>");
 const plural = (number, what) => `${number.toLocaleString("en")} ${what}${number === 1 ? "" : "s"}`;
 const sum = values => values.reduce((a, b) => a + b, 0);
 const span = (what, first, last) => first === last ? `${what} ${first}` : `${what}s ${first} to ${last}`;
