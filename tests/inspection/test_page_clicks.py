@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from tests.stories import SPARSE
 
 pytestmark = pytest.mark.skipif(browser.find() is None, reason="needs a Chromium: apt-get install chromium")
 TABS = ("pipeline", "ir", "layers", "code", "roofline")
+FOCUS = "(({tagName, id, innerText}) => [tagName, id, innerText])(document.activeElement)"
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,10 @@ def chromium(window, page):
     window.open(page)
     yield window
     assert window.faults == []
+
+
+def top_of(selector):
+    return f"document.querySelector({json.dumps(selector)}).getBoundingClientRect().top"
 
 
 def test_search_and_stages_and_kernels_can_be_clicked_through(chromium, shots):
@@ -147,6 +153,130 @@ def test_a_bar_is_as_high_as_its_number_and_says_it_when_touched(chromium, story
     assert heights == pytest.approx([heights[-1] * each / 2e-4 for each in seconds], abs=0.02)
     chromium.click("#layers figure .touch")
     assert chromium.text("#layers .read.now").startswith("layer 0: as lifted ")
+
+
+def test_a_fold_opens_alone_and_what_is_above_it_stays_in_place(chromium):
+    chromium.run("openStage(2)")
+    folds, lines = chromium.count("#lines .fold"), chromium.count("#lines .row")
+    hidden = int(chromium.text("#lines .row + .fold").split()[0])
+    above = "#lines .row:has(+ .fold)"
+    chromium.run(f"document.querySelector({json.dumps(above)}).id = 'above'")
+    chromium.run("document.querySelector('#above + .fold').focus()")
+    top = chromium.run(top_of("#above"))
+    chromium.press("Enter")
+    assert chromium.count("#lines .fold") == folds - 1
+    assert chromium.count("#lines .row") == lines + hidden
+    assert chromium.run(top_of("#above")) == top
+    first = "document.querySelector('#above').nextElementSibling.contains(document.activeElement)"
+    assert chromium.run(first)
+    chromium.click('#stages [data-stage="1"]')
+    chromium.click('#stages [data-stage="2"]')
+    assert chromium.count("#lines .fold") == folds - 1  # it stays open
+
+
+def test_a_line_in_a_fold_can_be_gone_to_from_the_code(chromium):
+    chromium.run("openStage(2)")
+    folded = chromium.run("lineOf(rows[by('lines').querySelector('.fold').dataset.from].right)")
+    chromium.click("#tab-code")
+    chromium.run(f"openNode(nameOf({json.dumps(folded)}))")
+    chromium.click("#details [data-place]")
+    assert chromium.run(FOCUS)[2] == folded
+
+
+def test_each_tab_stays_where_it_was_left_and_the_browsers_back_leads_there(chromium):
+    chromium.click("#tab-ir")
+    chromium.click('#stages [data-stage="2"]')
+    chromium.click("#lines .row:last-child [data-line]")
+    chromium.press("ArrowUp")
+    chromium.click("#details [data-kernel]")  # of the last linear
+    place = f"[current, view.stage, Math.round({top_of('#lines .picked')}), by('details').innerText]"
+    chromium.run("by('tab-ir').click()")
+    left = chromium.run(place)
+    assert left[0] == "ir"
+    assert 0 < left[2] < 900
+    chromium.run("by('tab-code').click()")
+    code = chromium.run("[scrollY, location.hash]")
+    assert code[1].startswith("#code/whole/program.cpp:k")
+    chromium.run("new Promise(done => { addEventListener('popstate', done, {once: true}); history.back(); })")
+    assert chromium.run(place) == left
+    assert chromium.run("document.activeElement.matches('#lines .picked')")
+    chromium.run("new Promise(done => { addEventListener('popstate', done, {once: true}); history.forward(); })")
+    assert chromium.run("[scrollY, location.hash]") == code
+
+
+def test_what_is_pressed_keeps_the_focus_and_links_hand_it_on(chromium):
+    chromium.click("#tab-ir")
+    chromium.run("by('stages').children[1].focus()")
+    for key, stage in (("Enter", 1), ("ArrowRight", 2), ("Enter", 2), ("ArrowLeft", 1)):
+        chromium.press(key)
+        assert chromium.run("document.activeElement.dataset.stage") == str(stage)
+        assert chromium.run("view.stage") == stage
+    chromium.run("rove(document.querySelector('#lines .row:last-child [data-line]'))")
+    chromium.press("ArrowUp")
+    line = chromium.run(FOCUS)
+    chromium.press("Enter")
+    assert chromium.run(FOCUS)[1] == "details"  # whose links are next
+    chromium.press("Escape")
+    assert chromium.run(FOCUS) == line
+    chromium.run('openNode("linear_1")')
+    chromium.run("document.querySelector('#details [data-kernel]').focus()")
+    chromium.press("Enter")
+    assert chromium.run("document.activeElement.closest('#hit') != null")
+    chromium.press("Enter")
+    assert chromium.run(FOCUS)[1] == "details"
+    chromium.press("Escape")
+    assert chromium.run("document.activeElement.closest('#hit') != null")
+
+
+def test_what_was_searched_is_marked_in_the_lines_and_in_their_origins(chromium):
+    chromium.click("#tab-ir")
+    chromium.type("#search", 'weights["')
+    marks = "[...new Set([...document.querySelectorAll('#lines mark.found')].map(e => e.textContent))]"
+    assert chromium.run(marks) == ['weights["']
+    chromium.run("search('MLP.act_fn')")  # of lines that have it in their module alone
+    assert chromium.run(marks) == ["mlp.act_fn"]
+    assert chromium.count("#lines .dim mark") > 0
+    chromium.run("search('[<b')")
+    assert chromium.count("#lines mark.found") == 0
+
+
+def test_edits_are_marked_word_by_word(chromium):
+    texts = ["a: f32[4] = add(b, c)", "a: f16[4] = add(b, dd, c)"]
+    told = f"(([a, b]) => edits(a, b).map((spans, side) => spans.map(one => [a, b][side].slice(...one))))({texts})"
+    assert chromium.run(told) == [["f32"], ["f16", "dd, "]]
+
+
+def test_hundreds_of_files_are_one_list_by_their_kinds(chromium, story, tmp_path):
+    code = {"whole/program.py": "one"} | {f"whole/kernel_{i}.{end}": end for i in range(300) for end in ("ptx", "py")}
+    made = SimpleNamespace(**vars(story.compiled) | {"code": code})
+    chromium.open(write_page(dataclasses.replace(story, compiled=made), tmp_path / "files.html"))
+    chromium.click("#tab-code")
+    assert chromium.run(top_of("#code .source")) < 400
+    groups = chromium.run("[...document.querySelectorAll('#file optgroup')].map(e => e.label)")
+    assert groups == ["whole, .py (301)", "whole, .ptx (300)"]
+    chromium.run("by('file').focus(), by('file').value = 'whole/kernel_7.ptx'")
+    chromium.run("by('file').dispatchEvent(new Event('change', {bubbles: true}))")
+    assert chromium.text("#code .source").strip() == "ptx"
+    assert chromium.run("[document.activeElement.id, location.hash]") == ["file", "#code/whole/kernel_7.ptx"]
+
+
+def test_numbers_of_pictures_can_be_read_without_a_pointer(chromium):
+    chromium.click("#tab-layers")
+    chromium.run("document.querySelector('#layers .numbers summary').focus()")
+    chromium.press("Enter")
+    chromium.run("new Promise(done => setTimeout(done, 50))")
+    assert chromium.text("#layers .numbers th:last-child") == "now"
+    assert chromium.count("#layers .numbers tbody tr") == 3  # two layers and the rest
+
+
+def test_one_series_is_named_where_its_name_says_more_than_the_title(chromium, story, tmp_path):
+    chromium.open(write_page(dataclasses.replace(story, seconds={}), tmp_path / "predicted.html"))
+    chromium.click("#tab-layers")
+    figures = chromium.run("[...document.querySelectorAll('#layers figure')].map(e => e.innerText)")
+    seconds = [text for text in figures if text.lower().startswith("seconds")]
+    assert len(seconds) == 2
+    assert all("predicted, float32 roof" in text for text in seconds)
+    assert all(re.search(r"predicted [\d.]+ µs in all", text) for text in seconds)
 
 
 @pytest.mark.parametrize(("width", "height", "dark"), [(390, 844, True), (1440, 900, False)])

@@ -7,10 +7,10 @@ function drawLayers() {
     const drawn = found.map(([name, values], row) => ({name, values, colour: pairColour(row, found.length)}));
     return drawBars(title, names, drawn, format, inWords(title, drawn, format), "layer");
   });
-  by("layers").innerHTML = `<p class="dim">By layer; "rest" is what belongs to none: embeddings, the last norm, the head. Point at a bar to read it.
+  by("layers").innerHTML = `<p class="dim">By layer; "rest" is what belongs to none: embeddings, the last norm, the head. Point at a bar to read it, or open the numbers.
     ${metrics.some(({series}) => series.measured) ? "Measured seconds are those of the kernels, run one by one; the roofline has the whole call's." : ""}</p>
     <div class="grid">${pictures.join("")}</div>${masks.length ? `<h2>What attention sees</h2>
-    <p class="dim">Queries down, keys across; the darker, the more of them is kept. What is chosen by looking is shown for random queries and keys.</p>${alike(masks).map(drawMask).join("")}` : ""}`;
+    <p class="dim">Queries down, keys across; the stronger the blue, the more of them is kept. What is chosen by looking is shown for random queries and keys.</p>${alike(masks).map(drawMask).join("")}` : ""}`;
   fillPlots(by("layers"));
   for (const canvas of by("layers").querySelectorAll("canvas")) paint(canvas, data.layers.pictures[canvas.dataset.picture]);
 }
@@ -23,8 +23,8 @@ function inWords(title, series, format) {
   return series.map(({name, values}) => {
     const known = values.filter(value => value != null), least = Math.min(...known), most = Math.max(...known);
     const text = adds ? format(sum(known)) : least === most ? format(most) : `${format(least)} to ${format(most)}`;
-    return series.length > 1 ? `${name.split(",")[0]} ${text}` : adds ? `${text} in all` : least === most ? `${text} in every layer` : text;
-  }).join(", ") + (adds && series.length > 1 ? " in all" : "");
+    return isTelling(series, title) ? `${name.split(",")[0]} ${text}` : adds ? `${text} in all` : least === most ? `${text} in every layer` : text;
+  }).join(", ") + (adds && isTelling(series, title) ? " in all" : "");
 }
 
 /** [layers in words, mask]: those that follow each other and see the same are told once. */

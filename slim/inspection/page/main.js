@@ -3,48 +3,105 @@
 const tabs = [["pipeline", "Pipeline", drawPipeline], ["ir", "IR", drawIR], ["layers", "Layers", drawLayers]];
 if (Object.keys(data.code).length) tabs.push(["code", "Code", drawCode]);
 if (data.roofline) tabs.push(["roofline", "Roofline", drawRoofline]);
-const drawn = new Set();
+const places = {};  // of each tab that was drawn: how far down it was, and what draws its panel again
+let current = null;
 
-function open(id, again = false) {
-  for (const [name, , draw] of tabs) {
+/** Opens a tab where it was left. */
+function open(id) {
+  if (id === current) return;
+  if (current) places[current] = {down: scrollY, again: panel.again};
+  current = id;
+  for (const [name] of tabs) {
     const active = name === id, tab = by("tab-" + name);
     by(name).hidden = !active;
     tab.setAttribute("aria-selected", active);
     tab.tabIndex = active ? 0 : -1;
-    if (active && (again || !drawn.has(name))) { draw(); drawn.add(name); }
   }
+  const place = places[id] || {down: 0};
+  if (!places[id]) { places[id] = place; tabs.find(([name]) => name === id)[2](); }
+  if (place.again) place.again();
+  else hideDetails();
+  scrollTo(0, place.down);
 }
+
+// -- the address names the tab and what is open in it, so that the browser's Back leads there again --------------------
+
+function address() {
+  if (current === "ir") return `ir/${view.stage}`;
+  return current === "code" ? `code/${shown.file}${shown.kernel ? ":" + shown.kernel : ""}` : current;
+}
+
+function remember() {
+  if (location.hash !== "#" + address()) history.pushState(null, "", "#" + address());
+}
+
+/** Opens what the address says. */
+function follow() {
+  const [, id, more, kernel = null] = location.hash.match(/^#(\w+)(?:\/([^:]*)(?::(.*))?)?$/) || [];
+  open(tabs.some(([name]) => name === id) ? id : "pipeline");
+  if (id === "ir" && irs[more] && Number(more) !== view.stage) chooseStage(Number(more));
+  const isOther = more !== shown.file || kernel !== shown.kernel;
+  if (id === "code" && Object.keys(data.code).includes(more) && isOther) showFile(more, kernel);
+  const chosen = [...document.querySelectorAll("#lines .picked, #hit a")].find(one => one.getClientRects().length);
+  if (chosen) chosen.focus({preventScroll: true});
+}
+history.scrollRestoration = "manual";
+addEventListener("popstate", follow);
 
 function openNode(name) {
   const last = irs[irs.length - 1];
   if (last.index.has(name)) showLine(last.lines[last.index.get(name)]);
 }
 
+const CLICKED = "[data-line], [data-weight], [data-kernel], [data-node], [data-step], [data-stage], [data-place], [data-tab], .fold, .close";
+
 document.addEventListener("click", event => {
-  const target = event.target.closest("[data-line], [data-weight], [data-kernel], [data-node], [data-step], [data-open], .fold, .close, [data-tab]");
+  const target = event.target.closest(CLICKED);
   if (!target) return;
-  if (target.tagName === "A") event.preventDefault();
-  const told = target.dataset;
-  if (told.tab) { closeDetails(); open(told.tab); }
+  const told = target.dataset, link = target.tagName === "A";
+  if (link) event.preventDefault();
+  if (told.tab) open(told.tab);
   else if (told.weight) showWeight(told.weight);
   else if (told.kernel) openKernel(told.kernel, told.file);
   else if (told.node) openNode(told.node);
-  else if (told.line && target.tagName === "A") showLine(Number(told.line));
+  else if (told.place) goToLine(Number(told.place));
+  else if (told.line && link) showLine(Number(told.line));
   else if (told.line) { focusLine(target); showLine(Number(told.line)); }
-  else if (told.step) { view.stage = Number(told.step); view.query = ""; open("ir", true); }
-  else if (told.open) { shown.file = told.open; shown.kernel = null; closeDetails(); drawCode(); }
-  else if (target.classList.contains("fold")) { view.whole = true; by("whole").setAttribute("aria-pressed", true); drawLines(); }
+  else if (told.stage) chooseStage(Number(told.stage));
+  else if (told.step) openStage(Number(told.step));
+  else if (target.classList.contains("fold")) openFold(target);
   else closeDetails();
+  if (link && (told.weight || told.node || told.line || target.closest(".source"))) by("details").focus();
+  remember();
 });
+
+document.addEventListener("change", event => {
+  if (event.target.id !== "file") return;
+  hideDetails();
+  showFile(event.target.value);
+  remember();
+});
+
+function openStage(stage) {
+  open("ir");
+  search("");
+  chooseStage(stage);
+  by("stages").children[stage].focus();
+}
+
+/** Opens the line in the focus, and its panel takes the focus; or, of a search, the first line that was found. */
+function choose(target) {
+  const line = target.closest("#lines [data-line]");
+  const chosen = line || (target.id === "search" && view.query && by("lines").querySelector("[data-line]"));
+  if (!chosen) return false;
+  focusLine(chosen);
+  showLine(Number(chosen.dataset.line));
+  if (line) by("details").focus();
+}
 
 const keys = {
   Escape: () => { if (by("details").hidden) return false; closeDetails(); },
-  Enter: target => {
-    const found = target.id === "search" && view.query ? document.querySelector("#lines [data-line]") : target.closest("#lines [data-line]");
-    if (!found) return false;
-    focusLine(found);
-    showLine(Number(found.dataset.line));
-  },
+  Enter: choose, " ": target => target.closest("#lines [data-line]") ? choose(target) : false,
   "/": target => {
     if (target.tagName === "INPUT") return false;
     open("ir");
@@ -64,7 +121,7 @@ function along(target, down) {
   focusLine(next);
 }
 
-/** From tab to tab, and from the line before a pass to the one after it. */
+/** From tab to tab, from stage to stage, and from the line before a pass to the one after it. */
 function turn(target, places) {
   const place = tabs.findIndex(([id]) => target.id === "tab-" + id);
   if (place >= 0) {
@@ -73,6 +130,10 @@ function turn(target, places) {
     by("tab-" + id).focus();
     return;
   }
+  const stage = Math.abs(places) === 1 && target.closest("[data-stage]");
+  const next = stage && (places > 0 ? stage.nextElementSibling : stage.previousElementSibling);
+  if (next) { next.focus(); next.click(); }
+  if (stage) return;
   const line = Math.abs(places) === 1 && target.closest("#lines [data-line]"), other = line && (places > 0 ? line.nextElementSibling : line.previousElementSibling);
   if (!other || !other.dataset.line) return false;
   focusLine(other);
@@ -80,7 +141,9 @@ function turn(target, places) {
 
 document.addEventListener("keydown", event => {
   if (event.ctrlKey || event.metaKey || event.altKey || !keys[event.key]) return;
-  if (keys[event.key](event.target) !== false) event.preventDefault();
+  if (keys[event.key](event.target) === false) return;
+  event.preventDefault();
+  remember();
 });
 
 const first = data.steps[0], last = data.steps[data.steps.length - 1], size = (last.size || first.size);
@@ -91,4 +154,4 @@ by("summary").innerHTML = [data.architecture, `${count(size.parameters)} paramet
   last.drift == null ? "" : `output moved by ${small(last.drift)}`, data.target && `for ${data.target}`].filter(Boolean).map(text => `<span>${escape(text)}</span>`).join("");
 by("tabs").innerHTML = tabs.map(([id, title]) => `<button id="tab-${id}" role="tab" data-tab="${id}" aria-controls="${id}">${title}</button>`).join("");
 for (const [id] of tabs) by(id).setAttribute("aria-labelledby", "tab-" + id);
-open("pipeline");
+follow();

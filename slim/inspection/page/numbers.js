@@ -4,6 +4,10 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const by = id => document.getElementById(id);
 const escape = text => String(text).replace(/[&<>"]/g, c => ({"&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;"}[c]));
+/** Text in which names of options are not broken, and calls of passes where people would break them. */
+const worded = text => escape(text)
+  .replace(/(^|[^\w-])(--[a-z][\w-]*)/g, '$1<span class="option">$2</span>')
+  .replace(/[(,](?!\s)/g, "$&<wbr>");
 const plural = (number, what) => `${number.toLocaleString("en")} ${what}${number === 1 ? "" : "s"}`;
 const sum = values => values.reduce((a, b) => a + b, 0);
 const span = (what, first, last) => first === last ? `${what} ${first}` : `${what}s ${first} to ${last}`;
@@ -24,7 +28,7 @@ const styled = style => value => style.endsWith("%") ? (100 * value).toFixed(Num
 /** A table; on a phone each row becomes a block with the heads beside its cells. Heads that start with "#" are of numbers. */
 function table(heads, rows) {
   const titles = heads.map(head => head.replace(/^#/, "")), kinds = heads.map(head => head.startsWith("#") ? ' class="n"' : "");
-  const head = titles.map((title, column) => `<th scope="col"${kinds[column]}>${title}</th>`).join("");
+  const head = titles.map((title, column) => `<th scope="col"${kinds[column]}>${escape(title)}</th>`).join("");
   const body = rows.map(cells => `<tr>${cells.map((cell, column) => `<td${kinds[column]} data-label="${escape(titles[column])}">${cell}</td>`).join("")}</tr>`).join("");
   return `<table><thead><tr>${head}</tr></thead><tbody>${body}</tbody></table>`;
 }

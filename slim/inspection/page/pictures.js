@@ -24,10 +24,20 @@ function fillPlot(place) {
   }
 }
 
-/** What is seen: a title, a key, the picture, and a line that says it in numbers; a place that is touched is read there. */
-const figure = (title, key, picture, note = "") => `<figure><figcaption><b>${escape(title)}</b>${key.length > 1
+const sheets = [];  // functions that give a table of what a picture shows, drawn where it is opened
+document.addEventListener("toggle", ({target}) => {
+  if (target.dataset.sheet && target.open) target.lastElementChild.innerHTML = sheets[target.dataset.sheet]();
+}, true);
+
+/** Whether the names of series say more than the title: one that is called "now" does not. */
+const isTelling = (series, title) => series.length > 1 || series.some(({name}) => name !== title && name !== "now");
+
+/** What is seen: a title, a key, the picture, a line in which a place that is touched is read, and all numbers. */
+const figure = (title, key, picture, note, sheet) => `<figure><figcaption><b>${escape(title)}</b>${isTelling(key, title)
   ? `<span class="keys">${key.map(one => `<span><i class="key" style="background:${one.colour}"></i> ${escape(one.name)}</span>`).join("")}</span>` : ""}</figcaption>${picture}
-  <p class="read" data-note="${escape(note)}">${escape(note) || "&nbsp;"}</p></figure>`;
+  <p class="read" data-note="${escape(note)}">${escape(note) || "&nbsp;"}</p>
+  <details class="numbers" data-sheet="${sheets.push(sheet) - 1}"><summary aria-label="numbers: ${escape(title)}">numbers</summary>
+  <div tabindex="0"></div></details></figure>`;
 
 const svg = (width, height, title, inside) => `<svg width="${width}" height="${height}" viewBox="0 0 ${width} ${height}" role="img" aria-label="${escape(title)}">${inside}</svg>`;
 const label = (x, y, text, anchor = "start", more = "") => `<text x="${x.toFixed(1)}" y="${y.toFixed(1)}" text-anchor="${anchor}"${more}>${escape(text)}</text>`;
@@ -53,12 +63,15 @@ function drawBars(title, ticks, series, format, note, where) {
     const grid = levels.map((level, index) => rule(left, y(level), width, y(level)) + label(left - 6, y(level) + 4, words[index], "end"));
     const bars = series.flatMap((one, row) => one.values.map((value, index) => value == null ? "" :
       `<rect x="${(left + (index + 0.5) * step + (row - series.length / 2) * each).toFixed(2)}" y="${y(Math.max(value, 0)).toFixed(2)}" width="${each.toFixed(2)}" height="${Math.abs(y(value) - y(0)).toFixed(2)}" fill="${one.colour}"/>`));
-    const read = ticks.map((tick, index) => `<rect class="touch" x="${(left + index * step).toFixed(2)}" y="0" width="${step.toFixed(2)}" height="${floor}" data-read="${escape(told(/^\d+$/.test(tick) ? `${where} ${tick}` : tick, series, index, format))}"/>`);
+    const read = ticks.map((tick, index) => `<rect class="touch" x="${(left + index * step).toFixed(2)}" y="0" width="${step.toFixed(2)}" height="${floor}"
+      data-read="${escape(told(title, /^\d+$/.test(tick) ? `${where} ${tick}` : tick, series, index, format))}"/>`);
     return svg(width, height, `${title}. ${note || ""}`, grid.join("") + bars.join("") + read.join("") + names(ticks, left, step, height - 4));
-  }), note);
+  }), note, () => table([where, ...series.map(one => "#" + one.name)], ticks.map((tick, index) =>
+    [escape(tick), ...series.map(one => one.values[index] == null ? "" : format(one.values[index]))])));
 }
-const told = (place, series, index, format) => `${place}: ` + (series.filter(one => one.values[index] != null).map(one =>
-  (series.length > 1 ? one.name + " " : "") + format(one.values[index])).join(", ") || "none");
+const told = (title, place, series, index, format) => `${place}: ` +
+  (series.filter(one => one.values[index] != null).map(one =>
+  (isTelling(series, title) ? one.name + " " : "") + format(one.values[index])).join(", ") || "none");
 
 /** Names under the bars: as many as there is room for, the last always. Of long ones, which stand in what is read, the layer where it begins. */
 function names(ticks, left, step, y) {
@@ -100,7 +113,16 @@ function drawCurves(chart) {
         (marked && `<circle r="4" cx="${x(mark).toFixed(1)}" cy="${y(values[mark]).toFixed(1)}" fill="${ink(row)}"/>`) + "</g>";
     });
     return svg(width, height, chart.title, grid.join("") + lines.join("") + label(left, height - 4, "0") + label(width, height - 4, String(longest - 1), "end"));
-  }), `${chart.y_label} by ${chart.x_label}${chart.log ? ", logarithmic" : ""}${more}`);
+  }), `${chart.y_label} by ${chart.x_label}${chart.log ? ", logarithmic" : ""}${more}`, () => curvesInNumbers(chart, format));
+}
+
+/** Of each curve where it begins, what is marked on it, and where it ends. */
+function curvesInNumbers(chart, format) {
+  const rows = Object.entries(chart.series).map(([name, values]) => {
+    const mark = chart.marks[name], marked = mark == null || mark >= values.length ? "" : `${format(values[mark])} at ${mark}`;
+    return [escape(name), format(values[0]), marked, format(values[values.length - 1])];
+  });
+  return table([chart.y_label, "#first", "#marked", "#last"], rows);
 }
 
 function drawChart(chart) {

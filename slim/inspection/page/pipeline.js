@@ -13,7 +13,7 @@ function drawPipeline() {
   const cells = rows.map(([name, step, seconds]) => {
     const number = data.steps.indexOf(step), took = sum(Object.values(seconds)), from = begin;
     begin += took;
-    const title = number > 0 && irs.length > 1 ? `<a href="#" data-step="${number}">${escape(name)}</a>` : escape(name), size = step && step.size;
+    const title = number > 0 && irs.length > 1 ? `<a href="#" data-step="${number}">${worded(name)}</a>` : worded(name), size = step && step.size;
     return [title, took ? `${gantt(from, seconds, total)}` : "", took ? time(took) : "",
       step && step.matched ? `${step.matched.length} of ${step.matched.length + step.skipped.length}` : "",
       size ? size.nodes.toLocaleString("en") : "", size ? count(size.parameters) : "", size ? bytes(size.nbytes) : "",
@@ -36,16 +36,16 @@ const gantt = (from, seconds, total) => `<div class="when" aria-hidden="true"><s
 function notKept() {
   const passes = data.steps.slice(1).map(step => step.name).join(", ");
   return `<p class="note" id="not-kept">A compiled directory keeps the IR after all passes, and what each pass reported; the IR between them is not in it.
-    To see what each did, run on the model that this was compiled from: <code>slim inspect MODEL -p '${escape(passes)}' --html FILE</code></p>`;
+    To see what each did, run on the model that this was compiled from: <code>${worded(`slim inspect MODEL -p '${passes}' --html FILE`)}</code></p>`;
 }
 
 function remarks(step, counts) {
-  const notes = step.notes.map(note => `<li>${escape(note)}</li>`).join("");
-  const skipped = (step.skipped || []).map(([site, reason]) => `<li><b>${escape(site)}</b>: ${escape(reason)}</li>`).join("");
+  const notes = step.notes.map(note => `<li>${worded(note)}</li>`).join("");
+  const skipped = (step.skipped || []).map(([site, reason]) => `<li><b>${escape(site)}</b>: ${worded(reason)}</li>`).join("");
   const charts = (step.charts || []).map(drawChart).join(""), matching = rules(counts);
   if (!notes && !skipped && !charts && !matching) return "";
   const said = !notes ? "" : step.notes.length > 6 ? `<details><summary>${plural(step.notes.length, "note")}</summary><ul>${notes}</ul></details>` : `<ul>${notes}</ul>`;
-  return `<section class="step"><h2>${escape(step.name)}</h2>${charts ? `<div class="grid">${charts}</div>` : ""}${said}
+  return `<section class="step"><h2>${worded(step.name)}</h2>${charts ? `<div class="grid">${charts}</div>` : ""}${said}
     ${skipped ? `<details><summary>${plural(step.skipped.length, "site")} left alone</summary><ul>${skipped}</ul></details>` : ""}${matching}</section>`;
 }
 

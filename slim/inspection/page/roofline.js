@@ -16,7 +16,7 @@ function drawRoofline() {
     ...(machine ? [rate(point.bound), point.measured ? rate(point.measured) : "", point.measured ? Math.round(100 * point.measured / point.bound) + "%" : ""] : [])]);
   const heads = ["call", "#FLOPs", "#bytes moved", "#FLOPs a byte", ...(machine ? ["#roof", "#measured", "#of the roof"] : [])];
   by("roofline").innerHTML = (machine ? picture(machine, found)
-    : `<p class="note">${data.roofline.writes ? "No machine was measured: with <code>--measure</code> the roof is drawn, and how far below it the model runs."
+    : `<p class="note">${data.roofline.writes ? "No machine was measured: with <code class='option'>--measure</code> the roof is drawn, and how far below it the model runs."
       : "No machine was measured, which is done for language models alone."}</p>`) +
     `${table(heads, rows)}<p class="dim caption">${data.roofline.writes
       ? `For one row: prefill reads ${data.tokens} tokens, decode writes the last of as many; both make the logits of the last token alone. Measured is the time of generate, with all that it prepares.`
