@@ -30,7 +30,7 @@ def main() -> None:
     for name in options.models:
         case = CASES[name](calibration=options.sequences)
         found = kept.setdefault(name, {})
-        healing = f"heal({options.steps})"
+        healing = f"heal({options.steps}{f', tokens={options.tokens}' if options.tokens else ''})"
         for text in ["", *(each for lossy in options.lossy for each in (lossy, f"{lossy}, {healing}"))]:
             if text and text in found and not options.again:
                 continue
@@ -45,6 +45,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--lossy", nargs="+", default=list(LOSSY), help="pipelines to heal")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--tokens", type=int, help="of a step (default: heal's)")
     parser.add_argument("--sequences", type=int, default=512, help="of calibration (default: %(default)s)")
     parser.add_argument("--again", action="store_true", help="measure what the file holds anew")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -41,6 +41,8 @@ ROWS = {
     "gqa, a quarter": "gqa(2)",
     "low rank": "low_rank(0.8)",
     "sparse": 'sparse_attention("auto")',
+    "prune": "prune(0.2)",
+    "prune, healed": "prune(0.2), heal(200)",
 }
 HEADER = """# What each pass does to the demo model
 

@@ -44,11 +44,14 @@ class Heal(Pass):
             models; of others the outputs themselves are compared.
         temperature: what both logits are divided by first.
         mix: the share of the loss that is cross-entropy on the data's own next tokens, 0 to 1.
-        learning_rate: of AdamW, at its highest, as a share of each weight's size (the root of its mean square); it
-            rises for a twentieth of the steps, and falls like a cosine.
+        learning_rate: at its highest, as a share of each weight's size (the root of its mean square); it rises for a
+            twentieth of the steps, and falls like a cosine. None: a 32nd of the distance that is to be healed, 0.01 at
+            most: what has lost little is a short way from where it was.
         tokens: of a step, at least; batches are taken until there are as many.
         patience: how many scorings in a row may bring nothing before training ends.
         seed: of the order of the data and of the products' first values.
+
+    Matrices that are trained whole take orthogonal steps, all else AdamW's; see ``slim.passes.healing.steps``.
 
     Sources: Hinton et al., Distilling the Knowledge in a Neural Network, 2015; Hu et al., LoRA, 2021;
     Shazeer and Stern, Adafactor, 2018 (rates relative to a weight's size).
@@ -62,7 +65,7 @@ class Heal(Pass):
     loss: Literal["forward", "reverse"] = "forward"
     temperature: float = 1.0
     mix: float = 0.0
-    learning_rate: float = 3e-3
+    learning_rate: float | None = None
     tokens: int = 2048
     patience: int = 4
     seed: int = 0
@@ -74,7 +77,8 @@ class Heal(Pass):
             if given is not None and given < 1:
                 self._refuse(option, "it is one at the least")
         for option in ("temperature", "learning_rate"):
-            if not getattr(self, option) > 0:
+            given = getattr(self, option)
+            if given is not None and not given > 0:
                 self._refuse(option, "it is greater than zero")
         if not 0 <= self.mix <= 1:
             self._refuse("mix", f"it is a share, from 0 to 1, not {self.mix}")

@@ -2,9 +2,9 @@
 
 /** [name, step or null, {stage: seconds}] of everything that took time, in order. */
 function timeline() {
-  const {lift, lower, ...between} = data.report.seconds, [start, ...passes] = data.steps;
+  const {lift, lower, check, ...between} = data.report.seconds, [start, ...passes] = data.steps;
   return [[start.name, start, lift == null ? {} : {run: lift}], ...Object.entries(between).map(([name, seconds]) => [name, null, {probe: seconds}]),
-    ...passes.map(step => [step.name, step, step.seconds]), ...(lower == null ? [] : [["lower", null, {run: lower}]])];
+    ...passes.map(step => [step.name, step, step.seconds]), ...(lower == null ? [] : [["lower", null, {run: lower, ...(check == null ? {} : {probe: check})}]])];
 }
 
 function drawPipeline() {

@@ -21,6 +21,7 @@ from slim.passes.healing.student import Student
 _CHECK = 25  # steps between two scorings of the held-out batches
 _HELD_OUT = 8  # every eighth batch
 _SCORED = 8192  # held-out tokens at most: scoring must not take longer than training
+_OF_DISTANCE, _HIGHEST = 1 / 32, 0.01  # the learning rate, where none is given
 _SAME = 1e-9  # a distance that is rounding: there is nothing to heal
 _WARMUP, _LAST = 0.05, 0.05  # shares of the steps that the rate rises for, and of the rate that remains at the end
 
@@ -31,7 +32,7 @@ class Plan:
 
     asked_by: str
     steps: int
-    learning_rate: float
+    learning_rate: float | None
     tokens: int
     patience: int
     seed: int
@@ -75,6 +76,7 @@ def train(
     before = run.score()
     if before <= _SAME:
         raise errors.NothingToHeal(pass_name=plan.asked_by)
+    run.learning_rate = plan.learning_rate or min(_OF_DISTANCE * before, _HIGHEST)
     return run.go(before, ctx)
 
 
@@ -85,7 +87,8 @@ class _Run:
         self.student, self.teacher, self.objective, self.plan = student, teacher, objective, plan
         self.device = next((p.device for p in student.parameters), torch.device("cpu"))
         self.seen, self.held_out = _split(batches)
-        self.optimizer = Steps(*student.split, plan.learning_rate)
+        self.learning_rate = plan.learning_rate or _HIGHEST
+        self.optimizer = Steps(*student.split, self.learning_rate)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
@@ -100,7 +103,7 @@ class _Run:
     def step(self, step: int, batches: Sequence[Batch]) -> None:
         """One update, over ``batches`` one after the other."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.plan.learning_rate * self.plan.rate(step)
+            group["lr"] = self.learning_rate * self.plan.rate(step)
         self.optimizer.zero_grad()
         total = sum(batch.tokens for batch in batches)
         for batch in batches:
@@ -160,7 +163,7 @@ class _Run:
         )
         notes = [
             f"the distance from the original fell from {before:.4f} to {best.score:.4f} on {on}, "
-            f"trained on {tokens:,} tokens"
+            f"trained on {tokens:,} tokens at a rate of {self.learning_rate:.1g}"
         ]
         if done < self.plan.steps:
             notes.append(
