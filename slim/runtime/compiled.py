@@ -316,8 +316,12 @@ class CompiledModel:
         """An empty cache for ``batch`` sequences, with room for ``tokens`` tokens at first.
 
         Raises:
-            CacheUnsupported, PromptTooLong: beyond ``kv_cache.max_tokens``.
+            CacheUnsupported, PromptTooLong: beyond ``kv_cache.max_tokens``. BadInput: for what are no numbers.
         """
+        for name, value, least in (("batch", batch, 1), ("tokens", tokens, 0)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                reason = f"{value!r:.40} is no number from {least} on"
+                raise errors.BadInput(argument=name, reason=reason, of="slim.CompiledModel.new_cache")
         limit = self.kv_cache.max_tokens
         if limit is not None and tokens > limit:
             raise errors.PromptTooLong(length=tokens, capacity=limit)

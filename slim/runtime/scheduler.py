@@ -86,6 +86,12 @@ class Scheduler:
         for name, value in (("max_tokens", max_tokens), ("max_batch", max_batch), ("chunk", chunk)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise errors.BadInput(argument=name, reason=f"{value!r} is no number above 0", of="slim.Scheduler")
+        if not isinstance(share_prefixes, bool):
+            reason = f"it is True or False, not {share_prefixes!r:.40}"
+            raise errors.BadInput(argument="share_prefixes", reason=reason, of="slim.Scheduler")
+        if tokenizer is not None and not callable(getattr(tokenizer, "decode", None)):
+            reason = f"it is what decodes tokens, not {tokenizer!r:.40}"
+            raise errors.BadInput(argument="tokenizer", reason=reason, of="slim.Scheduler")
         if not model.paged or model.kv_cache.window is not None:
             wanted = 'compile with kv_cache=KVCacheConfig(layout="paged")'
             raise errors.CacheUnsupported(reason=f"a scheduler shares pages that keep all tokens: {wanted}")

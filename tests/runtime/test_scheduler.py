@@ -90,6 +90,18 @@ def test_requests_of_another_scheduler_and_ends_that_are_no_tokens_are_refused(m
             Scheduler(model, eos_token_id=end)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("option", [{"share_prefixes": "no"}, {"tokenizer": 5}, {"chunk": 0}], ids=str)
+def test_options_of_the_wrong_kind_are_refused(model: CompiledModel, option: dict[str, Any]) -> None:
+    with pytest.raises(errors.BadInput, match=next(iter(option))):
+        Scheduler(model, **option)
+
+
+@pytest.mark.parametrize("sizes", [("a",), (0,), (1, -1), (True,)])
+def test_a_cache_of_no_size_is_refused(model: CompiledModel, sizes: tuple[Any, ...]) -> None:
+    with pytest.raises(errors.BadInput, match="is no number from"):
+        model.new_cache(*sizes)
+
+
 def test_a_shared_prompt_is_run_once(model: CompiledModel) -> None:
     scheduler = Scheduler(model, max_tokens=4096, eos_token_id=EOS)
     common = [random.Random(2).randrange(8, 60) for _ in range(3 * PAGE)]
