@@ -200,7 +200,7 @@ def _report(data: dict[str, Any]) -> Report:
 # -- for people --------------------------------------------------------------------------------------------------------
 
 COLUMNS = ("pass", "sites", "rules", "nodes", "parameters", "bytes", "output\nmoved", "since\nlift", "ms")
-_WIDTH = 100
+_WIDTH, _LONGEST_WORD = 100, 48  # of the table, where that is enough; in the first column, without a break
 _ALIKE = 3  # further notes of one form that are still printed
 
 
@@ -216,16 +216,28 @@ def _table(report: PipelineReport) -> Iterator[str]:
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    rows = list(table_rows(report))
+    word = min(_LONGEST_WORD, max(len(word) for row in rows for word in row[0].split()))
     for index, column in enumerate(COLUMNS):
-        table.add_column(column, justify="left" if index == 0 else "right", no_wrap=index > 0, overflow="fold")
-    for row in table_rows(report):
+        first = index == 0
+        table.add_column(
+            column, justify="left" if first else "right", no_wrap=not first, overflow="fold", min_width=word * first
+        )
+    for row in rows:
         table.add_row(*row)
     page = io.StringIO()
-    Console(file=page, width=_WIDTH, color_system=None, highlight=False, markup=False).print(table)
+    width = max(_WIDTH, word + 1 + _numbers_width(rows))
+    Console(file=page, width=width, color_system=None, highlight=False, markup=False).print(table)
     yield from (line.rstrip() for line in page.getvalue().strip("\n").splitlines())
     around = {stage: value for stage, value in report.seconds.items() if stage != "lift"}
     if around:
         yield f"ms around the passes: {_spent(around)}"
+
+
+def _numbers_width(rows: list[tuple[str, ...]]) -> int:
+    """Characters of all columns but the first, and what is between them."""
+    columns = [[*column.split("\n"), *(row[i] for row in rows)] for i, column in enumerate(COLUMNS)]
+    return sum(1 + max(map(len, column)) for column in columns[1:])
 
 
 def table_rows(report: PipelineReport) -> Iterator[tuple[str, ...]]:

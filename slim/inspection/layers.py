@@ -149,9 +149,9 @@ def layer_of_node(node: fx.Node) -> str:
     return layer_of(str(node.meta.get("module", "")))
 
 
-def sensitivity(before: Program, after: Program, names: Sequence[str]) -> list[float | None]:
+def sensitivity(before: Program, after: Program, names: Sequence[str], tokens: int = 0) -> list[float | None]:
     """How far the output of ``before`` moves where one layer alone is as in ``after``; a run of a probe each."""
-    hybrid, probe = Hybrid(before, after), make_probe(before)
+    hybrid, probe = Hybrid(before, after), make_probe(before, tokens=tokens)
     outputs = probe.run(before)
     held: Mapping[str, set[str]] = defaultdict(set)
     for name in hybrid.touched:

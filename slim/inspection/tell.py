@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
+from slim import errors
 from slim.api import check_generated
 from slim.codegen import select
 from slim.compiler.lift import lift, lift_path
 from slim.compiler.passes_base import Context, Pass, Progress
-from slim.compiler.pipeline import run_pipeline
+from slim.compiler.pipeline import probe_tokens, run_pipeline
 from slim.compiler.program import Program
 from slim.inspection.page.collect import Story
 from slim.passes import as_passes
@@ -42,6 +43,9 @@ def tell(
     Example:
         >>> write_page(tell("demo", "examples/demo_model", 'fold_norms, quantize("int8")'), "report.html")
     """
+    if not isinstance(model, (nn.Module, str, Path, Program)):
+        reason = f"{type(model).__name__} is neither a module nor a path nor a Program"
+        raise errors.BadInput(argument="model", reason=reason, of="slim.inspection.tell.tell")
     pipeline, chosen = as_passes(passes), select(target)
     start = time.perf_counter()
     if isinstance(model, nn.Module):
@@ -59,7 +63,7 @@ def tell(
     report.seconds = {"lift": lifted - start, **report.seconds, "lower": time.perf_counter() - begin}
     check_generated(compiled, ctx)
     ctx.dumped.report(report)
-    return Story(name, programs, report, compiled)
+    return Story(name, programs, report, compiled, probe_tokens=probe_tokens(pipeline))
 
 
 def compiled_story(name: str, compiled: CompiledModel) -> Story:

@@ -47,6 +47,7 @@ class Story:
         seconds: what each layer takes, where that was measured.
         sensitive: whether to measure what each layer alone does to the output.
         start: what the first Program is called.
+        probe_tokens: how many it takes to see what the passes do.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Story:
     seconds: LayerSeconds = field(default_factory=dict)
     sensitive: bool = False
     start: str = "lift"
+    probe_tokens: int = 0
 
 
 def collect(story: Story) -> dict[str, Any]:
@@ -207,7 +209,7 @@ def _layers(story: Story) -> dict[str, Any]:
     metrics += _times(story, names, was)
     if story.sensitive and last is not first:
         title = "output moved where this layer alone is compressed"
-        metrics.append(_metric(title, {"now": sensitivity(first, last, names)}))
+        metrics.append(_metric(title, {"now": sensitivity(first, last, names, story.probe_tokens)}))
     return {"names": names, "metrics": metrics, **_masks(last, story.tokens, was)}
 
 

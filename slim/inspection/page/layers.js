@@ -32,7 +32,8 @@ function alike(masks) {
   const groups = [];
   for (const [layer, mask] of masks) {
     const last = groups[groups.length - 1];
-    if (last && JSON.stringify(last.mask) === JSON.stringify(mask)) last.layers.push(layer);
+    const next = last && !(layer - last.layers[last.layers.length - 1] > 1);  // and not behind a layer that is gone
+    if (next && JSON.stringify(last.mask) === JSON.stringify(mask)) last.layers.push(layer);
     else groups.push({layers: [layer], mask});
   }
   return groups.map(({layers, mask}) => [span("layer", layers[0], layers[layers.length - 1]), mask]);

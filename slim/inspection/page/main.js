@@ -39,7 +39,7 @@ function remember() {
 function follow() {
   const [, id, more, kernel = null] = location.hash.match(/^#(\w+)(?:\/([^:]*)(?::(.*))?)?$/) || [];
   open(tabs.some(([name]) => name === id) ? id : "pipeline");
-  if (id === "ir" && irs[more] && Number(more) !== view.stage) chooseStage(Number(more));
+  if (id === "ir" && irs[Number(more)] && Number(more) !== view.stage) chooseStage(Number(more));
   const isOther = more !== shown.file || kernel !== shown.kernel;
   if (id === "code" && Object.keys(data.code).includes(more) && isOther) showFile(more, kernel);
   const chosen = [...document.querySelectorAll("#lines .picked, #hit a")].find(one => one.getClientRects().length);

@@ -13,9 +13,7 @@ from slim.compiler.report import Skip
 from slim.compiler.uses import DEQUANTIZE, Role, stored_in, uses, weight_nodes
 
 _QUANTIZE = torch.ops.slim.quantize.default
-_WHOLE = (
-    1 << 26
-)  # numbers in linears and tables that are trained whole: with gradients and AdamW's state four bytes four times
+_WHOLE = 1 << 26  # numbers of linears and tables that are trained whole; each is held four times, as float32
 _RANK = 16  # of the products of larger models
 _LEAST = 1e-3  # the size of a weight that is all zeros, as biases begin
 

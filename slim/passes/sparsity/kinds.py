@@ -19,8 +19,6 @@ from slim.compiler.patterns.terms import (
 )  # fmt: skip
 
 Options = Mapping[str, int]
-_TOKENS = 16384  # of calibration that "auto" looks at
-_DENSE = ()
 
 
 @dataclass(frozen=True)
