@@ -153,7 +153,7 @@ class _Reader:
             flops = 2 * self._numel(node) * self._size(node.args[_DEPTH[node.target][0]], _DEPTH[node.target][1])
             activations = self._bytes(node) + self._activation_bytes(node)
             yield _kind(node), flops, weights + activations
-        elif node.target is aten.convolution.default:
+        elif node.target in _CONVOLUTIONS:
             depth = math.prod(node.args[1].meta["val"].shape[1:])  # type: ignore[union-attr]
             yield _kind(node), 2 * depth * self._numel(node), weights + self._bytes(node) + self._activation_bytes(node)
         elif weights != 0:
@@ -231,6 +231,11 @@ class _Reader:
 def _kind(node: fx.Node) -> str:
     return str(getattr(node.target, "_opname", node.name))
 
+
+_CONVOLUTIONS = (
+    aten.convolution.default, aten.conv1d.default, aten.conv2d.default, aten.conv3d.default, aten.conv1d.padding,
+    aten.conv2d.padding, aten.conv3d.padding,
+)  # fmt: skip
 
 # Matrix products: which argument, and which of its dimensions, is summed over.
 _DEPTH: dict[Any, tuple[int, int]] = {

@@ -237,7 +237,7 @@ def _table(report: PipelineReport) -> Iterator[str]:
 def _numbers_width(rows: list[tuple[str, ...]]) -> int:
     """Characters of all columns but the first, and what is between them."""
     columns = [[*column.split("\n"), *(row[i] for row in rows)] for i, column in enumerate(COLUMNS)]
-    return sum(1 + max(map(len, column)) for column in columns[1:])
+    return sum(2 + max(map(len, column)) for column in columns[1:])
 
 
 def table_rows(report: PipelineReport) -> Iterator[tuple[str, ...]]:

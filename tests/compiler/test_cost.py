@@ -5,6 +5,7 @@ import sympy
 import torch
 
 from slim.compiler.cost import cost
+from slim.compiler.lift import lift
 from slim.compiler.passes_base import Context
 from slim.compiler.patterns import by_head
 from slim.compiler.patterns.pairs import pairs
@@ -139,6 +140,13 @@ def counted(options, queries, keys=128):
 def shown(text, queries, keys=128, **seen):
     """The mean over heads of what the mask of the newest queries keeps."""
     return float(kept_by_head(text or "dense", keys, 4, sees(keys, **seen))[:, -queries:].float().sum((1, 2)).mean())
+
+
+@pytest.mark.parametrize("padding", [1, "same"])
+def test_convolutions_are_counted(padding):
+    made = lift(torch.nn.Conv2d(4, 6, 3, padding=padding, groups=2), torch.randn(2, 4, 5, 7))
+    d1, d2 = (sympy.Symbol(name, integer=True, positive=True) for name in ("d1", "d2"))
+    assert cost(made).flops == 2 * (4 // 2 * 3 * 3) * 6 * B * d1 * d2
 
 
 def test_a_size_that_is_missing_is_asked_for():

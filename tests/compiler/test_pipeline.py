@@ -14,7 +14,7 @@ from slim.compiler.charts import Chart
 from slim.compiler.passes_base import FLOAT_WEIGHTS, Context, Pass
 from slim.compiler.pipeline import check_order, run_pipeline
 from slim.compiler.program import Program
-from slim.compiler.report import PipelineReport, Report, Skip
+from slim.compiler.report import PipelineReport, Report, Size, Skip
 from slim.compiler.rules import Count
 from slim.compiler.text import parse
 from tests.programs import Counted, program
@@ -308,6 +308,16 @@ def test_notes_that_differ_in_names_and_numbers_are_printed_once():
     ]
     item.notes = lines[:3]
     assert str(PipelineReport(passes=[item])).count("of 64") == 3
+
+
+def test_the_table_breaks_passes_between_options_alone():
+    size = Size(1_000, 10**9, 10**9)
+    text = 'sparse_attention_of_some_kind("longformer", window=64, global_tokens=16)'
+    item = Report(["w"] * 10, text=text, before=size, after=size, error=0.1, drift=0.1, seconds={"run": 1234.5})
+    rows = [line for line in str(PipelineReport(passes=[item])).splitlines() if line.startswith(("sparse", "window"))]
+    assert rows[0].startswith('sparse_attention_of_some_kind("longformer", ')
+    assert rows[0].endswith(" 1.0e-01  1.0e-01  1,234,500")
+    assert all(word in " ".join(rows) for word in text.split())
 
 
 def test_the_rules_of_a_report_are_listed_by_stage(start):
