@@ -24,7 +24,7 @@ CONFIG = LlamaConfig(
 LOADED = "performance.timing.loadEventEnd - performance.timing.navigationStart"
 DRAW = """(() => {
     const start = performance.now();
-    open("%s", true);
+    open("%s");
     document.body.offsetHeight;
     return performance.now() - start;
 })()"""

@@ -191,9 +191,13 @@ class _Reader:
         if stored_in(node):
             return []
         inputs = dict.fromkeys(weight for value in node.all_input_nodes for weight in stored_in(value))
-        new = [n for n in inputs if str(n.target) not in self.read]
+        new = [n for n in inputs if str(n.target) not in self.read and not self._is_looked_up(n, node)]
         self.read |= {str(n.target) for n in new if not self._only_rows(n)}
         return new
+
+    def _is_looked_up(self, weight: fx.Node, node: fx.Node) -> bool:
+        """Whether ``node`` takes rows of a table that another, a head tied to it, reads whole and pays for."""
+        return not self._only_rows(weight) and any(u.node is node and u.role is Role.TABLE for u in uses(weight))
 
     def _only_rows(self, weight: fx.Node) -> bool:
         """Whether no node reads all of the weight: it pays for its rows at each use."""

@@ -79,7 +79,7 @@ class Finding:
         return self.culprit is not None or bool(self.rewrites)
 
     def __str__(self) -> str:
-        width = max(len(stage) for stage, _ in self.errors)
+        width = max(len(stage) for stage, _ in [*self.errors, ("stage", 0.0)])
         lines = [f"{'stage':<{width}}  error since the lift"]
         for index, (stage, error) in enumerate(self.errors):
             crossing = f"  over {self.threshold:g}" if index - 1 == self.index and self.stage is not None else ""
@@ -100,7 +100,7 @@ class Finding:
         verbs = ("inserts" if place in self.inserted else "changes" for place in self.places)
         found += [f"  {verb} {place}" for verb, place in itertools.islice(zip(verbs, self.places, strict=True), _SHOWN)]
         if culprit.largest:
-            found.append("largest alone: " + ", ".join(f"{site} {error:.1e}" for site, error in culprit.largest))
+            found.append("largest alone: " + "; ".join(f"{site} {error:.1e}" for site, error in culprit.largest))
         return [*found, f"  {culprit.note}"] if culprit.note else found
 
 

@@ -253,7 +253,8 @@ def _known(places: Sequence[tuple[str, str]]) -> list[Origin]:
 def _unknown(name: str, known: Sequence[str]) -> errors.BadInput:
     within = [other for other in known if other.startswith(f"{name}.")]
     if within:
-        reason = f"'{name}' is no node and no weight; in it are {', '.join(within[:_NEAR])}"
+        more = f" and {len(within) - _NEAR} more" if len(within) > _NEAR else ""
+        reason = f"'{name}' is no node and no weight; in it are {', '.join(within[:_NEAR])}{more}"
         return errors.BadInput(argument="node", reason=reason, of="slim.CompiledModel.explain")
     near = difflib.get_close_matches(name, known, n=_NEAR, cutoff=0.5)
     parts = difflib.get_close_matches(name, {part for other in known for part in other.split(".")}, n=_NEAR, cutoff=0.7)

@@ -43,10 +43,8 @@ def keys_seen(node: fx.Node, queries: Any, keys: Any) -> sympy.Expr:
     if text is None:
         return seen
     pattern, heads = read_pattern(text), int(argument(node, "q").meta["val"].shape[1])
-    total = sum(
-        sympy.Min(keys, _line(terms, True)[0] + _line(terms, True)[1] * keys) if terms else keys
-        for terms in map(pattern.of, range(heads))
-    )
+    kept = [_line(terms, True) if terms else (0, 1) for terms in map(pattern.of, range(heads))]
+    total = sum(sympy.Min(keys, fixed + share * keys) for fixed, share in kept)
     found = sympy.Min(seen, queries - 1 + total / heads)
     return found if pattern.vote is None else sympy.Piecewise((seen, queries < VOTERS), (found, True))
 
