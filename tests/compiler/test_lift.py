@@ -253,6 +253,14 @@ def test_weights_are_shared_with_the_model_and_not_copied():
     assert all(program.weights[name].data_ptr() == p.data_ptr() for name, p in parameters.items())
 
 
+def test_a_model_object_knows_the_directory_that_it_was_read_from(shared):
+    from transformers import AutoModelForCausalLM
+
+    directory = shared / "models" / "stories260K"
+    assert lift(AutoModelForCausalLM.from_pretrained(directory)).facts.source == directory.absolute()
+    assert lift(zoo.build("llama")).facts.source is None
+
+
 def test_a_program_remembers_what_kind_of_model_it_was():
     facts = lifted("llama").facts
     assert (facts.kind, facts.architecture) == ("causal_lm", "LlamaForCausalLM")

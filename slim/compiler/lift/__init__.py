@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,9 @@ from slim.compiler.lift.export import export
 from slim.compiler.program import Facts, Program
 from slim.compiler.raising import raise_program
 from slim.compiler.verify import verify
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def lift_path(path: str | Path, example_inputs: Any = None) -> Program:
@@ -41,7 +44,7 @@ def lift(model: nn.Module, example_inputs: Any = None, source: Path | None = Non
         model: a transformers PreTrainedModel, or any nn.Module that torch.export takes.
         example_inputs: a tensor, a tuple of arguments, or a dict of keywords; needed for plain modules. All of their
             dimensions become symbolic where the model allows it.
-        source: the directory the model came from, remembered for its tokenizer.
+        source: the directory the model came from, remembered for its tokenizer; None: the one that it names itself.
 
     Raises:
         LiftFailed: naming module and line. UnsupportedModel: with the reason.
@@ -51,12 +54,17 @@ def lift(model: nn.Module, example_inputs: Any = None, source: Path | None = Non
     from slim.compiler.lift.pretrained import lift_pretrained
 
     if isinstance(model, PreTrainedModel):
-        program = lift_pretrained(model, _as_keywords(example_inputs), source)
+        program = lift_pretrained(model, _as_keywords(example_inputs), source or _directory_of(model))
     else:
         program = _lift_module(model, example_inputs)
     program.raised = raise_program(program)
     verify(program, "lift")
     return program
+
+
+def _directory_of(model: PreTrainedModel) -> Path | None:
+    named = Path(model.name_or_path or "")
+    return named.absolute() if model.name_or_path and named.is_dir() else None
 
 
 def _as_keywords(example_inputs: Any) -> dict[str, Tensor] | None:
