@@ -94,7 +94,9 @@ charts_option: Decorator = click.option(
     "--charts", is_flag=True, help="Print the charts of the report as text: what passes found in each layer."
 )
 rules_option: Decorator = click.option(
-    "--rules", is_flag=True, help="Print how often each rewrite rule, of the lift and of passes, was tried and matched."
+    "--rules",
+    is_flag=True,
+    help="Print how often each rewrite rule was tried and matched: of the lift, and of passes made of rules.",
 )
 
 

@@ -20,7 +20,7 @@ from slim.compiler.dump import Dump
 from slim.compiler.passes_base import FLOAT_KV, FLOAT_WEIGHTS, Context, Pass
 from slim.compiler.probe import Outputs, Probe, make_probe, rounding_noise, tolerance
 from slim.compiler.program import Program
-from slim.compiler.report import PipelineReport, Report, Size
+from slim.compiler.report import PipelineReport, Report, Size, by_reason
 from slim.compiler.reproducer import Reproducer, write_reproducer
 from slim.compiler.rounded_kv import pair_bits
 from slim.compiler.uses import DEQUANTIZE, stored_in
@@ -147,7 +147,7 @@ class _Run:
         if report.matched:
             return
         if self.ctx.strict:
-            reasons = list(dict.fromkeys(f"{skip.site}: {skip.reason}" for skip in report.skipped))
+            reasons = [f"{sites}: {reason}" for sites, reason in by_reason(report.skipped)]
             raise errors.PassMatchedNothing(pass_name=repr(pass_), tried=report.tried, reasons=reasons[:8])
         report.notes.append("it matched nothing, and changed nothing")
 

@@ -294,7 +294,7 @@ def _remarks(report: PipelineReport) -> Iterator[str]:
     for index, item in enumerate(report.passes):
         yield from (f"{item.text}: {note}" for note in _folded(item.notes, f"report.passes[{index}].notes"))
         yield from (f"{item.text}: {miss}" for miss in near_misses(item.rules))
-        yield from (f"{item.text} left {sites}: {reason}" for sites, reason in _by_reason(item.skipped))
+        yield from (f"{item.text} left {sites}: {reason}" for sites, reason in by_reason(item.skipped))
 
 
 def _folded(notes: list[str], place: str) -> Iterator[str]:
@@ -313,8 +313,8 @@ def _form_of(note: str) -> str:
     return re.sub(r"(# ?)+", "#", re.sub(r"\S*[\d.]\S+|\d", "#", note))
 
 
-def _by_reason(skips: list[Skip]) -> Iterator[tuple[str, str]]:
-    """(the first sites, their common reason)."""
+def by_reason(skips: list[Skip]) -> Iterator[tuple[str, str]]:
+    """(the first sites in words, their common reason)."""
     found: dict[str, list[str]] = defaultdict(list)
     for site, reason in skips:
         found[reason].append(site)
@@ -338,7 +338,7 @@ def _lowered(report: PipelineReport) -> Iterator[str]:
 def left_to_pytorch(report: PipelineReport) -> Iterator[str]:
     """What no code was generated for, and why."""
     for name, form in report.forms.items():
-        for sites, reason in _by_reason(form.foreign):
+        for sites, reason in by_reason(form.foreign):
             yield f"{report.target}: {name} leaves {sites} to PyTorch: {reason}"
 
 

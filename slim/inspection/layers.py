@@ -47,7 +47,7 @@ def names_of(programs: Sequence[Program]) -> list[str]:
     return [*sorted(found - {REST}, key=int), REST]
 
 
-def before_of(first: Program, last: Program) -> dict[str, str]:
+def old_layers(first: Program, last: Program) -> dict[str, str]:
     """Where whole blocks are gone the later ones have other numbers: layer of ``last`` -> what it was in ``first``."""
     old = {node.name: layer_of_node(node) for node in first.nodes()}
     votes: dict[str, Counter[str]] = defaultdict(Counter)
@@ -154,6 +154,13 @@ def sensitivity(before: Program, after: Program, names: Sequence[str], tokens: i
     hybrid, probe = Hybrid(before, after), make_probe(before, tokens=tokens)
     outputs = probe.run(before)
     held: Mapping[str, set[str]] = defaultdict(set)
+    gone = {*map(layer_of_node, before.nodes())} - {*old_layers(before, after).values()}
     for name in hybrid.touched:
-        held[layer_of_node(hybrid.node(0, name))].add(name)
+        held[_blamed(hybrid.node(0, name), gone)].add(name)
     return [probe.error(outputs, hybrid.run(probe.inputs, held[name])) if name in held else None for name in names]
+
+
+def _blamed(node: fx.Node, gone: set[str]) -> str:
+    """The layer of a node that changed; or the one that is gone, where the node read its result."""
+    read = [layer for layer in map(layer_of_node, node.all_input_nodes) if layer in gone]
+    return read[0] if read else layer_of_node(node)

@@ -45,8 +45,8 @@ class Heal(Pass):
         temperature: what both logits are divided by first.
         mix: the share of the loss that is cross-entropy on the data's own next tokens, 0 to 1.
         learning_rate: at its highest, as a share of each weight's size (the root of its mean square); it rises for a
-            twentieth of the steps, and falls like a cosine. None: a 32nd of the distance that is to be healed, 0.01 at
-            most: what has lost little is a short way from where it was.
+            twentieth of the steps, and falls like a cosine. None: a 32nd of the divergence that is to be healed (of the
+            error, for other models), 0.01 at most: what has lost little is a short way from where it was.
         tokens: of a step, at least; batches are taken until there are as many.
         patience: how many scorings in a row may bring nothing before training ends.
         seed: of the order of the data and of the products' first values.

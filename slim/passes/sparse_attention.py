@@ -53,8 +53,7 @@ class SparseAttention(Pass):
         mass: with "auto", the share of its attention that each head must keep on the calibration data. Of the
             patterns that do, in sequences as long as the data's, the head gets the one that reads fewest keys; heads
             that need more stay dense.
-        among: with "auto", the kinds that are tried; None for all but vertical_slash. ("window",) keeps what a ring
-            needs: memory that does not grow with the text.
+        among: with "auto", the kinds that are tried; None for all but vertical_slash.
         skip: let kernels leave out keys that together hold no more than this share of a row's attention, where that
             saves work: with "dense" the only change. What a row gives is then off by at most twice as much, relative
             to its largest value.
@@ -141,7 +140,7 @@ class SparseAttention(Pass):
         if self.pattern not in KINDS:
             return str(read_pattern(self.pattern))
         kind = KINDS[self.pattern]
-        return str(by_head([kind.terms({name: getattr(self, name) for name in kind.options})]))
+        return kind.text({name: getattr(self, name) for name in kind.options})
 
     def picture(self, tokens: int | None = None, head: int = 0) -> str:
         """What queries (rows) keep of the keys (columns); see ``slim.compiler.patterns.picture``.
@@ -165,7 +164,7 @@ class SparseAttention(Pass):
     @property
     def probe_tokens(self) -> int:
         """As many as show what is left out, within reason; of "auto" it is not known yet."""
-        return _PROBED if self.pattern == "auto" else min(shown(self.text())[0], _PROBED)
+        return _PROBED if self.pattern == "auto" else shown(self.text(), longest=_PROBED)[0]
 
     def run(self, program: Program, ctx: Context) -> Report:
         """Writes the pattern into each attention node."""

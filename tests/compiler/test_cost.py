@@ -7,7 +7,7 @@ import torch
 from slim.compiler.cost import cost
 from slim.compiler.lift import lift
 from slim.compiler.passes_base import Context
-from slim.compiler.patterns import by_head
+from slim.compiler.patterns import read_pattern
 from slim.compiler.patterns.pairs import pairs
 from slim.compiler.patterns.picture import kept_by_head, sees
 from slim.passes import Quantize
@@ -119,9 +119,8 @@ def test_windows_and_columns_are_counted_exactly(text, window, queries):
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", sorted(set(KINDS) - {"vertical_slash"}))
 def test_patterns_are_counted_about_as_they_are(kind, causal):
-    terms = KINDS[kind].terms(dict.fromkeys(("window", "stride", "block", "global_tokens"), 16))
-    if causal or not any(term.looks_back for term in terms):
-        text = str(by_head([terms]))
+    text = KINDS[kind].text(dict.fromkeys(("window", "stride", "block", "global_tokens"), 16))
+    if causal or not any(term.looks_back for term in read_pattern(text).terms):
         found = counted(f"causal={causal}, pattern={text!r}", 128)
         assert found == pytest.approx(shown(text, 128, causal=causal), rel=0.25)
 

@@ -174,20 +174,22 @@ def test_the_rank_of_a_layer_is_that_of_its_products_and_not_of_a_narrow_linear(
 
 
 def test_layers_behind_a_block_that_is_gone_stay_where_they_were():
-    model = lifted("llama", num_hidden_layers=4)
-    data = collect(
-        tell(
-            "short",
-            model,
-            'prune(depth=1, blocks="influence")',
-            calibration=[torch.randint(3, 96, (4, 32))],
-            target="eager",
-        )
+    story = tell(
+        "short",
+        lifted("llama", num_hidden_layers=4),
+        'prune(depth=1, blocks="influence")',
+        calibration=[torch.randint(3, 96, (4, 32))],
+        target="eager",
     )
+    story.sensitive = True
+    data = collect(story)
     gone = int(re.search(r"layers\.(\d) is gone", " ".join(data["steps"][1]["notes"]))[1])
-    (held,) = (metric["series"] for metric in data["layers"]["metrics"] if metric["title"] == "weights, bytes")
-    assert [value is None for value in held["now"]] == [place == gone for place in range(5)]
+    series = {metric["title"]: metric["series"] for metric in data["layers"]["metrics"]}
+    assert [value is None for value in series["weights, bytes"]["now"]] == [place == gone for place in range(5)]
     assert [layer for layer, _ in data["layers"]["masks"]] == [str(place) for place in range(4) if place != gone]
+    moved = series["output moved where this layer alone is compressed"]["now"]
+    assert [place for place, value in enumerate(moved) if value] == [gone]
+    assert moved[gone] == pytest.approx(story.report.passes[0].error, rel=1e-4)
 
 
 def test_time_by_layer_is_predicted_from_the_machine_and_drawn_beside_what_was_measured(story):

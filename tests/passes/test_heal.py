@@ -116,6 +116,19 @@ def test_weights_are_trained_whole_and_as_products_where_there_are_too_many(
     assert {len(each.parameters[0]) for each in products} == {16}
 
 
+def test_the_rate_follows_the_distance_whatever_the_loss_is(llama) -> None:
+    def rate(*passes: Pass, **options: Any) -> float:
+        _, report = healed(llama, [*passes, Heal(2, tokens=96, **options)], strict=False)
+        return float(report.notes[0].rpartition("at a rate of ")[2])
+
+    far = [GQA(1, method="mean")]
+    assert rate(*far) == rate(*far, mix=0.5) == rate(*far, temperature=3.0) == 0.01
+    near = rate(Quantize("int8"))
+    assert near == rate(Quantize("int8"), mix=0.5) == rate(Quantize("int8"), temperature=3.0)
+    assert 0.0 < near < 1e-4
+    assert rate(*far, learning_rate=0.02) == 0.02
+
+
 def test_tables_and_heads_tied_to_them_are_trained_where_weights_are_whole() -> None:
     after, report = healed(lifted("gemma"), [GQA(1, method="mean"), Heal(**QUICK)])
     assert "model.embed_tokens.weight" in report.matched
@@ -244,11 +257,12 @@ def test_it_ends_early_where_nothing_gets_better(llama) -> None:
 # -- interrupted -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("rank", [None, 4])
 def test_an_interrupted_run_ends_with_the_same_weights(
-    llama: Program, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+    rank: int | None, llama: Program, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoints, "EVERY", 0.0)
-    passes = [GQA(1, method="mean"), Heal(60, tokens=96, rank=4)]
+    passes = [GQA(1, method="mean"), Heal(60, tokens=96, rank=rank, learning_rate=0.01)]
     whole, _ = healed(llama, passes)
 
     def interrupt(what: str, done: int, total: int) -> None:

@@ -142,7 +142,7 @@ def test_auto_gives_each_head_what_reads_fewest_keys_of_all_that_keep_enough(mas
     dense = slim.compile(model("llama"), target="eager").program
     batches = read_calibration(dense, DATA).batches
     for node, text in zip(dense.attention_nodes(), patterns(compiled), strict=True):
-        tried = candidates(node, 48, tuple(SETTINGS), sinks=4)
+        tried = candidates(True, None, 48, tuple(SETTINGS), sinks=4)
         kept = kept_attention(dense, [node], batches, [each.text for each in tried])[node]
         for head, shares in enumerate(kept.tolist()):
             terms = read_pattern(text or "dense").of(head)

@@ -35,10 +35,10 @@ def picture(text: str, tokens: int = 32, head: int = 0, *, step: int = 1, causal
     return "\n".join("".join(map(_character, own, all_)) for own, all_ in rows)
 
 
-def shown(text: str, head: int = 0, characters: int = 32) -> tuple[int, int]:
-    """(tokens, tokens a character): how much text it takes to see what a head leaves out, 4096 tokens at most."""
+def shown(text: str, head: int = 0, characters: int = 32, longest: int = _LONGEST) -> tuple[int, int]:
+    """(tokens, tokens a character): how much text it takes to see what a head leaves out, ``longest`` at most."""
     tokens = characters
-    while tokens < _LONGEST and share_kept(text, tokens, head) > 0.7:
+    while tokens < longest and share_kept(text, tokens, head) > 0.7:
         tokens *= 2
     return tokens, tokens // characters
 

@@ -19,12 +19,12 @@ from slim.compiler.text import print_node
 from slim.compiler.types import show_shape
 from slim.compiler.uses import ATTENTION
 from slim.inspection.layers import (
-    before_of,
     calls,
     generation_work,
     layer_of_node,
     measure_layers,
     names_of,
+    old_layers,
     sensitivity,
 )
 from slim.inspection.masks import CELLS, Gallery
@@ -199,7 +199,7 @@ def _layers(story: Story) -> dict[str, Any]:
     """Each metric as named series of a number a layer, and what attention sees."""
     first, last = story.programs[0], story.programs[-1]
     names = names_of([first, last])
-    was = before_of(first, last)
+    was = old_layers(first, last)
     costs = measure_layers(last, names, story.tokens).metrics
     after = {title: _placed(values, names, was) for title, values in costs.items()}
     before = after if last is first else measure_layers(first, names, story.tokens).metrics

@@ -42,16 +42,20 @@ class Steps(torch.optim.Optimizer):
 
     @staticmethod
     def _orthogonal(gradient: Tensor, state: dict[str, Any]) -> Tensor:
-        mean = state.setdefault("exp_avg", torch.zeros_like(gradient)).lerp_(gradient, 1 - _MOMENTUM)
+        if not state:
+            state["exp_avg"] = torch.zeros_like(gradient)
+        mean = state["exp_avg"].lerp_(gradient, 1 - _MOMENTUM)
         step = orthogonal(torch.lerp(gradient, mean, _MOMENTUM))
         return step * math.sqrt(max(step.shape))  # its numbers' mean square is 1
 
     @staticmethod
     def _adam(gradient: Tensor, state: dict[str, Any]) -> Tensor:
-        count = state.setdefault("step", torch.zeros(())).add_(1)
-        mean = state.setdefault("exp_avg", torch.zeros_like(gradient)).lerp_(gradient, 1 - _BETAS[0])
-        square = state.setdefault("exp_avg_sq", torch.zeros_like(gradient)).lerp_(gradient.square(), 1 - _BETAS[1])
-        first, second = (1 - beta ** float(count) for beta in _BETAS)
+        if not state:
+            state |= {"step": torch.zeros(()), **{key: torch.zeros_like(gradient) for key in ("exp_avg", "exp_avg_sq")}}
+        count = float(state["step"].add_(1))
+        mean = state["exp_avg"].lerp_(gradient, 1 - _BETAS[0])
+        square = state["exp_avg_sq"].lerp_(gradient.square(), 1 - _BETAS[1])
+        first, second = (1 - beta**count for beta in _BETAS)
         return (mean / first) / ((square / second).sqrt() + _EPS)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ class Plan:
     patience: int
     seed: int
 
-    def rate(self, step: int) -> float:
+    def share(self, step: int) -> float:
         """The learning rate of a step, as a share of the highest."""
         warm = max(1, round(_WARMUP * self.steps))
         if step < warm:
@@ -76,7 +76,6 @@ def train(
     before = run.score()
     if before <= _SAME:
         raise errors.NothingToHeal(pass_name=plan.asked_by)
-    run.learning_rate = plan.learning_rate or min(_OF_DISTANCE * before, _HIGHEST)
     return run.go(before, ctx)
 
 
@@ -87,23 +86,28 @@ class _Run:
         self.student, self.teacher, self.objective, self.plan = student, teacher, objective, plan
         self.device = next((p.device for p in student.parameters), torch.device("cpu"))
         self.seen, self.held_out = _split(batches)
-        self.learning_rate = plan.learning_rate or _HIGHEST
-        self.optimizer = Steps(*student.split, self.learning_rate)
+        self.highest = plan.learning_rate or self._rate_for_the_distance()
+        self.optimizer = Steps(*student.split, self.highest)
 
     # -- one step ------------------------------------------------------------------------------------------------------
 
-    def loss(self, batch: Batch) -> Tensor:
+    def _rate_for_the_distance(self) -> float:
+        """By the divergence itself: cross-entropy, and what is divided by a temperature, are of other sizes."""
+        plain = replace(self.objective, mix=0.0, temperature=1.0)
+        return min(_OF_DISTANCE * self.score(plain), _HIGHEST)
+
+    def loss(self, batch: Batch, objective: Objective | None = None) -> Tensor:
         inputs = [value.to(self.device) for value in batch.inputs]
         with torch.no_grad():
             wanted = self.teacher.run(*inputs)
         wanted = wanted if isinstance(wanted, tuple) else (wanted,)
-        return self.objective.loss(self.student.outputs(inputs), wanted, batch)
+        return (objective or self.objective).loss(self.student.outputs(inputs), wanted, batch)
 
     @torch.enable_grad()
     def step(self, step: int, batches: Sequence[Batch]) -> None:
         """One update, over ``batches`` one after the other."""
         for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * self.plan.rate(step)
+            group["lr"] = self.highest * self.plan.share(step)
         self.optimizer.zero_grad()
         total = sum(batch.tokens for batch in batches)
         for batch in batches:
@@ -112,10 +116,10 @@ class _Run:
         self.optimizer.step()
 
     @torch.no_grad()
-    def score(self) -> float:
-        """The loss of the held-out batches, a mean over tokens."""
+    def score(self, objective: Objective | None = None) -> float:
+        """The loss of the held-out batches, or another objective's, a mean over tokens."""
         total = sum(batch.tokens for batch in self.held_out)
-        return sum(float(self.loss(batch)) * batch.tokens / total for batch in self.held_out)
+        return sum(float(self.loss(batch, objective)) * batch.tokens / total for batch in self.held_out)
 
     # -- all steps -----------------------------------------------------------------------------------------------------
 
@@ -163,7 +167,7 @@ class _Run:
         )
         notes = [
             f"the distance from the original fell from {before:.4f} to {best.score:.4f} on {on}, "
-            f"trained on {tokens:,} tokens at a rate of {self.learning_rate:.1g}"
+            f"trained on {tokens:,} tokens at a rate of {self.highest:.1g}"
         ]
         if done < self.plan.steps:
             notes.append(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from slim.compiler.patterns import DENSE, by_head
+from slim.compiler.patterns import DENSE, read_pattern
 from slim.compiler.patterns.picture import kept_by_head, sees
 from slim.compiler.patterns.terms import Term, Top
 from slim.compiler.program import Program
@@ -37,21 +37,22 @@ class Candidate:
     """A pattern that a head may get.
 
     Attributes:
-        kind: the name of it. terms: what it is made of; none for "dense".
+        kind: the name of it. text: as the IR has it.
         reads: how many keys a query of a calibration sequence reads, on the mean.
     """
 
     kind: str
-    terms: tuple[Term, ...]
+    text: str
     reads: float
 
     @property
-    def text(self) -> str:
-        return str(by_head([self.terms]))
+    def terms(self) -> tuple[Term, ...]:
+        """None for "dense"."""
+        return read_pattern(self.text).of(0)
 
     @property
     def top(self) -> Top | None:
-        return next((term for term in self.terms if isinstance(term, Top)), None)
+        return read_pattern(self.text).top
 
 
 def cheapest(
@@ -65,36 +66,42 @@ def cheapest(
         among: names of ``SETTINGS``. sinks: first tokens that kinds with that option keep.
     """
     tokens = max(int(batch.inputs[0].shape[1]) for batch in batches)
-    tried = {node: candidates(node, tokens, among, sinks) for node in nodes}
-    texts = list(dict.fromkeys(candidate.text for each in tried.values() for candidate in each))
+    alike: dict[tuple[bool, int | None], list[Candidate]] = {}
+    tried: dict[fx.Node, list[Candidate]] = {}
+    for node in nodes:
+        sight = bool(argument(node, "causal")), argument(node, "window")
+        if sight not in alike:
+            alike[sight] = candidates(*sight, tokens, among, sinks)
+        tried[node] = alike[sight]
+    texts = list(dict.fromkeys(candidate.text for each in alike.values() for candidate in each))
     kept = kept_attention(program, nodes, batches, texts)
     found: dict[fx.Node, list[Candidate]] = {}
     for node in nodes:
         share = [dict(zip(texts, shares, strict=True)) for shares in kept[node].tolist()]
-        found[node] = _of_heads([[c for c in tried[node] if not c.terms or of[c.text] >= mass] for of in share])
+        found[node] = _of_heads([[c for c in tried[node] if c.text == DENSE or of[c.text] >= mass] for of in share])
     return found
 
 
-def candidates(node: fx.Node, tokens: int, among: Sequence[str], sinks: int) -> list[Candidate]:
-    """Dense, and what reads less, in the order of ``SETTINGS``."""
-    causal = bool(argument(node, "causal"))
-    seen = sees(tokens, causal=causal, window=argument(node, "window"))
-    dense = Candidate(DENSE, (), _reads((), seen))
+def candidates(causal: bool, window: int | None, tokens: int, among: Sequence[str], sinks: int) -> list[Candidate]:
+    """Dense, and what reads less, in the order of ``SETTINGS``, of an attention that sees that much."""
+    seen = sees(tokens, causal=causal, window=window)
+    dense = Candidate(DENSE, DENSE, _reads(DENSE, seen))
     others = []
     for kind in SETTINGS:
         for setting in SETTINGS[kind] if kind in among else ():
-            terms = KINDS[kind].terms({"sinks": sinks, **setting})
-            if causal or not any(term.looks_back for term in terms):
-                others.append(Candidate(kind, terms, _reads(terms, seen)))
+            text = KINDS[kind].text({"sinks": sinks, **setting})
+            fits = setting.get("window", 0) < tokens
+            if fits and (causal or not any(term.looks_back for term in read_pattern(text).terms)):
+                others.append(Candidate(kind, text, _reads(text, seen)))
     return [dense, *(candidate for candidate in others if candidate.reads < dense.reads)]
 
 
-def _reads(terms: tuple[Term, ...], seen: torch.Tensor) -> float:
+def _reads(text: str, seen: torch.Tensor) -> float:
     """Keys a query reads: in runs, and to choose among blocks; what is drawn or chosen, for one head."""
     tokens = len(seen)
-    kept = kept_by_head(str(by_head([terms])), tokens, 1, seen)
+    kept = kept_by_head(text, tokens, 1, seen)
     runs = F.pad(kept, (0, -tokens % RUN)).unflatten(-1, (-1, RUN)).any(-1).sum() / tokens
-    return float(runs) * RUN + sum(term.keys_to_choose(tokens / 2) for term in terms)
+    return float(runs) * RUN + sum(term.keys_to_choose(tokens / 2) for term in read_pattern(text).terms)
 
 
 def _of_heads(allowed: Sequence[Sequence[Candidate]]) -> list[Candidate]:

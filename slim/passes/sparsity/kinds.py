@@ -1,63 +1,43 @@
-"""The published patterns, by name: their options, with defaults, and the terms they are made of."""
+"""The published patterns, by name: their options, with defaults, and the pattern that these make."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-
-from slim.compiler.patterns.terms import (
-    Blocks,
-    Columns,
-    Random,
-    Rows,
-    Stride,
-    Summary,
-    Term,
-    Top,
-    VerticalSlash,
-    Window,
-)  # fmt: skip
-
-Options = Mapping[str, int]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A published pattern: the options it has, with their defaults, and the terms it is made of."""
+    """A published pattern.
 
-    options: Options
-    made_of: Callable[[Options], tuple[Term, ...]]
+    Attributes:
+        options: with their defaults.
+        pattern: as the IR has it, with the names of options in braces.
+    """
 
-    def terms(self, given: Mapping[str, int | None]) -> tuple[Term, ...]:
-        """The terms, with defaults where an option is absent or None."""
-        return self.made_of({**self.options, **{n: v for n, v in given.items() if n in self.options and v is not None}})
+    options: Mapping[str, int]
+    pattern: str
+
+    def text(self, given: Mapping[str, int | None]) -> str:
+        """The pattern, with defaults where an option is absent or None; no columns where none are kept."""
+        values = {name: default if given.get(name) is None else given[name] for name, default in self.options.items()}
+        terms = self.pattern.format(**values).split(" | ")
+        return " | ".join(term for term in terms if term != "columns(0)")
 
 
-def _columns(tokens: int) -> tuple[Term, ...]:
-    return (Columns(tokens),) if tokens else ()
+_GLOBAL = "columns({global_tokens}) | rows({global_tokens})"
 
-
-KINDS: dict[str, Kind] = {
-    "window": Kind({"window": 1024, "sinks": 4}, lambda o: (Window(o["window"]), *_columns(o["sinks"]))),
-    "strided": Kind({"window": 128, "stride": 128}, lambda o: (Window(o["window"]), Stride(o["stride"]))),
-    "fixed": Kind({"block": 128, "summary": 8}, lambda o: (Blocks(o["block"], 1), Summary(o["block"], o["summary"]))),
-    "longformer": Kind(
-        {"window": 512, "global_tokens": 16},
-        lambda o: (Window(o["window"]), Columns(o["global_tokens"]), Rows(o["global_tokens"])),
-    ),
+KINDS = {
+    "window": Kind({"window": 1024, "sinks": 4}, "window({window}) | columns({sinks})"),
+    "strided": Kind({"window": 128, "stride": 128}, "window({window}) | stride({stride})"),
+    "fixed": Kind({"block": 128, "summary": 8}, "blocks({block}, 1) | summary({block}, {summary})"),
+    "longformer": Kind({"window": 512, "global_tokens": 16}, "window({window}) | " + _GLOBAL),
     "bigbird": Kind(
         {"block": 64, "neighbours": 2, "global_tokens": 64, "random_blocks": 3, "seed": 0},
-        lambda o: (
-            Blocks(o["block"], o["neighbours"]), Columns(o["global_tokens"]), Rows(o["global_tokens"]),
-            Random(o["block"], o["random_blocks"], o["seed"]),
-        ),
+        f"blocks({{block}}, {{neighbours}}) | {_GLOBAL} | random({{block}}, {{random_blocks}}, {{seed}})",
     ),
     "vertical_slash": Kind(
-        {"columns": 256, "slashes": 256, "sinks": 4},
-        lambda o: (VerticalSlash(o["columns"], o["slashes"]), *_columns(o["sinks"])),
+        {"columns": 256, "slashes": 256, "sinks": 4}, "vertical_slash({columns}, {slashes}) | columns({sinks})"
     ),
-    "block_topk": Kind(
-        {"block": 16, "share": 8, "sinks": 4},
-        lambda o: (Top(o["block"], o["share"]), *_columns(o["sinks"])),
-    ),
-}  # fmt: skip
+    "block_topk": Kind({"block": 16, "share": 8, "sinks": 4}, "top({block}, {share}) | columns({sinks})"),
+}
