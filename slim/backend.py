@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import operator
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -119,7 +118,6 @@ class Pieces:
         self._module, self._options = module, options
         self._closed: errors.LiftFailed | None = None  # why sizes cannot be left open
         self._pieces: list[Piece | _Nothing] = []
-        self._lock = threading.Lock()  # two threads must not compile the same twice
         self._add(examples)
 
     @torch.no_grad()
@@ -129,14 +127,17 @@ class Pieces:
         Raises BadInput where inputs overlap, and where more comes than can be compiled.
         """
         _tell_breaks()  # one at the end of a frame comes after the last graph was compiled
-        piece = self._found(arguments)
-        if piece is None:
-            with self._lock:
-                piece = self._found(arguments) or self._add(arguments)
+        piece = self._found(arguments) or self._made(arguments)
         return piece(arguments)
 
     def _found(self, arguments: Sequence[Any]) -> Piece | _Nothing | None:
         return next((piece for piece in self._pieces if piece.is_for(arguments)), None)
+
+    def _made(self, arguments: Sequence[Any]) -> Piece | _Nothing:
+        from torch._dynamo.convert_frame import compile_lock
+
+        with compile_lock:  # what torch keeps of a trace is one for all threads; and none compiles twice
+            return self._found(arguments) or self._add(arguments)
 
     def _add(self, arguments: Sequence[Any]) -> Piece | _Nothing:
         if len(self._pieces) == _MOST:
