@@ -209,7 +209,8 @@ class Prune(Pass):
         report.notes += write_config(program, sites, others, counts)
         after = block_parameters(program)
         gone = before - after
-        report.notes.append(f"{gone:,} of the {before:,} parameters of blocks are gone, {gone / before:.1%}")
+        if before:
+            report.notes.append(f"{gone:,} of the {before:,} parameters of blocks are gone, {gone / before:.1%}")
         return report
 
     def _check_protected(self, program: Program) -> None:
@@ -279,14 +280,20 @@ class Prune(Pass):
 
     # -- how many ------------------------------------------------------------------------------------------------------
 
-    def _wanted(self, program: Program, ctx: Context, sites: list[Site], report: Report) -> tuple[list[Site], float]:
-        """The sites with what a unit of each holds of what is to become less, and how much of that is to go."""
+    def _wanted(self, program: Program, ctx: Context, report: Report) -> tuple[Prices, float]:
+        """What is counted, and how much of it is to go."""
+        load = Load.of(program, self.context)
         if self.ratio is not None:
-            return sites, self.ratio * block_parameters(program)
+            prices = Prices("blocks", load)
+            if not (held := prices.total(program)):
+                self._refuse(
+                    "ratio", "no linear lies between others, of which a share could go; parameters= counts all"
+                )
+            return prices, self.ratio * held
         measure: Measure = next(name for name in _MEASURES if name == self._goal)
         ctx.progress("measuring the machine", 0, 1)
-        prices = Prices(measure, Load.of(program, self.context), measure_machine() if measure == "latency" else None)
-        return prices.priced(program, sites), self._above(program, prices, report)
+        prices = Prices(measure, load, measure_machine() if measure == "latency" else None)
+        return prices, self._above(program, prices, report)
 
     def _above(self, program: Program, prices: Prices, report: Report) -> float:
         """By how much the model is above what it may hold or cost."""
@@ -302,11 +309,13 @@ class Prune(Pass):
         return float(held - most)
 
     def _counts(self, program: Program, ctx: Context, sites: list[Site], report: Report) -> Counts:
-        sites, wanted = self._wanted(program, ctx, sites, report)
-        budget = Budget(sites, wanted, self.multiple, partial(self._allowed, program))
+        prices, wanted = self._wanted(program, ctx, report)
+        holding = prices.holding(program)
+        sites = [holding.priced(site) for site in sites]
+        budget = Budget(sites, wanted, holding.gone, self.multiple, partial(self._allowed, program))
         try:
             if self.scope == "global":
-                return spread(self._costs(program, ctx, sites), wanted, self.multiple)
+                return spread(self._costs(program, ctx, sites), wanted, holding.gone, self.multiple)
             ways = spaced(budget.ways()) if self.criterion == "obs" else [budget.level()]
         except TooMuch:
             rule = "a quarter of each site stays" if self.scope == "global" else budget.binding()
@@ -323,7 +332,9 @@ class Prune(Pass):
         rule = "which is less" if wanted > held else rule
         if self.ratio is not None:
             of = f"{block_parameters(program):,} parameters of blocks"
-            self._refuse("ratio", f"{wanted:,.6g} of the {of} must go, and the units that can go hold {held:,}; {rule}")
+            self._refuse(
+                "ratio", f"{wanted:,.6g} of the {of} must go, and the units that can go hold {held:,.6g}; {rule}"
+            )
         self._refuse(self._goal, f"{wanted:,.6g} must go, and the units that can go hold {held:,.6g}; {rule}")
 
     def _costs(self, program: Program, ctx: Context, sites: Sequence[Site]) -> dict[Site, Tensor]:

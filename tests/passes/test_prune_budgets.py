@@ -79,6 +79,60 @@ def test_a_plain_module_holds_no_more_parameters_than_is_said() -> None:
     assert made.program.parameters <= 300
 
 
+def stacked() -> Any:
+    """Two hidden layers, so that a matrix between them loses rows and columns; the last linear is a result."""
+    from torch import nn
+
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()
+
+
+@pytest.mark.parametrize("criterion", ["obs", "magnitude"])
+@pytest.mark.parametrize("goal", [{"ratio": 0.1}, {"ratio": 0.5}, {"parameters": 3000}, {"bytes": 12000}])
+def test_what_two_sites_share_goes_once_and_a_head_pays_for_no_block(criterion: Any, goal: dict[str, Any]) -> None:
+    from slim.passes.pruning.sites import block_parameters
+
+    x = torch.randn(4, 16)
+    made = slim.compile(
+        stacked(), [Prune(criterion=criterion, **goal)], example_inputs=(x,), calibration=[(x,)], target="eager"
+    ).program
+    left = 5120 * (1 - goal.get("ratio", 0))  # of the matrices between the inputs and the head
+    assert made.parameters <= goal.get("parameters", 10**9)
+    assert made.nbytes <= goal.get("bytes", 10**9)
+    assert 0.85 * left < block_parameters(made) <= left or "ratio" not in goal
+
+
+def test_layers_that_differ_lose_what_they_share_once() -> None:
+    from slim.passes.pruning.sites import block_parameters
+
+    x = torch.randn(256, 16)
+    pass_ = Prune(0.5, scope="global", reload=False)
+    made = slim.compile(stacked(), [pass_], example_inputs=(x,), calibration=[(x,)], target="eager").program
+    assert block_parameters(made) <= 0.5 * 5120
+
+
+def test_a_share_of_blocks_is_refused_where_there_are_none() -> None:
+    from torch import nn
+
+    table = nn.Sequential(nn.Embedding(20, 32), nn.ReLU(), nn.Linear(32, 4))
+    with pytest.raises(errors.BadPassOption, match="no linear lies between others"):
+        slim.compile(
+            table, [Prune(0.5, "magnitude")], example_inputs=(torch.randint(20, (2, 5)),), target="eager", verify=False
+        )
+
+
+@pytest.mark.parametrize(("width", "step"), [(8, 1), (16, 4), (64, 8), (4096, 128)])
+def test_experts_keep_rows_that_kernels_for_groups_of_matrices_can_read(width: int, step: int) -> None:
+    from types import SimpleNamespace
+
+    from slim.compiler.dependencies import Kind
+    from slim.compiler.uses import EXPERTS
+    from slim.passes.pruning.budget import multiple_kept
+
+    site = SimpleNamespace(units=width, kind=Kind.NEURON, linear=SimpleNamespace(target=EXPERTS))
+    assert multiple_kept(site, width - 1, None) == width - step  # type: ignore[arg-type]
+
+
 # -- layers that differ ------------------------------------------------------------------------------------------------
 
 

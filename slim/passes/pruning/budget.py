@@ -12,7 +12,7 @@ from slim.compiler.uses import EXPERTS
 from slim.passes.pruning.sites import HEADS, Site
 
 Counts = Mapping[Site, int]
-_ALIGNED = 8  # numbers of a row of an expert: kernels for groups of matrices read 16 bytes at a time
+_ALIGNED = 8, 4  # numbers of a row of an expert: kernels for groups of matrices read 16 bytes at a time
 _WAYS = 6  # to share the budget between heads and neurons that are measured
 
 
@@ -33,8 +33,8 @@ def neurons_kept(site: Site, gone: int, multiple: int | None) -> int:
 def multiple_kept(site: Site, most: int, multiple: int | None) -> int:
     """The largest number that may be left of a site and is no more than ``most``."""
     step = multiple_of(site.units) if multiple is None else multiple
-    narrow = site.kind is not Kind.NEURON or site.linear.target is not EXPERTS or site.units <= 2 * _ALIGNED
-    step = step if multiple is not None or narrow else max(step, _ALIGNED)
+    if multiple is None and site.kind is Kind.NEURON and site.linear.target is EXPERTS:
+        step = max(step, next((aligned for aligned in _ALIGNED if 2 * aligned < site.units), 1))
     return most // step * step
 
 
@@ -50,6 +50,7 @@ class Budget:
 
     Attributes:
         wanted: in the measure that the sites' costs are in.
+        gone: what goes with so many units of each site: their costs, less what two sites share.
         multiple: what the neurons left are divisible by; None chooses.
         allowed: whether so many heads may go of each site.
         even: an even number of kv heads stays even, or becomes one.
@@ -57,6 +58,7 @@ class Budget:
 
     sites: Sequence[Site]
     wanted: float
+    gone: Callable[[Counts], float]
     multiple: int | None
     allowed: Callable[[Counts], bool]
     even: bool = True
@@ -111,7 +113,7 @@ class Budget:
 
     def _is_more(self, lost: Counts) -> bool:
         """Whether heads alone are more than is to go."""
-        return sum(site.cost * count for site, count in lost.items()) > self.wanted
+        return self.gone(lost) > self.wanted
 
     @property
     def _heads(self) -> list[Site]:
@@ -121,14 +123,18 @@ class Budget:
         """With the neurons that are to go beside these heads; None where there are not so many."""
         neurons = [site for site in self.sites if site.kind not in HEADS]
         held = sum(site.cost * site.units for site in neurons)
-        missing = max(self.wanted - sum(site.cost * count for site, count in lost.items()), 0.0)
-        if missing >= held > 0 or (not held and missing > 0):
-            return None
-        share = missing / held if held else 0.0
-        kept = {site: neurons_kept(site, math.ceil(share * site.units - 1e-9), self.multiple) for site in neurons}
-        if any(count <= 0 for count in kept.values()):
-            return None
-        return {**lost, **{site: site.units - count for site, count in kept.items()}}
+        missing = max(self.wanted - self.gone(lost), 0.0)
+        while not missing or missing < held:
+            share = missing / held if held else 0.0
+            kept = {site: neurons_kept(site, math.ceil(share * site.units - 1e-9), self.multiple) for site in neurons}
+            counts = {**lost, **{site: site.units - count for site, count in kept.items()}}
+            if any(count <= 0 for count in kept.values()):
+                return None
+            short = self.wanted - self.gone(counts)
+            if short <= 1e-9 * self.wanted:
+                return counts
+            missing += max(short, *(site.cost for site in neurons))
+        return None
 
 
 def _any(lost: Counts) -> bool:

@@ -1,21 +1,23 @@
-"""What a unit of each site holds of whatever is to become less: parameters, bytes, FLOPs or time."""
+"""What units hold of whatever is to become less: parameters, bytes, FLOPs or time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 from torch import fx
 
 from slim.compiler.cost import Work, cost, node_work, number
-from slim.compiler.dependencies import Kind
+from slim.compiler.dependencies import Kind, Member
 from slim.compiler.machine import Machine
 from slim.compiler.program import Program
-from slim.compiler.uses import EXPERTS, LINEAR, stored_in
-from slim.passes.pruning.sites import HEADS, Site, attention_of
+from slim.compiler.uses import ATTENTION, EXPERTS, LINEAR, stored_in
+from slim.passes.pruning.sites import HEADS, Site, attention_of, block_parameters, block_weights
 
-Measure = Literal["parameters", "bytes", "flops", "latency"]
+Measure = Literal["blocks", "parameters", "bytes", "flops", "latency"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Load:
 @dataclass(frozen=True)
 class Prices:
     """Attributes:
-    measure: what is counted: numbers and bytes of all weights, FLOPs, or milliseconds of the roofline of ``machine``.
+    measure: what is counted: numbers of the matrices of blocks, numbers or bytes of all weights, FLOPs, or
+        milliseconds of the roofline of ``machine``.
     load: of FLOPs and time.
     """
 
@@ -53,6 +56,7 @@ class Prices:
     def unit(self) -> str:
         """What is counted, for a message."""
         return {
+            "blocks": "parameters of blocks",
             "parameters": "parameters",
             "bytes": "bytes of weights",
             "flops": f"FLOPs {self.load.told}",
@@ -65,6 +69,8 @@ class Prices:
         Raises:
             TypeError: where it has sizes that ``load`` does not know.
         """
+        if self.measure == "blocks":
+            return block_parameters(program)
         if self.measure == "parameters":
             return program.parameters
         if self.measure == "bytes":
@@ -73,35 +79,25 @@ class Prices:
             return cost(program).bind(**self.load.sizes).flops
         return sum(self._milliseconds(work) for _, work in node_work(program))
 
-    def priced(self, program: Program, sites: list[Site]) -> list[Site]:
-        """``sites`` with what a unit of each holds, which what its loss saves is at least."""
-        if self.measure == "parameters":
-            return sites
-        if self.measure == "bytes":
-            return [replace(site, cost=sum(self._bytes(program, site))) for site in sites]
+    def holding(self, program: Program) -> Holding:
+        """What its weights, and what attends, hold of the whole."""
+        if self.measure in ("flops", "latency"):
+            return self._working(program)
+        names = block_weights(program) if self.measure == "blocks" else program.weights
+        size = program.weights.nbytes if self.measure == "bytes" else program.weights.numel
+        return Holding(program, {name: float(size(name)) for name in names}, {})
+
+    def _working(self, program: Program) -> Holding:
         works = dict(node_work(program))
-        return [replace(site, cost=sum(self._work(program, site, works))) for site in sites]
-
-    def _bytes(self, program: Program, site: Site) -> Iterator[float]:
-        for member in site.group.members:
-            size = program.weights.shape(member.weight)[member.dim]
-            yield program.weights.nbytes(member.weight) / size * len(member.of(0))
-
-    def _work(self, program: Program, site: Site, works: dict[fx.Node, Work]) -> Iterator[float]:
-        """A unit's share of what each node costs that reads its rows or columns, or that attends with it.
-
-        A token asks as many experts of few as of many, so that of those only the router gets cheaper.
-        """
-        members = {member.weight: member for member in site.group.members}
+        weights = dict[str, float]()
         for node in program.nodes(LINEAR, EXPERTS):
             (weight,) = stored_in(node.args[1])
-            member = members.get(str(weight.target))
-            if member is not None and node in works and not (site.kind is Kind.EXPERT and node.target is EXPERTS):
-                share = len(member.of(0)) / program.weights.shape(member.weight)[member.dim]
-                yield share * self._of_weights(works[node], program.weights.nbytes(member.weight))
-        cached = self.measure == "latency" and site.kind is Kind.QUERY_HEAD  # keys and values stay where queries go
-        if site.kind in HEADS and not cached:
-            yield self._of(works[attention_of(site.value)]) / site.units
+            if node in works:
+                name = str(weight.target)
+                cost = self._of_weights(works[node], program.weights.nbytes(name))
+                weights[name] = weights.get(name, 0.0) + cost
+        attending = {node: self._of(work) for node, work in works.items() if node.target in ATTENTION}
+        return Holding(program, weights, attending, timed=self.measure == "latency", worked=True)
 
     def _of(self, work: Work) -> float:
         return number(work.flops, self.load.sizes) if self.measure == "flops" else self._milliseconds(work)
@@ -119,3 +115,50 @@ class Prices:
         assert self.machine is not None
         moved = number(work.nbytes, self.load.sizes) / self.machine.bandwidth
         return 1e3 * max(moved, number(work.flops, self.load.sizes) / self.machine.flops_rate)
+
+
+@dataclass(frozen=True)
+class Holding:
+    """Attributes:
+    weights: what each holds of a measure. attending: the same of attentions.
+    timed: the measure is time. worked: it is work, of which experts that a token does not ask for do none.
+    """
+
+    program: Program
+    weights: Mapping[str, float]
+    attending: Mapping[fx.Node, float]
+    timed: bool = False
+    worked: bool = False
+
+    def priced(self, site: Site) -> Site:
+        """``site`` with what one of its units holds, which what its loss saves is at least."""
+        return replace(site, cost=self.gone({site: 1}))
+
+    def gone(self, counts: Mapping[Site, int]) -> float:
+        """What goes with so many units of each site; what two of them share is counted once."""
+        left = dict[str, dict[int, float]]()
+        for site, count in counts.items():
+            for member in filter(lambda member: self._counts(site, member), site.group.members):
+                sides = left.setdefault(member.weight, {})
+                sides[member.dim] = sides.get(member.dim, 1.0) - count * self._share(member)
+        weights = sum(self.weights[name] * (1 - math.prod(sides.values())) for name, sides in left.items())
+        return weights + sum(count / site.units * self._attending(site) for site, count in counts.items())
+
+    def _share(self, member: Member) -> float:
+        """A unit's of the dimension."""
+        return len(member.of(0)) / self.program.weights.shape(member.weight)[member.dim]
+
+    def _counts(self, site: Site, member: Member) -> bool:
+        """A token asks as many experts of few as of many, so that only their router gets cheaper."""
+        asked = self.worked and site.kind is Kind.EXPERT and member.weight in self._experts
+        return member.weight in self.weights and not asked
+
+    @cached_property
+    def _experts(self) -> set[str]:
+        return {str(weight.target) for node in self.program.nodes(EXPERTS) for weight in stored_in(node.args[1])}
+
+    def _attending(self, site: Site) -> float:
+        """Of the attention whose heads they are; its time is that of keys and values, which query heads leave."""
+        if site.kind not in HEADS or (self.timed and site.kind is Kind.QUERY_HEAD):
+            return 0.0
+        return self.attending.get(attention_of(site.value), 0.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -18,11 +18,14 @@ from slim.passes.pruning.sites import HEADS, Site
 _LEAST = 0.25  # of a site stays: what a layer costs is not foreseen where it is as good as gone
 
 
-def spread(costs: Mapping[Site, Tensor], wanted: float, multiple: int | None) -> Counts:
+def spread(
+    costs: Mapping[Site, Tensor], wanted: float, gone: Callable[[Counts], float], multiple: int | None
+) -> Counts:
     """The numbers of units that go, for the least sum of ``costs``, so that ``wanted`` goes at least.
 
     Args:
         costs: of each site [units], nats lost by the first 0, 1, 2, ... units that go.
+        gone: what goes with so many units of each site: their costs, less what two sites share.
 
     Raises:
         TooMuch.
@@ -32,10 +35,14 @@ def spread(costs: Mapping[Site, Tensor], wanted: float, multiple: int | None) ->
     options = [
         [Option(site.cost * left, float(costs[site][site.units - left])) for left in kept[site]] for site in sites
     ]
-    chosen = allocate(options, sum(site.cost * site.units for site in sites) - wanted)
-    if chosen is None:
-        raise TooMuch
-    return {site: site.units - kept[site][index] for site, index in zip(sites, chosen, strict=True)}
+    goal = wanted
+    while (chosen := allocate(options, sum(site.cost * site.units for site in sites) - goal)) is not None:
+        counts = {site: site.units - kept[site][index] for site, index in zip(sites, chosen, strict=True)}
+        short = wanted - gone(counts)
+        if short <= 1e-9 * wanted:
+            return counts
+        goal += max(short, *(site.cost for site in sites))
+    raise TooMuch
 
 
 def _kept(site: Site, multiple: int | None) -> Iterator[int]:
