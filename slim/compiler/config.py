@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -44,8 +45,12 @@ def empty_model(facts: Facts, **options: Any) -> Any:
 
 def is_valid(facts: Facts, config: dict[str, Any]) -> bool:
     """Whether transformers takes ``config`` for the model's configuration."""
+    log = logging.getLogger("transformers.configuration_utils")
+    heard, log.disabled = log.disabled, True  # it prints a configuration that it refuses
     try:
         rebuild_config(replace(facts, config=config))
     except Exception:  # what a configuration class raises is its own affair
         return False
+    finally:
+        log.disabled = heard
     return True

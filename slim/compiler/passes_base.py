@@ -69,16 +69,11 @@ class Pass(ABC):
             try:
                 fitted = options.fit(getattr(self, option), kind)
             except options.Unfit as error:
-                raise self._unfit(option, error) from None
+                raise errors.BadPassOption(
+                    pass_name=self.name, option=option, reason=str(error), known=error.known
+                ) from None
             object.__setattr__(self, option, fitted)
         self.check()
-
-    def _unfit(self, option: str, error: options.Unfit) -> errors.BadPassOption:
-        if isinstance(error.value, str) and error.known:  # perhaps a misspelt choice
-            named, reason = error.value, f"{option} is {error.wanted}"
-        else:
-            named, reason = option, str(error)
-        return errors.BadPassOption(pass_name=self.name, option=named, reason=reason, known=error.known)
 
     def check(self) -> None:  # noqa: B027  a hook that most passes have no use for
         """Raises BadPassOption or ContradictoryOptions where well-typed options make no sense together."""

@@ -32,7 +32,10 @@ class BadPassOption(SlimError, ValueError):
 
     @property
     def suggestion(self) -> str:
-        return did_you_mean(self.option, self.known)
+        value = self.reason.partition(" ")[0].strip(
+            '"'
+        )  # what is misspelt is the option, or what the reason begins with
+        return did_you_mean(self.option, self.known) or did_you_mean(value, self.known)
 
     @property
     def choices(self) -> str:

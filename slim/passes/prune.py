@@ -52,6 +52,10 @@ _KINDS = {
 }
 _GOALS = ("ratio", "parameters", "bytes", "flops", "latency", "depth")
 _MEASURES: tuple[Measure, ...] = ("parameters", "bytes", "flops", "latency")
+_NARROW = (
+    "transformers has no configuration for this model with a narrower residual stream: it takes a head to be as wide "
+    "as the stream divided by the heads, or has no place for a bias that a linear gets; reload=False leaves it to slim"
+)
 _ROUNDS = 2  # of Gauss-Newton; the third gains nothing on tokens that were not seen
 
 
@@ -273,10 +277,7 @@ class Prune(Pass):
         except TooMuch:
             self._refuse(self._goal, "not so many channels of the residual stream can go: two at least must stay")
         except Unsaid:
-            why = (
-                "plain transformers cannot hold this model with a narrower residual stream: the width of a head is that"
-            )
-            self._refuse("reload", f"{why} by the heads, or a linear got a bias; reload=False leaves it to slim")
+            self._refuse("reload", _NARROW)
 
     # -- how many ------------------------------------------------------------------------------------------------------
 

@@ -16,7 +16,7 @@ from slim.compiler.uses import LINEAR
 from slim.compiler.verify import verify
 from slim.passes import Quantize
 from tests import compiled
-from tests.programs import lifted, program
+from tests.programs import lifted, model, program
 
 
 def zeroed(original: Program, groups: dict[Group, list[int]]) -> Program:
@@ -117,10 +117,41 @@ def test_a_group_reads_as_a_sentence() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "heads", "neurons"),
+    [
+        ("phi3", "rows 16 i to + 15, 8 i + 32 to + 39 and 8 i + 48 to + 55 of qkv_proj.weight, columns 16 i to + 15 of "
+         "o_proj.weight", "rows i and i + 48 of gate_up_proj.weight, column i of down_proj.weight"),
+        ("gpt_neox", "rows 24 i to + 23 of query_key_value.weight", "row i of dense_h_to_4h.weight"),
+        ("gpt2", "columns 8 i to + 7, 8 i + 32 to + 39 and 8 i + 64 to + 71 of c_attn.weight, rows 8 i to + 7 of "
+         "c_proj.weight", "column i of c_fc.weight, entry i of c_fc.bias, row i of c_proj.weight"),
+    ],
+)  # fmt: skip
+def test_a_sentence_has_the_names_and_the_indices_that_the_model_stores(name: str, heads: str, neurons: str) -> None:
+    groups = Dependencies(lifted(name)).groups
+    assert heads in str(next(group for group in groups if group.kind is Kind.KV_HEAD))
+    assert neurons in str(next(group for group in groups if group.kind is Kind.NEURON))
+
+
+@pytest.mark.parametrize("name", ["phi3", "gpt_neox", "gpt2"])
+def test_what_a_sentence_names_is_what_goes(name: str) -> None:
+    original, program = model(name), lifted(name)
+    heads = next(group for group in Dependencies(program).groups if group.kind is Kind.KV_HEAD)
+    for member in heads.members:
+        base = original.state_dict()[member.told.weight]
+        axis = {"entry": 0, "row": 0, "column": 1}[member.told.what]
+        marked = torch.zeros_like(base)
+        marked.movedim(axis, 0)[member.told.unit == 1] = 1.0
+        part = program.facts.parts.get(member.weight)
+        ours = marked if part is None else part.take(marked)
+        assert bool(ours.movedim(member.dim, 0)[member.unit == 1].all())
+        assert ours.sum() == marked.sum()
+
+
 def test_query_heads_are_one_of_every_kv_head() -> None:
     queries = Dependencies(lifted("llama"), "query").groups[0]
     assert queries.kind is Kind.QUERY_HEAD
-    assert "rows 0 to 7, 16 to 23 where i is 0 of q_proj.weight" in str(queries)
+    assert "rows 8 i to + 7 and 8 i + 16 to + 23 of q_proj.weight" in str(queries)
 
 
 @pytest.mark.parametrize("form", ['"int8"', '"int4", group_size=8', '"int3", group_size=8', '"nf4", group_size=8'])
@@ -175,7 +206,7 @@ def test_fused_weights_are_followed_through_split_and_cat() -> None:
     )
     groups = Dependencies(original).groups
     assert [(group.kind, group.units) for group in groups] == [(Kind.KV_HEAD, 2), (Kind.RANK, 8), (Kind.NEURON, 6)]
-    assert "rows 0 to 7, 16 to 19, 24 to 27 where i is 0 of qkv" in str(groups[0])
+    assert "rows 8 i to + 7, 4 i + 16 to + 19 and 4 i + 24 to + 27 of qkv" in str(groups[0])
     check_removal(original)
 
 
@@ -219,7 +250,7 @@ def test_what_is_a_result_or_normed_stays() -> None:
     )
     found = Dependencies(original)
     assert not found.groups
-    assert ("out", "a norm averages over it") in found.skipped
+    assert ("out", "a norm averages over it", Kind.NEURON) in found.skipped
 
 
 def test_a_weight_that_is_read_twice_loses_the_same_everywhere() -> None:

@@ -283,7 +283,7 @@ def test_rearranged_units_do_no_more_to_the_loss_together(seed: int, count: int)
     start = slopes.square().sum(0).argsort()[:count]
     after = rearranged(slopes, start)
     assert len(after.unique()) == count
-    assert joint(slopes, after) <= joint(slopes, start)
+    assert joint(slopes, after) <= joint(slopes, start) * (1 + 1e-9)  # sums in another order
 
 
 def test_units_that_cancel_each_other_go_together_and_those_that_add_up_do_not() -> None:

@@ -17,12 +17,13 @@ from torch import Tensor, fx
 from slim import errors
 from slim.compiler.dependencies.flow import By
 from slim.compiler.dependencies.follow import follow
-from slim.compiler.dependencies.groups import Group, Kind, Member, find_groups
+from slim.compiler.dependencies.groups import Group, Kept, Kind, Member, find_groups
+from slim.compiler.dependencies.mixing import AVERAGED
 from slim.compiler.dependencies.remove import remove
 from slim.compiler.parts import place_parts
 from slim.compiler.program import Program
 
-__all__ = ["By", "Dependencies", "Group", "Kind", "Member"]
+__all__ = ["AVERAGED", "By", "Dependencies", "Group", "Kept", "Kind", "Member"]
 
 
 class Dependencies:

@@ -6,13 +6,15 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 
 from slim.compiler.dependencies.flow import Flow
+from slim.compiler.dependencies.sentence import Told, sentence, told
+from slim.compiler.dependencies.slots import Fixed
 from slim.compiler.program import Program
-from slim.compiler.report import Skip
 from slim.compiler.uses import Role, uses
 
 
@@ -27,6 +29,18 @@ class Kind(StrEnum):
     CHANNEL = "channel"  # anything else
 
 
+class Kept(NamedTuple):
+    """A linear that reads nothing that could be taken out.
+
+    Attributes:
+        kind: of what it reads.
+    """
+
+    site: str
+    reason: str
+    kind: Kind
+
+
 @dataclass(frozen=True, eq=False)
 class Member:
     """A dimension of a weight some of whose indices belong to a group.
@@ -34,12 +48,14 @@ class Member:
     Attributes:
         unit: int64, the unit that each index belongs to, or -1.
         what: what an index along the dimension is called.
+        told: the same of the weight as the model stores it.
     """
 
     weight: str
     dim: int
     unit: Tensor
     what: str
+    told: Told
 
     def of(self, unit: int) -> list[int]:
         return (self.unit == unit).nonzero()[:, 0].tolist()
@@ -66,7 +82,7 @@ class Group:
     @property
     def site(self) -> str:
         """The part of the model that all members lie in."""
-        paths = [member.weight.split(".") for member in self.members]
+        paths = [member.told.weight.split(".") for member in self.members]
         shared = itertools.takewhile(lambda parts: len(set(parts)) == 1, zip(*paths, strict=False))
         return ".".join(parts[0] for parts in shared) or paths[0][0]
 
@@ -77,42 +93,10 @@ class Group:
         return next(m.unit for m in self.members if m.weight == name and m.dim == len(shape) - 1)
 
     def __str__(self) -> str:
-        """A sentence: neuron i of layers.0.mlp: row i of gate_proj.weight and up_proj.weight, column i of ..."""
-        site = self.site
-        told: dict[str, list[str]] = {}
-        for member in self.members:
-            where = _indices(member, self.units)
-            told.setdefault(where, []).append(member.weight.removeprefix(f"{site}."))
-        parts = [f"{where} of {' and '.join(names)}" for where, names in told.items()]
-        return f"{self.kind} i of {site}: {', '.join(parts)}; {self.units} units"
+        return sentence(self.kind, self.site, self.units, [member.told for member in self.members])
 
 
-def _indices(member: Member, units: int) -> str:
-    """Which indices unit i has: as a formula where all units have as many, one behind the other."""
-    width = int((member.unit == 0).sum())
-    start = member.of(0)[0]
-    held = (member.unit >= 0).nonzero()[:, 0]
-    regular = torch.arange(units).repeat_interleave(width)
-    if torch.equal(held, start + torch.arange(len(held))) and torch.equal(member.unit[held], regular):
-        shift = f" + {start}" if start else ""
-        return f"{member.what} i{shift}" if width == 1 else f"{_plural(member.what)} {width} i{shift} to + {width - 1}"
-    runs = member.of(0)
-    text = ", ".join(_runs(runs)[:4]) + ", ..." * (len(_runs(runs)) > 4)
-    return f"{_plural(member.what) if width > 1 else member.what} {text} where i is 0"
-
-
-def _plural(what: str) -> str:
-    return {"entry": "entries", "matrix": "matrices", "index": "indices"}.get(what, f"{what}s")
-
-
-def _runs(numbers: Sequence[int]) -> list[str]:
-    """[0, 1, 2, 5] as "0 to 2", "5"."""
-    starts = [n for n in numbers if n - 1 not in numbers]
-    ends = [n for n in numbers if n + 1 not in numbers]
-    return [str(a) if a == b else f"{a} to {b}" for a, b in zip(starts, ends, strict=True)]
-
-
-def find_groups(program: Program, flow: Flow) -> tuple[list[Group], list[Skip]]:
+def find_groups(program: Program, flow: Flow) -> tuple[list[Group], list[Kept]]:
     """The groups of ``program``, in the order of the graph; and the linears none of whose features can be taken out."""
     root = flow.slots.components()
     fixed = flow.slots.fixed(root)
@@ -132,7 +116,7 @@ def find_groups(program: Program, flow: Flow) -> tuple[list[Group], list[Skip]]:
         if (group := _group(program, held, signature, mark, kinds, flow)) is not None
     ]
     groups.sort(key=lambda group: min(order[linear] for linear in group.linears))
-    return groups, list(_skips(program, flow, root, fixed))
+    return groups, list(dict.fromkeys(_kept(program, flow, root, fixed, kinds)))
 
 
 def _signatures(slots: int, places: Sequence[Tensor]) -> Tensor:
@@ -179,7 +163,9 @@ def _group(
     members, linears = [], []
     for node, dim, all_roots in held:
         role, readers = _role(node)
-        members.append(Member(str(node.target), dim, number[all_roots], _called(role, dim, node)))
+        name, unit = str(node.target), number[all_roots]
+        what = _called(role, dim, node)
+        members.append(Member(name, dim, unit, what, told(program, name, dim, unit, what)))
         if role in (Role.LINEAR, Role.EXPERTS) and dim == len(node.meta["val"].shape) - 1:
             linears += readers
     kind = kinds.of(int(roots[0]), members)
@@ -213,10 +199,12 @@ def _stored_name(linear: fx.Node) -> str:
     return str(node.target)
 
 
-def _skips(program: Program, flow: Flow, root: Tensor, fixed: object) -> Iterator[Skip]:
+def _kept(program: Program, flow: Flow, root: Tensor, fixed: Fixed, kinds: _Kinds) -> Iterator[Kept]:
     """Linears that keep all they read, with the reason."""
     for node in program.graph.find_nodes(op="get_attr"):
         role, _ = _role(node)
         axis = flow.of(node)[-1] if role in (Role.LINEAR, Role.EXPERTS) else None
-        if axis is not None and bool(fixed[root[axis]].all()):  # type: ignore[index]
-            yield Skip(str(node.target), fixed.reason(int(root[axis[0]])))  # type: ignore[attr-defined]
+        if axis is not None and bool(fixed[root[axis]].all()):
+            first, name = int(root[axis[0]]), str(node.target)
+            part = program.facts.parts.get(name)
+            yield Kept(name if part is None else part.base, fixed.reason(first), kinds.of(first, ()))

@@ -13,6 +13,8 @@ from slim.compiler.rules import argument
 
 aten, slim = torch.ops.aten, torch.ops.slim
 
+AVERAGED = "a norm averages over it"
+
 # -- picking -----------------------------------------------------------------------------------------------------------
 
 
@@ -47,7 +49,7 @@ def _picked(node: fx.Node, flow: Flow, axis: Tensor | None, index: fx.Node) -> T
         return None
     found = axis[flow.program.weights[name].cpu().long()]
     flow.numbers[index] = axis
-    flow.tie(flow.of(index)[0], found, "the numbers that pick it cannot lose it")
+    flow.tie(flow.of(index)[0], found, "an index picks from it by numbers that stay")
     return found
 
 
@@ -159,7 +161,7 @@ def _rope(node: fx.Node, flow: Flow) -> Axes:
 
 
 def _norm(node: fx.Node, flow: Flow) -> Axes:
-    (*lead, last), reason = flow.of(node.args[0]), "a norm averages over it"
+    (*lead, last), reason = flow.of(node.args[0]), AVERAGED
     for name in ("weight", "bias"):
         flow.fix_all(argument(node, name), reason)
     last = flow.slots.fresh(int(shape_of(node)[-1])) if last is None else last

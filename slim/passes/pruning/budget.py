@@ -98,10 +98,11 @@ class Budget:
 
     def binding(self) -> str:
         """The rule without which as much as is wanted could go: what to say where ``ways`` finds none."""
+        heads = f"{self._heads[0].kind}s of {self._heads[0]}" if self._heads else ""
         rules: list[tuple[str, dict[str, Any]]] = [
             ("with multiple=1 it could go: neurons are left in multiples", {"multiple": 1}),
             ("it could go if an even number of kv heads did not have to stay even", {"even": False}),
-            ("with reload=False it could go: transformers cannot build every number of heads", {"allowed": _any}),
+            (f"transformers has no configuration for so few {heads}: with reload=False it could go", {"allowed": _any}),
         ]
         for told, without in rules:
             try:

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, fx
 
-from slim.compiler.dependencies import Dependencies, Group, Kind
+from slim.compiler.dependencies import AVERAGED, Dependencies, Group, Kept, Kind
 from slim.compiler.program import Program
 from slim.compiler.report import Skip
 from slim.compiler.rules import argument
@@ -91,7 +91,7 @@ def find_sites(
     program: Program, found: Dependencies, protect: Sequence[str] = (), kinds: Sequence[Kind] = PRUNED
 ) -> tuple[list[Site], list[Skip]]:
     """The sites of ``kinds`` whose weights no pattern of ``protect`` names, and what is left alone, with the reason."""
-    sites, skips = [], [skip for skip in found.skipped if skip.reason != "a norm averages over it"]
+    sites, skips = [], [Skip(kept.site, kept.reason) for kept in found.skipped if _is_told(kept, kinds)]
     for group in found.groups:
         reason = _reason(group, protect, kinds)
         if reason is None:
@@ -100,6 +100,11 @@ def find_sites(
         elif group.kind in kinds:
             skips.append(Skip(group.site, reason))
     return sites, skips
+
+
+def _is_told(kept: Kept, kinds: Sequence[Kind]) -> bool:
+    """Whether somebody who asks for ``kinds`` wants to know; norms read every residual stream."""
+    return kept.kind in kinds or (kept.kind is Kind.CHANNEL and kept.reason != AVERAGED)
 
 
 def _site(group: Group, cost: float) -> Site:
