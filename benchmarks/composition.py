@@ -81,7 +81,7 @@ class Chains:
 
     def after(self, passes: Sequence[Pass]) -> Program:
         """As the pipeline runs them, but for its checks of what came out."""
-        check_order(self.lifted, passes)
+        check_order(passes, self.lifted)
         program = self.lifted
         for place, pass_ in enumerate(passes):
             made = self._kept.get(pass_) if place == 0 else None
