@@ -111,6 +111,8 @@ def _literal(value: Any) -> str:
 def parse(text: str, weights: Weights, facts: Facts | None = None) -> Program:
     """The Program that ``text`` prints, over ``weights``; nothing in the text is executed.
 
+    Types on the left are those of the operations, or ``any``.
+
     Raises:
         BadIR: where the text is not slim IR, with its line.
     """
@@ -202,6 +204,10 @@ class _Reader:
             node = graph.create_node("call_function", target, args, kwargs, name=statement.target.id)
             self._provenance(node, statement.lineno)
             self.values[statement.target.id] = self._typed(node)
+            shown = show_type(node.meta["val"], self.program.dims)
+            if not _is_type(statement.annotation, ast.parse(shown, mode="eval").body):
+                reason = f"{node.name} is {shown}, and not {ast.unparse(statement.annotation)}"
+                raise errors.BadIR(line=statement.lineno, reason=reason)
         else:
             raise errors.BadIR(line=statement.lineno, reason="expected `name: type = operation(...)` or `return`")
 
@@ -244,6 +250,20 @@ class _Reader:
             case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="device")):
                 return torch.device(ast.literal_eval(node.args[0]))
         return ast.literal_eval(node)
+
+
+def _is_type(written: ast.expr, made: ast.expr) -> bool:
+    """Whether one says no other than the other; sizes that are formulas may be written in more than one way."""
+    match written, made:
+        case ast.Name(id="any"), _:
+            return True
+        case ast.Tuple(), ast.Tuple():
+            return len(written.elts) == len(made.elts) and all(map(_is_type, written.elts, made.elts))
+        case ast.Subscript(), ast.Subscript():
+            return _is_type(written.value, made.value) and _is_type(written.slice, made.slice)
+        case (ast.Name(), ast.Name()) | (ast.Constant() | ast.Tuple() | ast.Subscript(), _) | (_, ast.Constant()):
+            return ast.dump(written) == ast.dump(made)
+    return not isinstance(made, ast.Tuple | ast.Subscript)
 
 
 def _torch_constant(name: str) -> Any:

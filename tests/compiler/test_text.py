@@ -271,6 +271,28 @@ RETURN = "return (x,)"
 
 
 @pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ("f32[B, S, 16]", "f32[B, S, 8]"), ("f16[B, S, 8]", "f32[B, S, 8]"), ("f32[S, B, 8]", "f32[B, S, 8]"),
+        ("f32[B, 8]", "f32[B, S, 8]"), ("int", "f32[B, S, 8]"), ("tuple[f32[B, S, 8]]", "f32[B, S, 8]"),
+        ("f32[B, S + 1, 7]", "f32[B, S, 8]"),
+    ],
+)  # fmt: skip
+def test_a_type_that_the_operation_does_not_have_is_refused_with_the_one_that_it_has(wrong, right):
+    error = refused(text_of(f"y: {wrong} = aten.relu.default(x)", "return (y,)"))
+    assert f"y is {right}, and not {wrong}" in str(error)
+    parse(text_of(f"y: {right} = aten.relu.default(x)", "return (y,)"), Weights({}), Facts())
+
+
+def test_a_type_of_several_or_of_a_formula_is_read():
+    lines = ["y: tuple[f32[B, S, 4], f32[B, S, 4]] = aten.split.Tensor(x, 4, -1)", "a: f32[B, S, 4] = y[0]"]
+    more = ["z: f32[S*B, 4] = aten.reshape.default(a, [-1, 4])", "return (z,)"]  # printed as B*S
+    parse(text_of(*lines, *more), Weights({}), Facts())
+    error = refused(text_of(lines[0].replace("4], f32", "3], f32"), *lines[1:], *more))
+    assert "y is tuple[f32[B, S, 4], f32[B, S, 4]], and not" in str(error)
+
+
+@pytest.mark.parametrize(
     "expression",
     [
         "__import__('pathlib').Path('{file}').touch()",
@@ -398,11 +420,6 @@ def test_a_weight_of_another_shape_is_found_while_reading():
     text = text_of('y: any = aten.linear.default(x, weights["w"])', "return (y,)")
     parse(text, Weights({"w": torch.ones(4, 8)}))
     refused(text, {"w": torch.ones(4, 9)})
-
-
-def test_types_on_the_left_are_those_of_the_program_and_not_of_the_text():
-    made = parse(text_of("y: i8[3] = aten.relu.default(x)", "return (y,)"), Weights({}))
-    assert "y: f32[B, S, 8] = " in str(made)
 
 
 DAMAGED = """\
