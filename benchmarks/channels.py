@@ -50,7 +50,7 @@ def passes(way: str, ratio: float, whole: int | None) -> list[Prune]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--ratios", nargs="+", type=float, default=(0.1, 0.2, 0.3))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))

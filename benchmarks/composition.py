@@ -11,7 +11,6 @@ goes on where it was.
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -145,4 +144,4 @@ def _tables(model: str, found: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -30,6 +30,8 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkProcess
 from pathlib import Path
 from typing import Any
 
@@ -219,8 +221,8 @@ def _encoded(compiled: CompiledModel, batch: dict[str, Tensor]) -> Any:
 
 
 def _greedy(result: Result, model: Any, compiled: CompiledModel, batch: dict[str, Tensor]) -> str | None:
-    prompt = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    options = dict(max_new_tokens=NEW, do_sample=False)
+    prompt: dict[str, Any] = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    options: dict[str, Any] = dict(max_new_tokens=NEW, do_sample=False)
     found = compiled.generate(**prompt, **options)
     try:
         wanted, reference = model.generate(**prompt, **options), None
@@ -293,7 +295,8 @@ def _child(name: str, connection: Any) -> None:
 def measure_all(names: Sequence[str], jobs: int, timeout: float) -> Iterator[Result]:
     """One result a name, as they come; a model that takes longer than ``timeout`` seconds fails for that."""
     context = multiprocessing.get_context("fork")  # so that torch and transformers are imported once
-    waiting, running = list(names), {}
+    waiting = list(names)
+    running: dict[str, tuple[ForkProcess, Connection, float]] = {}
     while waiting or running:
         while waiting and len(running) < jobs:
             name = waiting.pop(0)

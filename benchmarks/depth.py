@@ -23,7 +23,7 @@ PASSAGES = {"demo": 16}  # held-out ones; 60 elsewhere
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--blocks", nargs="+", type=int, default=(1, 2))
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -51,7 +51,7 @@ def measure(name: str, depths: list[int]) -> dict[str, Any]:
     for depth in depths:
         for blocks in ("loss", "influence"):
             start = time.perf_counter()
-            after, gone = nats([Prune(depth=depth, blocks=blocks)])  # type: ignore[arg-type]
+            after, gone = nats([Prune(depth=depth, blocks=blocks)])
             seconds = round(time.perf_counter() - start, 1)
             found[f"{depth} {blocks}"] = {"lost": after - before, "gone": gone, "seconds": seconds}
     return found

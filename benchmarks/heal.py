@@ -7,7 +7,6 @@ python -m benchmarks.heal --models demo --steps 200 --lossy 'prune(0.2)' 'gqa(1)
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -73,4 +72,4 @@ def _table(kept: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

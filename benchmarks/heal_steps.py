@@ -118,8 +118,10 @@ def _train(student: Any, teacher: Any, text: Sequence[list[int]], how: Row, step
                student.named_parameters()]  # fmt: skip
     whole = [how.orthogonal and weight.dim() == 2 and "embed" not in name for name, weight, _ in weights]
     changes = [torch.zeros_like(weight, requires_grad=True) for _, weight, _ in weights]
-    parts = [[change for change, one in zip(changes, whole, strict=True) if one is kind] for kind in (True, False)]
-    optimizer = Steps(*parts, how.rate)
+    matrices, others = (
+        [change for change, one in zip(changes, whole, strict=True) if one is kind] for kind in (True, False)
+    )
+    optimizer = Steps(matrices, others, how.rate)
     began = [weight.detach().clone() for _, weight, _ in weights]
     for step, rows in enumerate(_batches(text, how.rows, steps)):
         student.zero_grad()

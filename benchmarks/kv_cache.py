@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -29,20 +30,21 @@ from benchmarks.peers.random_llama import SHAPES, ensure  # noqa: E402
 from slim.runtime.cache import KVCache  # noqa: E402
 from slim.runtime.compiled import CompiledModel  # noqa: E402
 
-CACHES = (None, "int8", "int4")
+CACHES: tuple[Literal["int8", "int4"] | None, ...] = (None, "int8", "int4")
 
 
 class Decoding:
     """Greedy steps over a cache that holds ``context`` tokens."""
 
     def __init__(self, model: CompiledModel, context: int, steps: int) -> None:
-        self.cache: KVCache = model.new_cache(1, context + steps + 1)
-        for tensor in self.cache.tensors:
+        cache = model.new_cache(1, context + steps + 1)
+        assert isinstance(cache, KVCache)  # pages count each row's tokens; to set one length would not do
+        for tensor in cache.tensors:
             if tensor.is_floating_point():
                 tensor.uniform_(-0.02, 0.02)
             else:
                 tensor.random_(0, 127)
-        self.model, self.context, self.steps = model, context, steps
+        self.model, self.cache, self.context, self.steps = model, cache, context, steps
         self.prompt = torch.full((1, context + 1), 5)
 
     def seconds_a_token(self) -> float:
@@ -89,12 +91,12 @@ def main() -> None:
                 if number:  # round 0 warms up
                     found[name].append(seconds)
         plain = next(iter(found.values()))
-        for name, seconds in found.items():
-            best, median = min(plain) / min(seconds), statistics.median(plain) / statistics.median(seconds)
+        for name, times in found.items():
+            best, median = min(plain) / min(times), statistics.median(plain) / statistics.median(times)
             print(
                 f"context {context:>5}  cache {name:<10} {runs[name].cache.nbytes / 1e6:7.1f} MB   "
-                f"best {min(seconds) * 1e3:6.2f} ms/token ({best:.2f} x)   "
-                f"median {statistics.median(seconds) * 1e3:6.2f} ({median:.2f} x)"
+                f"best {min(times) * 1e3:6.2f} ms/token ({best:.2f} x)   "
+                f"median {statistics.median(times) * 1e3:6.2f} ({median:.2f} x)"
             )
 
 

@@ -25,8 +25,9 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ SHARED = ROOT.parent / "shared"
 BLOCKS = (16, 64)  # tokens; an eighth of them is chosen
 
 
-def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, float]]:
+def interleaved(runs: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, dict[str, float]]:
     """Seconds of each, best and median, after a round that warms up."""
     found: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
@@ -76,7 +77,7 @@ def prefill(options: argparse.Namespace) -> dict[str, Any]:
     passes = {"dense": "", "window 1024": 'sparse_attention("window", window=1024), '}
     models = {name: compiled(text + 'quantize("int8")') for name, text in passes.items()}
     runs = {
-        name: (lambda model=model: timed(lambda: model.generate(tokens, max_new_tokens=1, eos_token_id=None)))
+        name: partial(timed, partial(model.generate, tokens, max_new_tokens=1, eos_token_id=None))
         for name, model in models.items()
     }
     return interleaved(runs, max(2, options.rounds // 2))
@@ -124,7 +125,8 @@ def endless(options: argparse.Namespace) -> dict[str, Any]:
     folder = SHARED / "models" / "stories260K"
     ring = slim.KVCacheConfig(window=256, sinks=4)
     model = slim.compile(folder, target="cpu", verify=False, kv_cache=ring)
-    cache, marks = model.new_cache(1), []
+    cache = model.new_cache(1)
+    marks: list[dict[str, float]] = []
     tokens = torch.full((1, 1), 1)
     while tokens.shape[1] < options.tokens:
         piece = 999 if not marks else max(1, (options.tokens - 1000) // 20)  # flat after the first 1,000 is the claim

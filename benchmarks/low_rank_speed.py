@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -32,11 +33,13 @@ from slim.passes import Quantize  # noqa: E402
 from slim.runtime.compiled import CompiledModel  # noqa: E402
 
 
-def built(folder: Path, keep: float, weights: str, storage: str) -> CompiledModel:
-    passes: list[slim.passes.Pass] = [] if keep == 1 else [RandomPairs(keep, storage)]  # type: ignore[arg-type]
+def built(
+    folder: Path, keep: float, weights: Literal["bf16", "int8", "int4"], storage: Literal["pivot", "factors"]
+) -> CompiledModel:
+    passes: list[slim.passes.Pass] = [] if keep == 1 else [RandomPairs(keep, storage)]
     if weights != "bf16":
         group = 32 if weights == "int4" else None
-        passes.append(Quantize(weights, group_size=group, method="rtn", head=True))  # type: ignore[arg-type]
+        passes.append(Quantize(weights, group_size=group, method="rtn", head=True))
     return slim.compile(folder, passes, target="cpu", verify=False)
 
 
@@ -82,8 +85,8 @@ def main() -> None:
                 seconds = seconds_a_token(model, options.steps)
                 if number:  # round 0 warms up
                     found[keep].append(seconds)
-        for keep, seconds in found.items():
-            best, median = min(seconds), statistics.median(seconds)
+        for keep, times in found.items():
+            best, median = min(times), statistics.median(times)
             faster = min(found[1]) / best, statistics.median(found[1]) / median
             results.append({"weights": weights, "keep": keep, "best": best, "median": median, "faster": faster})
             print(

@@ -12,6 +12,7 @@ import argparse
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,7 +64,7 @@ def main() -> None:
     print(table(rows))
 
 
-def table(rows: list[dict]) -> str:  # type: ignore[type-arg]
+def table(rows: list[dict[str, Any]]) -> str:
     lines = [
         "| pipeline | MB moved a token | of the float model | tokens/s, best (median) | times as fast |",
         "|---|---|---|---|---|",

@@ -30,7 +30,7 @@ CRITERIA = ("obs", "wanda", "flap", "taylor", "fisher", "magnitude", "random")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--ratios", nargs="+", type=float, default=RATIOS)
     parser.add_argument("--criteria", nargs="+", default=CRITERIA, choices=CRITERIA)

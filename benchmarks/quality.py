@@ -17,7 +17,6 @@ import functools
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -187,4 +186,4 @@ def _ask(worker: subprocess.Popen[str], case: Case, row: Row, model: Path) -> di
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import slim
 from benchmarks.kept import read_kept, write_kept
-from benchmarks.quality_peers.cases import CASES
+from benchmarks.quality_peers.cases import CASES, Case
 from slim.passes import Prune
-from slim.runtime.perplexity import score
+from slim.runtime.perplexity import Passage, score
 
 RESULTS = Path(__file__).resolve().parent / "results" / "scope.json"
 SCOPES: dict[str, dict[str, Any]] = {
@@ -26,7 +27,7 @@ SCOPES: dict[str, dict[str, Any]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=["babyllama361", "stories260K"], choices=list(CASES))
     parser.add_argument("--ratios", nargs="+", type=float, default=(0.2, 0.3))
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -37,7 +38,10 @@ def main() -> None:
         case = CASES[name]()
         calibration, passages = case.tensors()[:48], case.passages[:60]
 
-        def nats(passes: list[Prune], case=case, calibration=calibration, passages=passages) -> float:  # type: ignore[no-untyped-def]
+        def nats(
+            passes: list[Prune], case: Case = case, calibration: list[Tensor] = calibration,
+            passages: tuple[Passage, ...] = passages,
+        ) -> float:  # fmt: skip
             made = slim.compile(case.model, passes, calibration=calibration, target="eager", verify=False)
             found = score(made, passages)
             return found.nats / found.tokens

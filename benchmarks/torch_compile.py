@@ -125,4 +125,4 @@ def _minilm() -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

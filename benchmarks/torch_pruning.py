@@ -14,7 +14,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -73,7 +73,7 @@ def nats(model: Any, case: Case) -> float:
     return found.nats / found.tokens
 
 
-def ours(case: Case, criterion: str, width: int, left: int) -> Any:
+def ours(case: Case, criterion: Literal["taylor", "obs"], width: int, left: int) -> Any:
     """The pass, told to leave as many neurons as the peer does."""
     program = slim.compile(case.model, target="eager", verify=False).program
     from slim.compiler.dependencies import Dependencies
@@ -81,7 +81,7 @@ def ours(case: Case, criterion: str, width: int, left: int) -> Any:
 
     sites = [site for site in find_sites(program, Dependencies(program))[0] if site.units == width]
     ratio = sum(site.cost * (width - left) for site in sites) / block_parameters(program)
-    pass_ = Prune(ratio - 1e-6, criterion, units="neurons")  # type: ignore[arg-type]
+    pass_ = Prune(ratio - 1e-6, criterion, units="neurons")
     calibration = case.tensors()[: SEQUENCES[case.name]]
     made = slim.compile(case.model, [pass_], calibration=calibration, target="eager", verify=False)
     assert made.program.facts.config is not None
@@ -91,7 +91,7 @@ def ours(case: Case, criterion: str, width: int, left: int) -> Any:
 
 def peer(case: Case, way: str, gone: int) -> Any:
     """A transformers model that Torch-Pruning's own pruner has taken ``gone`` neurons of each layer out of."""
-    import torch_pruning as tp  # type: ignore[import-not-found]
+    import torch_pruning as tp
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(case.model, dtype=torch.float32).eval()

@@ -16,6 +16,8 @@ from torch import Tensor
 import slim
 from benchmarks.gpu_peers.device import Device
 from slim.passes import Quantize, SparseAttention
+from slim.runtime.cache import KVCache
+from slim.runtime.steps import Step
 
 PEERS = ("slim", "torch.compile", "torchao", "transformers")
 GROUP = 32  # numbers that share a scale in int4 and int3, here and in torchao
@@ -152,6 +154,8 @@ class Slim:
         batch, length = prompt.shape
         step = self._compiled.step(masked=False, last_only=True)
         cache = self._compiled.new_cache(batch, length)
+        assert isinstance(step, Step)
+        assert isinstance(cache, KVCache)
         positions = torch.arange(length, device=prompt.device).expand(batch, length)
         inputs = {"input_ids": prompt, "position_ids": positions, "attention_mask": torch.ones_like(prompt)}
         return self._device.seconds(lambda: step(cache, None, inputs)[0][:, -1].argmax(-1))

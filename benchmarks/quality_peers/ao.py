@@ -30,10 +30,10 @@ def quantised(
     chosen: list[torch.nn.Linear] = []
 
     def choose(module: torch.nn.Module, name: str) -> bool:
-        taken = isinstance(module, torch.nn.Linear) and not any(pattern.match(name) for pattern in patterns)
-        if taken:
-            chosen.append(module)  # type: ignore[arg-type]
-        return taken
+        if not isinstance(module, torch.nn.Linear) or any(pattern.match(name) for pattern in patterns):
+            return False
+        chosen.append(module)
+        return True
 
     bits = recipe.get("bits", 8)
     quantize_(model, _config(recipe), filter_fn=choose)

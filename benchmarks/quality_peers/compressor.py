@@ -7,7 +7,7 @@ recipe says so, as compressed-tensors defines it.
 from __future__ import annotations
 
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import torch
 from datasets import Dataset
@@ -63,7 +63,7 @@ def _bits(model: torch.nn.Module) -> float:
         scheme = getattr(module, "quantization_scheme", None)
         if scheme is None or scheme.weights is None:
             continue
-        weight, scale = module.weight, module.weight_scale
+        weight, scale = cast(torch.Tensor, module.weight), cast(torch.Tensor, module.weight_scale)
         numbers += weight.numel()
         total += weight.numel() * scheme.weights.num_bits + scale.numel() * 16
         total += 0 if scheme.weights.symmetric else scale.numel() * scheme.weights.num_bits
