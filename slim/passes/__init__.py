@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from slim import errors
 from slim.compiler.passes_base import Pass
@@ -27,9 +27,16 @@ def _discovered() -> Iterator[type[Pass]]:
 PASSES: dict[str, type[Pass]] = {kind.name: kind for kind in _discovered()}
 globals().update({kind.__name__: kind for kind in PASSES.values()})
 
-if TYPE_CHECKING:  # the names above are not spelt out for type checkers, which this lets through
-
-    def __getattr__(name: str) -> Any: ...
+if TYPE_CHECKING:  # what the line above makes, for type checkers and editors
+    from slim.passes.fold_norms import FoldNorms as FoldNorms
+    from slim.passes.gqa import GQA as GQA
+    from slim.passes.heal import Heal as Heal
+    from slim.passes.low_rank import LowRank as LowRank
+    from slim.passes.prune import Prune as Prune
+    from slim.passes.quantize import Quantize as Quantize
+    from slim.passes.quantize_kv import QuantizeKV as QuantizeKV
+    from slim.passes.smooth_quant import SmoothQuant as SmoothQuant
+    from slim.passes.sparse_attention import SparseAttention as SparseAttention
 
 
 def parse_pipeline(text: str) -> tuple[Pass, ...]:

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -32,6 +33,13 @@ class Everything(Pass):
 
     def run(self, program, context):
         return Report()
+
+
+def test_type_checkers_are_told_of_every_pass():
+    tree = ast.parse(Path(slim.passes.__file__).read_text())
+    told = next(node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
+    imported = {(each.module, each.names[0].asname) for each in told.body if isinstance(each, ast.ImportFrom)}
+    assert imported == {(kind.__module__, kind.__name__) for kind in PASSES.values()}
 
 
 KNOWN = {"everything": Everything, **PASSES}
