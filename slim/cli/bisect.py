@@ -6,7 +6,7 @@ import click
 
 from slim.cli.calibration import calibration_option, read_calibration
 from slim.cli.progress import Steps
-from slim.cli.shell import Number, debug_option, pipeline_option, read_pipeline_option
+from slim.cli.shell import Number, debug_option, pipeline_option, read_pipeline_option, strict_option
 
 _FOUND = 1  # exit status, so that scripts and git bisect can ask
 
@@ -23,8 +23,9 @@ _FOUND = 1  # exit status, so that scripts and git bisect can ask
     help="How far the output of a probe may be off, relative to its largest number.",
 )
 @click.option("--lift", "whole", is_flag=True, help="Check the rules of the lift too; reads the whole model.")
+@strict_option
 @debug_option
-def bisect(model: str, pipeline: str, calibration: str | None, threshold: float, whole: bool) -> None:
+def bisect(model: str, pipeline: str, calibration: str | None, threshold: float, whole: bool, strict: bool) -> None:
     """Find the pass after which the output is off by more than a threshold, and the site that does it.
 
     Ends with status 1 where it finds one, else with 0.
@@ -47,7 +48,7 @@ def bisect(model: str, pipeline: str, calibration: str | None, threshold: float,
         passes = as_passes(text)
         steps.stage(f"reading {model}")
         start = load(model, target="eager").program if is_artifact(model) else load_original(model) if whole else model
-        found = find(start, passes, threshold, calibration=texts, progress=steps)
+        found = find(start, passes, threshold, calibration=texts, strict=strict, progress=steps)
     click.echo(str(found))
     if found:
         raise SystemExit(_FOUND)

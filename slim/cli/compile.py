@@ -14,6 +14,7 @@ from slim.cli.shell import (
     pipeline_option,
     read_pipeline_option,
     rules_option,
+    strict_option,
     target_option,
     tell_report,
 )
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 @click.option("-o", "--output", required=True, metavar="DIR", help="Where to save the compiled model.")
 @calibration_option
 @target_option
-@click.option("--strict/--no-strict", default=True, help="Whether a pass that matches nothing is an error.")
+@strict_option
 @click.option("--verify/--no-verify", default=True, help="Whether to check IR and output after every pass.")
 @click.option("--dump", metavar="DIR", help="Write the IR after every stage here, as Python, and what was generated.")
 @charts_option

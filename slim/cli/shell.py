@@ -90,6 +90,9 @@ pipeline_option: Decorator = click.option(
     metavar="PIPELINE",
     help="The passes, in order: 'fold_norms, quantize(\"int8\")', or @FILE to read them from. See `slim passes`.",
 )
+strict_option: Decorator = click.option(
+    "--strict/--no-strict", default=True, help="Whether a pass that matches nothing is an error."
+)
 charts_option: Decorator = click.option(
     "--charts", is_flag=True, help="Print the charts of the report as text: what passes found in each layer."
 )

@@ -46,13 +46,15 @@ def run_pipeline(program: Program, passes: Sequence[Pass], ctx: Context) -> tupl
     run = _Run(tuple(passes), ctx, Dump.to(ctx.dump), report)
     ctx.report, ctx.dumped = report, run.dump
     run.begin(program)
-    for index, pass_ in enumerate(passes):
-        ctx.progress("passes", index, len(passes))
-        program = run.step(program, pass_)
-    ctx.progress("passes", len(passes), len(passes))
-    if ctx.calibration is not None and ctx.batches is None:
-        report.notes.append("calibration was given, and no pass of this pipeline reads it")
-    run.dump.report(report)
+    try:
+        for index, pass_ in enumerate(passes):
+            ctx.progress("passes", index, len(passes))
+            program = run.step(program, pass_)
+        ctx.progress("passes", len(passes), len(passes))
+        if ctx.calibration is not None and ctx.batches is None:
+            report.notes.append("calibration was given, and no pass of this pipeline reads it")
+    finally:
+        run.dump.report(report)
     if run.probe is not None:
         ctx.probed = (run.probe, run.latest)
     return program, run.report

@@ -114,6 +114,7 @@ def bisect(
     *,
     calibration: Any = None,
     example_inputs: Any = None,
+    strict: bool = True,
     progress: Progress | None = None,
 ) -> Finding:
     """Finds the first pass after which a probe's output is off by more than ``threshold``, and the site that does it.
@@ -124,7 +125,7 @@ def bisect(
     where sites only make sense together (scales moved from one into the other) they are named together.
 
     Args:
-        model, passes, calibration, example_inputs, progress: as ``slim.compile`` takes them; also a Program.
+        model, passes, calibration, example_inputs, strict, progress: as ``slim.compile`` takes them; also a Program.
         threshold: the error that is still allowed.
 
     Raises:
@@ -162,7 +163,7 @@ def bisect(
         watcher.stages = watcher.stages[1:]
 
     watcher.stages += map(repr, pipeline)
-    ctx = Context(verify=False, calibration=calibration, watch=watch)
+    ctx = Context(verify=False, calibration=calibration, strict=strict, watch=watch)
     ctx.progress = progress or ctx.progress
     with observed(watcher.see), contextlib.suppress(_Stopped):
         run_pipeline(lifted, pipeline, ctx)

@@ -64,6 +64,14 @@ def test_each_compilation_has_a_folder_of_its_own_with_the_code_of_every_form(tm
     assert not (tmp_path / "2/generated/whole").exists()
 
 
+def test_a_pipeline_that_fails_leaves_the_report_of_what_was_done(tmp_path):
+    with pytest.raises(errors.PassMatchedNothing):
+        slim.compile(model("llama"), 'fold_norms, prune(0.2, "magnitude", units="experts")', dump=tmp_path)
+    assert [report.text for report in PipelineReport.from_json((tmp_path / "report.json").read_text()).passes] == [
+        "fold_norms()"
+    ]
+
+
 def test_graphs_of_torch_compile_are_dumped_with_their_code(tmp_path, monkeypatch):
     monkeypatch.setenv("SLIM_DUMP", str(tmp_path))
     fast = torch.compile(torch.nn.Linear(8, 6), backend="slim", options={"target": "eager"})

@@ -242,6 +242,15 @@ def test_nothing_wrong_is_said_of_passes_that_are_right(llama):
     assert str(found).endswith("no pass moves the output by more than 0.5")
 
 
+def test_a_pass_that_matches_nothing_is_gone_past_where_that_is_asked_for(llama):
+    nothing = 'prune(0.2, "magnitude", units="experts")'
+    with pytest.raises(errors.PassMatchedNothing):
+        bisect(llama, nothing)
+    assert [text for text, _ in bisect(llama, f"{nothing}, fold_norms", strict=False).errors] == [
+        "lift", 'prune(0.2, criterion="magnitude", units="experts")', "fold_norms()",
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("threshold", [-1.0, math.nan, math.inf, "much", True])
 def test_a_threshold_that_no_error_could_cross_is_refused(llama, threshold):
     with pytest.raises(errors.BadInput, match="it must be 0 or more"):
@@ -260,3 +269,6 @@ def test_the_command_ends_with_one_where_it_finds_a_site(tmp_path):
     assert "largest alone: " in run.stdout
     fine = CliRunner().invoke(main, ["bisect", str(tmp_path), "-p", "fold_norms", "--lift"])
     assert (fine.exit_code, "no pass moves the output" in fine.stdout) == (0, True), fine.output
+    nothing = ["bisect", str(tmp_path), "-p", 'prune(0.2, "magnitude", units="experts")']
+    assert CliRunner().invoke(main, nothing).exit_code == 2
+    assert CliRunner().invoke(main, [*nothing, "--no-strict"]).exit_code == 0
