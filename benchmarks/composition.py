@@ -39,7 +39,8 @@ PASSES = (
 LONGER = (
     "prune(0.2), gqa(0.5), low_rank(0.8)",
     'prune(0.2), gqa(0.5), smooth_quant(0.5), quantize("int8", activations="int8"), quantize_kv("int4")',
-    'prune(0.2), gqa(0.5), low_rank(0.8), heal(40, tokens=1024), quantize("int4"), quantize_kv("int4")',
+    'prune(0.2), gqa(0.5), low_rank(0.8), quantize("int4"), quantize_kv("int4")',
+    'prune(0.2), gqa(0.5), low_rank(0.8), quantize("int4"), quantize_kv("int4"), heal(100)',
 )
 
 

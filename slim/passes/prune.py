@@ -330,13 +330,11 @@ class Prune(Pass):
 
     def _too_much(self, program: Program, sites: Sequence[Site], wanted: float, rule: str) -> NoReturn:
         held = sum(site.cost * site.units for site in sites)
-        rule = "which is less" if wanted > held else rule
-        if self.ratio is not None:
-            of = f"{block_parameters(program):,} parameters of blocks"
-            self._refuse(
-                "ratio", f"{wanted:,.6g} of the {of} must go, and the units that can go hold {held:,.6g}; {rule}"
-            )
-        self._refuse(self._goal, f"{wanted:,.6g} must go, and the units that can go hold {held:,.6g}; {rule}")
+        of = "" if self.ratio is None else f" of the {block_parameters(program):,} parameters of blocks"
+        rule = "" if wanted > held else f"; {rule}"
+        hold = "hold only" if wanted > held else "hold"
+        reason = f"{_count(wanted)}{of} must go, and the units that can go {hold} {_count(held)}{rule}"
+        self._refuse(self._goal, reason)
 
     def _costs(self, program: Program, ctx: Context, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """[units] of each: nats lost by the first 0, 1, 2, ... units that go."""
@@ -385,6 +383,11 @@ class Prune(Pass):
             return lambda site, statistics, count: lowest(known[site], count)
         score = scores.wanda if self.criterion == "wanda" else scores.flap
         return lambda site, statistics, count: lowest(score(program, site, statistics), count)
+
+
+def _count(value: float) -> str:
+    """Parameters, bytes, FLOPs, or milliseconds, which may be few."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.4g}"
 
 
 def _told(counts: Counts, result: Result) -> Iterator[str]:

@@ -15,6 +15,7 @@ from slim.compiler.dependencies.flow import Flow
 from slim.compiler.dependencies.sentence import Told, sentence, told
 from slim.compiler.dependencies.slots import Fixed
 from slim.compiler.program import Program
+from slim.compiler.rules import argument
 from slim.compiler.uses import Role, uses
 
 
@@ -68,12 +69,14 @@ class Group:
     Attributes:
         roots: int64 [units], the slot that stands for each.
         linears: the nodes whose weights' columns are among the members: what they read loses those features.
+        least: how many must stay; of experts as many as a token is sent to.
     """
 
     kind: Kind
     members: tuple[Member, ...]
     roots: Tensor
     linears: tuple[fx.Node, ...]
+    least: int = 1
 
     @property
     def units(self) -> int:
@@ -131,7 +134,7 @@ def _signatures(slots: int, places: Sequence[Tensor]) -> Tensor:
 
 class _Kinds:
     def __init__(self, root: Tensor, flow: Flow) -> None:
-        self.by = flow.by
+        self.by, self.root = flow.by, root
         self.heads, self.experts, self.bent = (
             set(torch.cat([root[axis] for axis in part]).unique().tolist()) if part else set()
             for part in (flow.heads, flow.experts, flow.bent)
@@ -174,7 +177,13 @@ def _group(
     if len(roots) < 2 or not linears or kind is Kind.CHANNEL:
         return None
     members.sort(key=lambda member: member.what == "column")
-    return Group(kind, tuple(members), roots, tuple(dict.fromkeys(linears)))
+    return Group(kind, tuple(members), roots, tuple(dict.fromkeys(linears)), _least(flow, kinds, roots))
+
+
+def _least(flow: Flow, kinds: _Kinds, roots: Tensor) -> int:
+    """How many of the units some node picks of them at once."""
+    picked = (node for node, slots in flow.ids.items() if bool(torch.isin(kinds.root[slots], roots).any()))
+    return max((int(argument(node, "k")) for node in picked if node.target is torch.ops.aten.topk.default), default=1)
 
 
 def _role(node: fx.Node) -> tuple[Role, list[fx.Node]]:

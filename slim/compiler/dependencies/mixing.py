@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from slim.compiler.dependencies.flow import Axes, Flow, Rule, nothing, shape_of
 from slim.compiler.dependencies.moving import met
+from slim.compiler.program import where
 from slim.compiler.rules import argument
 
 aten, slim = torch.ops.aten, torch.ops.slim
@@ -84,7 +85,7 @@ def _gather(node: fx.Node, flow: Flow) -> Axes:
 
 def _linear(node: fx.Node, flow: Flow) -> Axes:
     x, (rows, columns) = flow.of(node.args[0]), flow.of(node.args[1])
-    flow.tie(x[-1], columns, f"what enters {node.name} cannot lose it")
+    flow.tie(x[-1], columns, f"what enters {where(node)} cannot lose it")
     bias = argument(node, "bias")
     if bias is not None:
         flow.tie(flow.of(bias)[0], rows, "its bias cannot lose it")
@@ -93,7 +94,7 @@ def _linear(node: fx.Node, flow: Flow) -> Axes:
 
 def _expert_linear(node: fx.Node, flow: Flow) -> Axes:
     x, (experts, rows, columns) = flow.of(node.args[0]), flow.of(node.args[1])
-    flow.tie(x[-1], columns, f"what enters {node.name} cannot lose it")
+    flow.tie(x[-1], columns, f"what enters {where(node)} cannot lose it")
     flow.fix(x[0], f"it goes to {node.target}, as a row")
     bias = argument(node, "bias")
     if bias is not None:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from slim.compiler.dependencies.flow import Axes, Flow, Rule, nothing, shape_of
 from slim.compiler.dependencies.reshape import reshaped
+from slim.compiler.program import where
 from slim.compiler.rules import argument
 
 aten = torch.ops.aten
@@ -174,7 +175,7 @@ def _known(flow: Flow, value: fx.Node, dim: int) -> Tensor:
     axis = flow.of(value)[dim]
     if axis is None:
         axis = flow.slots.fresh(int(shape_of(value)[dim]))
-        flow.fix(axis, f"{value.name} cannot lose it")
+        flow.fix(axis, f"{where(value)} cannot lose it")
     return axis
 
 

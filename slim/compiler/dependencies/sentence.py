@@ -31,6 +31,7 @@ class Told:
 def told(program: Program, weight: str, dim: int, unit: Tensor, what: str) -> Told:
     """The same of the weight that the model stores, where ``weight`` is a part of it, or it turned."""
     part = program.facts.parts.get(weight)
+    what = ("row", "column")[dim] if what == "index" and len(program.weights.shape(weight)) == 2 else what
     if part is None:
         return Told(weight, what, unit)
     shape = program.facts.bases[part.base][0]

@@ -41,6 +41,7 @@ def alibi_slopes(program: Program, bias: fx.Node, factor: float) -> fx.Node | No
             name = program.weight_of(_source(factors))
             if name is not None and _counts_keys(positions):
                 slopes = _flat(program, name)
+                break  # the name is that of the slopes
     if slopes is None:
         return None
     return _constant(program, f"{name}_slopes" + f"_{factor:g}" * (factor != 1.0), slopes * factor)

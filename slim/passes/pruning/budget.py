@@ -110,7 +110,9 @@ class Budget:
             except TooMuch:
                 continue
             return told
-        return "one of each site must stay"
+        least = max(self.sites, key=lambda site: site.group.least)
+        count = least.group.least
+        return "one of each site must stay" if count == 1 else f"a token is sent to {count} {least.kind}s of {least}"
 
     def _is_more(self, lost: Counts) -> bool:
         """Whether heads alone are more than is to go."""
@@ -129,7 +131,7 @@ class Budget:
             share = missing / held if held else 0.0
             kept = {site: neurons_kept(site, math.ceil(share * site.units - 1e-9), self.multiple) for site in neurons}
             counts = {**lost, **{site: site.units - count for site, count in kept.items()}}
-            if any(count <= 0 for count in kept.values()):
+            if any(count < site.group.least for site, count in kept.items()):
                 return None
             short = self.wanted - self.gone(counts)
             if short <= 1e-9 * self.wanted:

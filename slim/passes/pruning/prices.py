@@ -37,7 +37,8 @@ class Load:
         """One more token behind ``context`` - 1 others; of models that do not write, ``context`` read at once."""
         if program.facts.kind == "causal_lm":
             return cls({"B": 1, "S": 1, "T": context}, f"to write one token, the {context}th of its row")
-        return cls({"B": 1, "S": context, "T": context}, f"to read {context} tokens")
+        read = any("S" in value.shape for value in program.inputs)
+        return cls({"B": 1, "S": context, "T": context}, f"to read {context} tokens" if read else "of one row")
 
 
 @dataclass(frozen=True)

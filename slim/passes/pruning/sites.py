@@ -104,7 +104,9 @@ def find_sites(
 
 def _is_told(kept: Kept, kinds: Sequence[Kind]) -> bool:
     """Whether somebody who asks for ``kinds`` wants to know; norms read every residual stream."""
-    return kept.kind in kinds or (kept.kind is Kind.CHANNEL and kept.reason != AVERAGED)
+    if kept.reason == AVERAGED:
+        return kept.kind in kinds and kept.kind in HEADS
+    return kept.kind in kinds or kept.kind is Kind.CHANNEL
 
 
 def _site(group: Group, cost: float) -> Site:
@@ -123,7 +125,7 @@ def _reason(group: Group, protect: Sequence[str], kinds: Sequence[Kind]) -> str 
     if group.kind is Kind.EXPERT:
         return None
     if len(group.linears) > 1:
-        return f"{len(group.linears)} linears read its units"
+        return f"linears read its units {len(group.linears)} times"
     if not bool((group.columns(group.linears[0]) >= 0).all()):
         return "its linear reads other things too"
     return None
