@@ -243,7 +243,7 @@ def test_a_ratio_out_of_range_is_refused(ratio: float) -> None:
     ],
 )
 def test_more_than_there_is_cannot_go_and_the_rule_that_binds_is_named(name: str, pass_: Prune, rule: str) -> None:
-    with pytest.raises(errors.BadPassOption, match=f"the units that can go .*{rule}"):
+    with pytest.raises(errors.BadPassOption, match=rf"the units that can go .*{rule}"):
         pruned(lifted(name), pass_)
 
 

@@ -30,7 +30,7 @@ class Comparison:
         most: Counts,
     ) -> None:
         self.program = program
-        self.paired = {site: Paired.of(statistics[site.value], centred=site.bias is not None) for site in most}
+        self.paired = {site: Paired.of(statistics[site.value], centred=site.fitted_bias is not None) for site in most}
         self.orders = {site: self._order(site, count) for site, count in most.items()}
         self.objective = Objective.of(program)
         self.batches = first_batches(batches, TOKENS)
@@ -47,11 +47,12 @@ class Comparison:
             if count and order is not None:
                 weight = site.matrix(self.program)
                 kept = site.kept(order.units[:count])
-                bias = None if site.bias is None else self.program.weights[site.bias]
+                name = site.fitted_bias
+                bias = None if name is None else self.program.weights[name]
                 fitted = refit(weight, bias, self.paired[site], kept)
                 smaller.weights[site.weight] = masked(fitted.weight, kept, self.program.weights[site.weight])
-                if site.bias is not None and fitted.bias is not None and bias is not None:
-                    smaller.weights[site.bias] = fitted.bias.to(bias.dtype).reshape(bias.shape)
+                if name is not None and fitted.bias is not None and bias is not None:
+                    smaller.weights[name] = fitted.bias.to(bias.dtype)
         pairs = zip(self.batches, self.expected, strict=True)
         moved = [float(self.objective.loss(smaller.run(*batch.inputs), wanted, batch)) for batch, wanted in pairs]
         return sum(moved) / len(moved)

@@ -53,6 +53,11 @@ class Site:
         return None if bias is None else str(bias.target)
 
     @property
+    def fitted_bias(self) -> str | None:
+        """The bias that is fitted with the weight; none of experts, which have one mean between them."""
+        return self.bias if self.linear.target is LINEAR else None
+
+    @property
     def kind(self) -> Kind:
         return self.group.kind
 

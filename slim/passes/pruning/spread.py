@@ -64,7 +64,7 @@ def by_surgeon(
     Args:
         moments: of the gradients by what each linear puts out, as ``output_moments`` has them.
     """
-    paired = Paired.of(statistics[site.value], centred=site.bias is not None)
+    paired = Paired.of(statistics[site.value], centred=site.fitted_bias is not None)
     curvature = moments[site.linear]
     each = (curvature.diagonal() if curvature.dim() == 2 else curvature).double().clamp_min(0)
     weight = site.matrix(program).double()

@@ -123,11 +123,12 @@ class Work:
     ) -> dict[str, Tensor]:
         held = original if isinstance(original, Tensor) else original.load()
         weight = held.float().reshape(-1, held.shape[-1])
-        biased = site.linear.target is LINEAR and (site.bias is not None or self.bias)
+        biased = site.linear.target is LINEAR and (site.fitted_bias is not None or self.bias)
         paired = Paired.of(statistics, centred=biased)
         gone = self._chosen(site, count, weight, paired, statistics)
         kept = site.kept(gone)
-        bias = program.weights[site.bias] if site.bias is not None else torch.zeros(len(weight)) if biased else None
+        name = site.fitted_bias
+        bias = program.weights[name] if name is not None else torch.zeros(len(weight)) if biased else None
         if self.fit:
             fitted = refit(weight, bias if biased else None, paired, kept)
             made = {site.weight: masked(fitted.weight, kept, held), _MISSING: torch.tensor(fitted.missing)}

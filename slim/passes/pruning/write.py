@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -40,12 +40,32 @@ def write_config(
             told = ", ".join(f"{site} {count}" for site, count in left.items())
             notes.append(f"layers differ ({told}), {_UNSAID}")
         elif left[first] != first.units:
-            said = _written(config, first, left[first])
-            if said is None or not is_valid(program.facts, said):
+            said = next((each for each in _written(config, first, left[first]) if _builds(program, each, alike)), None)
+            if said is None:
                 notes.append(f"layers have {left[first]} {first.kind}s, {_UNSAID}")
             else:
                 program.facts.config = config = said
     return notes
+
+
+def _builds(program: Program, config: dict[str, Any], sites: Sequence[Site]) -> bool:
+    """Whether transformers makes the weights of ``sites`` of ``config`` as large as the pruned Program holds them."""
+    facts = replace(program.facts, config=config)
+    if not is_valid(facts, config):
+        return False
+    try:
+        expected = empty_model(facts).state_dict()
+    except errors.UnsupportedModel:  # nothing to compare with
+        return True
+    except (ValueError, TypeError):
+        return False
+    names = {member.weight for site in sites for member in site.group.members}
+    stored = {(part.base if (part := facts.parts.get(name)) else name): name for name in names}
+    return all(
+        tuple(expected[base].shape) == (facts.bases[base][0] if base in facts.bases else program.weights.shape(name))
+        for base, name in stored.items()
+        if base in expected
+    )
 
 
 def can_say_heads(program: Program, lost: Mapping[Site, int]) -> bool:
@@ -56,7 +76,7 @@ def can_say_heads(program: Program, lost: Mapping[Site, int]) -> bool:
     if len({(site.units, count) for site, count in lost.items()}) > 1:
         return False
     site, count = next(iter(lost.items()))
-    said = _written(facts.config, site, site.units - count)
+    said = next(iter(_written(facts.config, site, site.units - count)), None)
     if said is None or not is_valid(facts, said):
         return False
     try:
@@ -79,26 +99,28 @@ def _families(sites: Sequence[Site]) -> list[list[Site]]:
     return list(found.values())
 
 
-def _written(config: dict[str, Any], site: Site, left: int) -> dict[str, Any] | None:
-    """A configuration of ``left`` units; None where it has no field for them."""
+def _written(config: dict[str, Any], site: Site, left: int) -> Iterator[dict[str, Any]]:
+    """Configurations that may be those of ``left`` units, the likeliest first."""
     if site.kind in HEADS:
-        return _heads_written(config, site, left)
-    if site.kind is Kind.EXPERT:
+        yield from _heads_written(config, site, left)
+    elif site.kind is Kind.EXPERT:
         counts = {name: left for name in _NUMBER if config.get(name) == site.units}
-        return {**config, **counts} if counts else None
-    names = _EXPERTS if site.linear.target is EXPERTS else _DENSE
-    name = next((name for name in names if config.get(name) == site.units), None)
-    if name is None and config.get("n_inner", 0) is None:
-        name = "n_inner"  # None stands for four times the width of the model
-    return None if name is None else {**config, name: left}
+        if counts:
+            yield {**config, **counts}
+    else:
+        names = _EXPERTS if site.linear.target is EXPERTS else _DENSE
+        named = [name for name in names if config.get(name) == site.units]
+        free = [name for name in ("n_inner",) if config.get(name, 0) is None]  # stands for four times the model's width
+        for name in (*named, *free):
+            yield {**config, name: left}
 
 
-def _heads_written(config: dict[str, Any], site: Site, left: int) -> dict[str, Any] | None:
+def _heads_written(config: dict[str, Any], site: Site, left: int) -> Iterator[dict[str, Any]]:
     """Queries, keys and values; and the width of a head, which is otherwise taken to be the model's by the heads."""
     heads = len(site.columns) // site.width
     queries = {name: heads // site.units * left for name in _HEADS if config.get(name) == heads}
     if not queries:
-        return None
+        return
     keys = {name: left for name in KV_HEADS if config.get(name) == site.units and site.kind is Kind.KV_HEAD}
     width = {"head_dim": site.width} if "num_attention_heads" in queries else {}
-    return {**config, **queries, **keys, **width}
+    yield {**config, **queries, **keys, **width}
