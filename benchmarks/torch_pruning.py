@@ -77,10 +77,12 @@ def ours(case: Case, criterion: Literal["taylor", "obs"], width: int, left: int)
     """The pass, told to leave as many neurons as the peer does."""
     program = slim.compile(case.model, target="eager", verify=False).program
     from slim.compiler.dependencies import Dependencies
-    from slim.passes.pruning.sites import block_parameters, find_sites
+    from slim.passes.pruning.prices import Load, Prices
+    from slim.passes.pruning.sites import find_sites
 
     sites = [site for site in find_sites(program, Dependencies(program))[0] if site.units == width]
-    ratio = sum(site.cost * (width - left) for site in sites) / block_parameters(program)
+    prices = Prices("blocks", Load.of(program, 512))
+    ratio = prices.holding(program).gone(dict.fromkeys(sites, width - left)) / prices.total(program)
     pass_ = Prune(ratio - 1e-6, criterion, units="neurons")
     calibration = case.tensors()[: SEQUENCES[case.name]]
     made = slim.compile(case.model, [pass_], calibration=calibration, target="eager", verify=False)

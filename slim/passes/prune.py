@@ -219,8 +219,9 @@ class Prune(Pass):
 
     def _check_protected(self, program: Program) -> None:
         """Refuses patterns that match nothing: a misspelt one would leave nothing alone."""
+        facts = program.facts
         for pattern in self.protect:
-            if not any(fnmatchcase(name, pattern) for name in (*program.weights, *program.facts.tied)):
+            if not any(fnmatchcase(name, pattern) for name in (*program.weights, *facts.tied, *facts.bases)):
                 self._refuse("protect", f"{literal(pattern)} matches no weight")
 
     def _check_multiple(self, sites: Sequence[Site]) -> None:

@@ -147,13 +147,15 @@ class EvictingKVCache(KVCache):
         """Moves what stays to the front, head by head; memory stays where it is."""
         length, kept, real = self.length, self.eviction.kept, self.mask[:, : self.length]
         chosen, tensors = [], iter(self.tensors)
+        loses = (~real).sum(1) < length - kept  # [B], tokens and not padding alone
+        fades = torch.where(loses, self.eviction.fades, 1.0)[:, None, None]
         for index, slot in enumerate(self.slots):
             held = {kind.name: next(tensors) for kind in slot.tensors}
             places = self.eviction.choose(held["mass"][:, :, :length], real)
             chosen.append(self.held(index).gather(2, places))
             for tensor in held.values():
                 tensor[:, :, :kept] = _picked(tensor[:, :, :length], places)
-            held["mass"] *= self.eviction.fades
+            held["mass"] *= fades
         self.mask[:, :kept] = real.gather(1, places[:, 0])  # padding comes first, in every head as much
         self.mask[:, kept:] = True
         self._chosen, self.length = chosen, kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -68,31 +69,37 @@ class Prefixes:
 
     def evict(self, pages: int) -> int:
         """Gives back up to ``pages`` pages that only the index names; returns how many."""
+        free = [(node.used, node) for node in self._all() if self._may_go(node)]
+        heapq.heapify(free)
         given = 0
-        while given < pages:
-            leaves = [node for node in self._leaves(self._root) if self.pool.references[node.page] == 1]
-            if not leaves:
-                break
-            oldest = min(leaves, key=lambda node: node.used)
-            assert oldest.parent is not None
-            del oldest.parent.children[oldest.key]
+        while free and given < pages:
+            _, oldest = heapq.heappop(free)
+            parent = oldest.parent
+            assert parent is not None
+            del parent.children[oldest.key]
             self.pool.release(oldest.page)
             given += 1
+            if self._may_go(parent):
+                heapq.heappush(free, (parent.used, parent))
         return given
 
     def clear(self) -> None:
         """Forgets everything."""
-        for node in list(self._all(self._root)):
+        for node in list(self._all()):
             self.pool.release(node.page)
         self._root.children = {}
 
-    def _leaves(self, node: _Node) -> Iterator[_Node]:
-        return (found for found in self._all(node) if not found.children)
+    def _may_go(self, node: _Node) -> bool:
+        """Whether nothing comes after it, and nobody else names its page."""
+        return node is not self._root and not node.children and self.pool.references[node.page] == 1
 
-    def _all(self, node: _Node) -> Iterator[_Node]:
-        for child in node.children.values():
-            yield child
-            yield from self._all(child)
+    def _all(self) -> Iterator[_Node]:
+        """One long prompt is one long branch, which a recursion would not get to the end of."""
+        left = [self._root]
+        while left:
+            children = left.pop().children.values()
+            yield from children
+            left += children
 
     def _tick(self) -> int:
         self._clock += 1

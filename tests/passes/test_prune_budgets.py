@@ -10,6 +10,7 @@ import torch
 import slim
 from slim import errors
 from slim.compiler.cost import cost
+from slim.compiler.dependencies import Dependencies, Kind
 from slim.compiler.program import Program
 from slim.passes import Prune
 from tests.programs import lifted, model
@@ -109,6 +110,60 @@ def test_layers_that_differ_lose_what_they_share_once() -> None:
     pass_ = Prune(0.5, scope="global", reload=False)
     made = slim.compile(stacked(), [pass_], example_inputs=(x,), calibration=[(x,)], target="eager").program
     assert block_parameters(made) <= 0.5 * 5120
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"),
+    [("gpt2", "transformer.h.0.mlp.c_fc.weight"), ("phi3", "model.layers.0.mlp.gate_up_proj.weight"),
+     ("gpt_neox", "*.layers.0.attention.query_key_value.weight"), ("mixtral", "*.layers.0.mlp.experts.gate_up_proj")],
+)  # fmt: skip
+def test_the_names_that_the_checkpoint_has_protect(name: str, pattern: str) -> None:
+    _, report = pruned(lifted(name), Prune(0.03, "magnitude", protect=(pattern,), reload=False))
+    assert any("protects it" in skip.reason and "0" in skip.site for skip in report.skipped)
+
+
+@pytest.mark.parametrize("criterion", ["obs", "flap"])
+def test_experts_with_biases_are_pruned(criterion: Any) -> None:
+    made = slim.compile(model("gpt_oss"), [Prune(0.2, criterion, rounds=None)], calibration=tokens(), target="eager")
+    assert sum("neurons" in note for note in made.report.passes[0].notes) >= 1
+
+
+@pytest.mark.parametrize(
+    ("name", "changed", "written"),
+    [("opt", {"intermediate_size": 48}, "ffn_dim"), ("bloom", {"n_inner": None}, None)],
+)
+def test_a_configuration_is_written_where_the_model_reads_its_width(
+    name: str, changed: dict[str, Any], written: str | None
+) -> None:
+    program = lifted(name).copy()
+    assert program.facts.config is not None
+    program.facts.config = {**program.facts.config, **changed}
+    width = next(g.units for g in Dependencies(program).groups if g.kind is Kind.NEURON)
+    if "intermediate_size" in changed:
+        program.facts.config["intermediate_size"] = width
+    after, report = pruned(program, Prune(0.2, "magnitude", units="neurons"))
+    assert after.facts.config is not None
+    if written is None:
+        assert any("the configuration of the model cannot say" in note for note in report.notes)
+        assert after.facts.config == program.facts.config
+    else:
+        assert after.facts.config[written] < width
+        assert after.facts.config["intermediate_size"] == width
+
+
+class Picked(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = torch.nn.Linear(8, 32), torch.nn.Linear(4, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.o(self.a(x).topk(4, -1).values)
+
+
+def test_values_that_are_picked_are_no_experts() -> None:
+    x = torch.randn(4, 8)
+    with pytest.raises(errors.PassMatchedNothing, match="values are picked of it"):
+        slim.compile(Picked(), [Prune(0.3, units="experts")], example_inputs=(x,), calibration=[(x,)], target="eager")
 
 
 def test_a_share_of_blocks_is_refused_where_there_are_none() -> None:

@@ -128,16 +128,19 @@ def test_bursts_write_what_steps_write_and_memory_stays_within_the_budget(target
     assert cache.stats().seen == cache.get_seq_length() == written.shape[1] - 1
 
 
+@pytest.mark.parametrize("tokens", [5, 12, 30])
 @pytest.mark.parametrize("kind", KINDS)
-def test_padding_leaves_first_and_a_padded_row_is_the_row_alone(kind):
-    model = compiled("llama", "auto", kind, 16)
-    short, long = (torch.randint(3, zoo.VOCAB, (1, n), generator=torch.Generator().manual_seed(n)) for n in (30, 34))
-    padded = torch.cat([torch.cat([torch.zeros(1, 4, dtype=torch.int64), short], 1), long])
+def test_padding_leaves_first_and_a_padded_row_is_the_row_alone(kind, tokens):
+    model, pads = compiled("llama", "auto", kind, 16), 34 - tokens
+    short, long = (
+        torch.randint(3, zoo.VOCAB, (1, n), generator=torch.Generator().manual_seed(n)) for n in (tokens, 34)
+    )
+    padded = torch.cat([torch.cat([torch.zeros(1, pads, dtype=torch.int64), short], 1), long])
     mask = torch.ones_like(padded)
-    mask[0, :4] = 0
+    mask[0, :pads] = 0
     options = dict(max_new_tokens=24, do_sample=False, eos_token_id=None, pad_token_id=0)
     together = model.generate(padded, attention_mask=mask, **options)
-    assert torch.equal(together[:1, 4:], model.generate(short, **options))
+    assert torch.equal(together[:1, pads:], model.generate(short, **options))
     assert torch.equal(together[1:], model.generate(long, **options))
 
 

@@ -134,3 +134,19 @@ def test_pages_of_forgotten_prompts_are_given_back_the_oldest_first() -> None:
     rows[1][1].free()
     prefixes.clear()
     assert pool.free == pool.pages
+
+
+def test_a_prompt_of_thousands_of_pages_is_forgotten_page_by_page_from_its_end() -> None:
+    pages = 2000
+    pool = PagePool(SLOTS, pages)
+    prefixes = Prefixes(pool)
+    tokens = list(range(pages * PAGE))
+    row = prefixes.begin(tokens)
+    row.reserve(len(tokens))
+    row.length = len(tokens)
+    prefixes.learn(tokens, row)
+    row.free()
+    assert prefixes.evict(500) == 500
+    assert prefixes.known([*tokens, 5]) == pages - 500
+    prefixes.clear()
+    assert pool.free == pool.pages

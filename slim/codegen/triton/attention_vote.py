@@ -41,13 +41,18 @@ class _Vote:
         barrier = "tl.debug_barrier()  # what follows is read by other threads than wrote it"
         body = [
             *self._program(), *self._statistics(), *self._weights(), barrier, *self._slashes(), barrier,
-            *self._highest("column", term.columns, choices.columns),
+            *self._highest("column", term.columns, choices.columns, f"(real < {VOTERS})" if self._is_padded else None),
             *self._highest("slash", term.slashes, choices.slashes, "(place == 0)"),
         ]  # fmt: skip
         grid = [str(self.g.heads), batch]
         return self.writer.kernel(
             "vote", body, _CONFIGS, grid, f"{self.g.heads} * {batch} * {VOTERS + 2} * {self.room}"
         )
+
+    @property
+    def _is_padded(self) -> bool:
+        """Rows may have fewer tokens than there are keys."""
+        return self.region.key_mask is not None
 
     def _program(self) -> list[str]:
         region, writer = self.region, self.writer
@@ -90,8 +95,10 @@ class _Vote:
             *self._scores(), "most = tl.maximum(top, tl.max(s, 1))",
             'base = tl.where(most == float("-inf"), 0.0, most)',
             "total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)", "top = most",
+            *(["real += tl.sum((there & counts).to(tl.int32), 0)"] if self._is_padded else []),
         ]  # fmt: skip
         return [
+            *(["real = tl.zeros((), tl.int32)"] if self._is_padded else []),
             f'top = tl.full(({VOTERS},), float("-inf"), tl.float32)', f"total = tl.zeros(({VOTERS},), tl.float32)",
             "for first in range(0, keys, BLOCK_N):", *indented(body),
             'top = tl.where(top == float("-inf"), 0.0, top)', "total = tl.where(total == 0.0, 1.0, total)",

@@ -92,7 +92,7 @@ class Group:
     def columns(self, linear: fx.Node) -> Tensor:
         """int64 [n]: the unit of each feature that ``linear``, one of ``linears``, reads, or -1."""
         shape = linear.args[1].meta["val"].shape  # type: ignore[union-attr]
-        name = _stored_name(linear)
+        name = _weight_of(linear)
         return next(m.unit for m in self.members if m.weight == name and m.dim == len(shape) - 1)
 
     def __str__(self) -> str:
@@ -200,7 +200,7 @@ def _called(role: Role, dim: int, node: fx.Node) -> str:
     return names[dim] if len(names) == node.meta["val"].dim() else "entry" if node.meta["val"].dim() == 1 else "index"
 
 
-def _stored_name(linear: fx.Node) -> str:
+def _weight_of(linear: fx.Node) -> str:
     node = linear.args[1]
     while isinstance(node, fx.Node) and node.op != "get_attr":
         node = node.args[0]

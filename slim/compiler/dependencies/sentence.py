@@ -46,7 +46,10 @@ _TURNED = {"row": "column", "column": "row"}  # of a matrix that is stored as it
 
 
 def _lines(part: Part, shape: Sequence[int], dim: int, at: int) -> Tensor:
-    """int64: where along dimension ``at`` of the stored weight each index of the part's ``dim`` lies."""
+    """int64: where along dimension ``at`` of the stored weight each index of the part's ``dim`` lies.
+
+    Read off a weight that holds the number of its own line everywhere, of which the part is taken.
+    """
     lines = torch.arange(shape[at]).reshape([-1 if axis == at else 1 for axis in range(len(shape))])
     taken = part.take(lines.expand(*shape)).movedim(dim, 0)
     while taken.dim() > 1:
@@ -69,20 +72,29 @@ def sentence(kind: str, site: str, units: int, members: Sequence[Told]) -> str:
 
 def _indices(what: str, unit: Tensor, units: int) -> str:
     """Which indices unit i has: a formula for each of its runs where those of all units are as far apart."""
-    held = [(unit == each).nonzero()[:, 0].tolist() for each in range(units)]
+    held: list[list[int]] = [[] for _ in range(units)]
+    for index, each in enumerate(unit.tolist()):
+        if each >= 0:
+            held[each].append(index)
     runs = [_runs(numbers) for numbers in held]
     many = what if len(held[0]) == 1 else _PLURALS.get(what, f"{what}s")
-    if any(len(each) != len(runs[0]) for each in runs):
+    steps = _steps(runs)
+    if steps is None:
         return f"{many} {_listed([_span(*run) for run in runs[0]])} for i = 0"
-    steps = [runs[1][place][0] - first for place, (first, _) in enumerate(runs[0])]
+    return f"{many} {_listed([_formula(*run, step) for run, step in zip(runs[0], steps, strict=True)])}"
+
+
+def _steps(runs: Sequence[list[tuple[int, int]]]) -> list[int] | None:
+    """How much further on each run is from one unit to the next; None where that is not the same for all."""
+    if len({len(each) for each in runs}) > 1:
+        return None
+    steps = [after[0] - before[0] for before, after in zip(*runs[:2], strict=True)]
     regular = all(
-        each[place] == (first + step * i, last + step * i)
+        each[place] == (first + step * i, last + step * i) and step > 0
         for place, ((first, last), step) in enumerate(zip(runs[0], steps, strict=True))
         for i, each in enumerate(runs)
     )
-    if not regular:
-        return f"{many} {_listed([_span(*run) for run in runs[0]])} for i = 0"
-    return f"{many} {_listed([_formula(*run, step) for run, step in zip(runs[0], steps, strict=True)])}"
+    return steps if regular else None
 
 
 _PLURALS = {"entry": "entries", "matrix": "matrices", "index": "indices"}

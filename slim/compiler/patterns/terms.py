@@ -228,7 +228,7 @@ class VerticalSlash(Term):
     """``columns`` keys that all queries keep and ``slashes`` distances at which they look, chosen from the prompt.
 
     The last 64 queries of a call vote with their attention (Jiang et al. 2024, "MInference"). A call of fewer queries
-    sees all keys: decoding stays dense.
+    sees all keys, as does a row of fewer tokens: decoding stays dense.
     """
 
     sees_itself = True
@@ -244,7 +244,8 @@ class VerticalSlash(Term):
         if call.q.shape[2] < VOTERS:
             return call.full(True)
         k = call.k.repeat_interleave(call.q.shape[1] // call.k.shape[1], 1)
-        return voted(call.q, k, call.full(True) if call.seen is None else call.seen, self.columns, self.slashes)
+        few = (call.j >= 0).sum(-1, keepdim=True) < VOTERS
+        return few | voted(call.q, k, call.full(True) if call.seen is None else call.seen, self.columns, self.slashes)
 
     def keys_kept(self, *, causal: bool) -> tuple[Rational, Rational]:
         return Rational(self.columns + self.slashes), _NONE

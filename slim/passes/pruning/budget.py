@@ -127,7 +127,7 @@ class Budget:
         neurons = [site for site in self.sites if site.kind not in HEADS]
         held = sum(site.cost * site.units for site in neurons)
         missing = max(self.wanted - self.gone(lost), 0.0)
-        while not missing or missing < held:
+        while not (missing and missing >= held):
             share = missing / held if held else 0.0
             kept = {site: neurons_kept(site, math.ceil(share * site.units - 1e-9), self.multiple) for site in neurons}
             counts = {**lost, **{site: site.units - count for site, count in kept.items()}}

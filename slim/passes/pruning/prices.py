@@ -43,10 +43,12 @@ class Load:
 
 @dataclass(frozen=True)
 class Prices:
-    """Attributes:
-    measure: what is counted: numbers of the matrices of blocks, numbers or bytes of all weights, FLOPs, or
-        milliseconds of the roofline of ``machine``.
-    load: of FLOPs and time.
+    """What is counted.
+
+    Attributes:
+        measure: numbers of the matrices of blocks, numbers or bytes of all weights, FLOPs, or milliseconds of the
+            roofline of ``machine``.
+        load: of FLOPs and time.
     """
 
     measure: Measure
@@ -86,7 +88,7 @@ class Prices:
             return self._working(program)
         names = block_weights(program) if self.measure == "blocks" else program.weights
         size = program.weights.nbytes if self.measure == "bytes" else program.weights.numel
-        return Holding(program, {name: float(size(name)) for name in names}, {})
+        return Holding(program, self.measure, {name: float(size(name)) for name in names}, {})
 
     def _working(self, program: Program) -> Holding:
         works = dict(node_work(program))
@@ -98,7 +100,7 @@ class Prices:
                 cost = self._of_weights(works[node], program.weights.nbytes(name))
                 weights[name] = weights.get(name, 0.0) + cost
         attending = {node: self._of(work) for node, work in works.items() if node.target in ATTENTION}
-        return Holding(program, weights, attending, timed=self.measure == "latency", worked=True)
+        return Holding(program, self.measure, weights, attending)
 
     def _of(self, work: Work) -> float:
         return number(work.flops, self.load.sizes) if self.measure == "flops" else self._milliseconds(work)
@@ -120,19 +122,15 @@ class Prices:
 
 @dataclass(frozen=True)
 class Holding:
-    """Attributes:
-    weights: what each holds of a measure. attending: the same of attentions.
-    timed: the measure is time. worked: it is work, of which experts that a token does not ask for do none.
-    """
+    """What each weight and each attention of a Program holds of a measure."""
 
     program: Program
+    measure: Measure
     weights: Mapping[str, float]
     attending: Mapping[fx.Node, float]
-    timed: bool = False
-    worked: bool = False
 
     def priced(self, site: Site) -> Site:
-        """``site`` with what one of its units holds, which what its loss saves is at least."""
+        """``site`` with what goes with one of its units."""
         return replace(site, cost=self.gone({site: 1}))
 
     def gone(self, counts: Mapping[Site, int]) -> float:
@@ -147,11 +145,12 @@ class Holding:
 
     def _share(self, member: Member) -> float:
         """A unit's of the dimension."""
-        return len(member.of(0)) / self.program.weights.shape(member.weight)[member.dim]
+        return int((member.unit == 0).sum()) / self.program.weights.shape(member.weight)[member.dim]
 
     def _counts(self, site: Site, member: Member) -> bool:
         """A token asks as many experts of few as of many, so that only their router gets cheaper."""
-        asked = self.worked and site.kind is Kind.EXPERT and member.weight in self._experts
+        worked = self.measure in ("flops", "latency")
+        asked = worked and site.kind is Kind.EXPERT and member.weight in self._experts
         return member.weight in self.weights and not asked
 
     @cached_property
@@ -160,6 +159,6 @@ class Holding:
 
     def _attending(self, site: Site) -> float:
         """Of the attention whose heads they are; its time is that of keys and values, which query heads leave."""
-        if site.kind not in HEADS or (self.timed and site.kind is Kind.QUERY_HEAD):
+        if site.kind not in HEADS or (self.measure == "latency" and site.kind is Kind.QUERY_HEAD):
             return 0.0
         return self.attending.get(attention_of(site.value), 0.0)

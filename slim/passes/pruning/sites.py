@@ -26,13 +26,13 @@ class Site:
     Attributes:
         linear: the node that reads them; ``aten.linear``, or ``slim.expert_linear`` with a matrix for each expert.
         columns: int64 [n], the unit of each feature that it reads; none of experts, which read all.
-        cost: parameters of a unit, or what it holds of another measure.
+        cost: what a unit holds of a measure; see ``Holding.priced``.
     """
 
     group: Group
     linear: fx.Node
     columns: Tensor
-    cost: float
+    cost: float = 0.0
 
     @property
     def value(self) -> fx.Node:
@@ -100,8 +100,7 @@ def find_sites(
     for group in found.groups:
         reason = _reason(group, protect, kinds)
         if reason is None:
-            cost = sum(_share(program, member.weight, member.dim, member.of(0)) for member in group.members)
-            sites.append(_site(group, cost))
+            sites.append(_site(group))
         elif group.kind in kinds:
             skips.append(Skip(group.site, reason))
     return sites, skips
@@ -114,30 +113,28 @@ def _is_told(kept: Kept, kinds: Sequence[Kind]) -> bool:
     return kept.kind in kinds or kept.kind is Kind.CHANNEL
 
 
-def _site(group: Group, cost: float) -> Site:
+def _site(group: Group) -> Site:
     if group.kind is Kind.EXPERT:  # the last of its linears, none of whose columns belong to one expert
-        return Site(group, group.linears[-1], torch.zeros(0, dtype=torch.long), cost)
-    return Site(group, group.linears[0], group.columns(group.linears[0]), cost)
+        return Site(group, group.linears[-1], torch.zeros(0, dtype=torch.long))
+    return Site(group, group.linears[0], group.columns(group.linears[0]))
 
 
 def _reason(group: Group, protect: Sequence[str], kinds: Sequence[Kind]) -> str | None:
     """Why a group is left alone."""
-    named = next((p for p in protect for m in group.members if fnmatchcase(m.weight, p)), None)
+    names = {name for member in group.members for name in (member.weight, member.told.weight)}
+    named = next((pattern for pattern in protect if any(fnmatchcase(name, pattern) for name in names)), None)
     if group.kind not in kinds:
         return f"its units are of the kind {group.kind}"
     if named is not None:
         return f"{named!r} protects it"
     if group.kind is Kind.EXPERT:
-        return None
+        chosen = any(linear.target is EXPERTS for linear in group.linears)
+        return None if chosen else "values are picked of it, and no expert's matrices"
     if len(group.linears) > 1:
         return f"linears read its units {len(group.linears)} times"
     if not bool((group.columns(group.linears[0]) >= 0).all()):
         return "its linear reads other things too"
     return None
-
-
-def _share(program: Program, weight: str, dim: int, indices: Sequence[int]) -> int:
-    return program.weights.numel(weight) // program.weights.shape(weight)[dim] * len(indices)
 
 
 def block_weights(program: Program) -> Iterator[str]:

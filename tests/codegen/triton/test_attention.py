@@ -403,6 +403,7 @@ PREFILL = {
     "best_blocks_in_pages": Case(pattern="top(4, 2) | window(3)", held=30, queries=19, page=8, quantised=8),
     "best_blocks_alone": Case(pattern="top(8, 2)", heads=6, held=None, queries=30, dtype=BF16, width=64),
     "votes": Case(pattern="vertical_slash(6, 5) | columns(1)", held=13, queries=66, padding=4, rope="half", batch=1),
+    "votes_of_a_short_row": Case(pattern="vertical_slash(3, 2)", held=None, queries=66, padding=9, width=16, heads=2),
     "votes_of_some_heads": Case(
         pattern="0-1: vertical_slash(6, 5); 2: top(8, 2); 3: window(3)",
         held=None,

@@ -376,6 +376,7 @@ void vote(const Attention& a, const Source<K, V>& source, i64 batch, i64 head, c
     mark_highest(column, keys, a.slash_columns, spare, -1, columns);
     mark_highest(slash, keys, a.slashes, spare, a.most_keys, slashes);
     slashes[a.most_keys / 64] |= (u64)1 << a.most_keys % 64;
+    if (keys - origin < VOTERS) std::memset(columns, 0xff, sizeof(u64) * (size_t)choices.vote_words);
 }
 
 template <class K, class V>
