@@ -18,7 +18,7 @@ from slim.compiler.passes_base import Context, Pass, Progress
 from slim.compiler.pipeline import run_pipeline
 from slim.compiler.program import Program
 from slim.passes import as_passes
-from slim.runtime.cache import KVCacheConfig
+from slim.runtime.cache import KVCacheConfig, as_config
 from slim.runtime.compiled import CompiledModel
 
 
@@ -64,6 +64,7 @@ def compile(
     """
     pipeline = as_passes(passes)
     chosen = select(target, tune)
+    as_config(kv_cache)  # now, and not after the passes
     context = _context(calibration, verify, strict, dump, progress)
     Dump.to(context.dump).check()  # now, and not after the lift
     start = time.perf_counter()

@@ -21,6 +21,9 @@ def vocabulary(program: Program) -> int | None:
     return min(map(int, rows), default=None)
 
 
+POSITIONS = "the positions of the model,"  # what a prompt may be too long for, before their number
+
+
 def position_limit(program: Program) -> int | None:
     """How many positions the model has learned or tabulated; None where nothing but training limits them."""
     limits = [program.facts.max_length]
@@ -126,5 +129,5 @@ def checked_positions(positions: Any, tokens: Tensor, limit: int | None) -> Tens
         reason = f"they must be a tensor {list(tokens.shape)}, one position a token"
         raise errors.BadInput(argument="position_ids", reason=reason)
     if limit is not None and int(positions.max()) >= limit:
-        raise errors.PromptTooLong(length=int(positions.max()) + 1, capacity=limit)
+        raise errors.PromptTooLong(length=int(positions.max()) + 1, capacity=limit, room=POSITIONS)
     return positions.long().expand(tokens.shape)

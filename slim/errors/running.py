@@ -78,13 +78,17 @@ class EmptyPrompt(SlimError, ValueError):
 
 
 class PromptTooLong(SlimError, ValueError):
-    """Prompt and new tokens together do not fit the KV cache."""
+    """Prompt and new tokens together do not fit the KV cache, or the positions that the model has."""
 
-    message = "{length} tokens do not fit a cache of {capacity}"
-    hint = "shorten the prompt, lower max_new_tokens, or compile with a larger KVCacheConfig(max_tokens=...)."
+    message = "{length} tokens do not fit {room} {capacity}"
+    hint = (
+        "shorten the prompt or lower max_new_tokens; a cache holds KVCacheConfig(max_tokens=...), a scheduler "
+        "Scheduler(max_tokens=...), and a model's positions are what they are."
+    )
 
     length: int
     capacity: int
+    room: str = "a cache of"
 
 
 class TokenOutOfRange(SlimError, IndexError):
@@ -128,10 +132,10 @@ class CacheUnsupported(SlimError, ValueError):
 
 
 class CacheMismatch(SlimError, ValueError):
-    """A cache was handed to a model it was not made for."""
+    """A cache was handed to a model, or to a batch, that it was not made for."""
 
-    message = "the KV cache does not belong to this model: expected {expected}, got {got}"
-    hint = "take the cache from the same CompiledModel, and do not share it between models."
+    message = "the KV cache is not one for this call: it must be {expected}, and is {got}"
+    hint = "take it from new_cache(batch) of the same CompiledModel, and do not share it between models."
 
     expected: object
     got: object

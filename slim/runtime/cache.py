@@ -59,9 +59,9 @@ class KVCacheConfig:
                     of="slim.KVCacheConfig",
                 )
         for option in ("window", "max_tokens", "sinks", "budget"):
-            value = getattr(self, option)
-            if value is not None and (
-                not isinstance(value, int) or isinstance(value, bool) or value < (option != "sinks")
+            value, free = getattr(self, option), option != "sinks"
+            if (value is not None or not free) and (
+                not isinstance(value, int) or isinstance(value, bool) or value < free
             ):
                 raise errors.BadInput(
                     argument=option, reason=f"{value!r} is no number of tokens", of="slim.KVCacheConfig"
@@ -89,9 +89,27 @@ class KVCacheConfig:
             raise errors.ContradictoryOptions(a=eviction, b="layout='paged'", reason=reason)
 
     @property
+    def loses(self) -> str | None:
+        """What a model that runs over such a cache computes otherwise than without one; None for nothing."""
+        said = {name: getattr(self, name) for name in ("dtype", "window", "eviction")}
+        lost = ", ".join(f"{name}={value!r}" for name, value in said.items() if value is not None)
+        return f"KVCacheConfig({lost})" if lost else None
+
+    @property
     def bits(self) -> int:
         """Bits of a number, where ``dtype`` says; 0 where it does not."""
         return {None: 0, "int8": 8, "int4": 4}[self.dtype]
+
+
+def as_config(given: KVCacheConfig | None) -> KVCacheConfig:
+    """``given``, or the default.
+
+    Raises:
+        BadInput: for anything else.
+    """
+    if not isinstance(given, KVCacheConfig | None):
+        raise errors.BadInput(argument="kv_cache", reason=f"{given!r:.60} is no KVCacheConfig", of="slim.KVCacheConfig")
+    return given or KVCacheConfig()
 
 
 class Tensors(NamedTuple):
@@ -162,7 +180,10 @@ def check_truncate(length: int) -> None:
 
 
 def check_fork(order: Sequence[int], batch: int) -> None:
-    """Raises BadInput for an order that names a row that there is not."""
+    """Raises BadInput for an order that names a row that there is not, or none."""
+    if not isinstance(order, Sequence) or not order:
+        reason = f"{order!r:.60} is no list of rows; give one or more of {batch}, counted from 0"
+        raise errors.BadInput(argument="order", reason=reason, of="slim.runtime.cache.KVCache.fork")
     for row in order:
         if not isinstance(row, int) or isinstance(row, bool) or not 0 <= row < batch:
             reason = f"{row!r} is no row; there are {batch}, from 0 on"

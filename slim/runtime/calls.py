@@ -47,12 +47,12 @@ def check_cache(cache: Any, model: CompiledModel, batch: int) -> None:
     """Raises CacheMismatch where ``cache`` was not made by this model, for this batch."""
     kind = PagedKVCache if model.paged else KVCache
     if not isinstance(cache, kind):
-        raise errors.CacheMismatch(expected=f"a {kind.__name__} of this model", got=type(cache).__name__)
+        raise errors.CacheMismatch(expected=f"a {kind.__name__} of this model", got=f"a {type(cache).__name__}")
     if cache.slots != model.slots:
-        expected, got = (f"{len(layers)} layers {list(layers[:1])}" for layers in (model.slots, cache.slots))
+        expected, got = (f"of {len(layers)} layers {list(layers[:1])}" for layers in (model.slots, cache.slots))
         raise errors.CacheMismatch(expected=expected, got=got)
     if cache.batch != batch:
-        raise errors.CacheMismatch(expected=f"batch {batch}", got=f"batch {cache.batch}")
+        raise errors.CacheMismatch(expected=f"for {batch} rows", got=f"for {cache.batch}")
 
 
 # -- causal language models --------------------------------------------------------------------------------------------

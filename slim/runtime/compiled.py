@@ -25,7 +25,7 @@ from slim.compiler.rounded_kv import pair_bits
 from slim.runtime import calls, generation
 from slim.runtime.architecture import counts_real_tokens, rebuild_generation_config
 from slim.runtime.binding import bind_cache, cache_slots, check_cacheable
-from slim.runtime.cache import KVCache, KVCacheConfig, Slot
+from slim.runtime.cache import KVCache, KVCacheConfig, Slot, as_config
 from slim.runtime.evicting import EvictingKVCache
 from slim.runtime.eviction import Eviction
 from slim.runtime.explain import Explanation, explain
@@ -75,7 +75,7 @@ class CompiledModel:
         self.report = report
         self.pipeline = pipeline
         self.target = select(target) if isinstance(target, str) else target
-        self.kv_cache = kv_cache or KVCacheConfig()
+        self.kv_cache = as_config(kv_cache)
         self._dump = dump or Dump(None)
         self._paging, self._eviction = paging(self.kv_cache), Eviction.of(self.kv_cache)
         self._steps: dict[tuple[bool, bool], Step | PagedStep] = {}
@@ -409,6 +409,8 @@ class CompiledModel:
         from slim.runtime.export import export
 
         export(self.program, directory, format, dequantize=dequantize)
+        if lost := self.kv_cache.loses:
+            log.warning("the export has no %s: how keys and values are kept is not part of it", lost)
 
 
 def _below(name: str, executable: Executable) -> dict[str, str | bytes]:

@@ -18,7 +18,7 @@ from transformers.generation import (
 from transformers.generation.configuration_utils import GenerationMode
 
 from slim import errors
-from slim.compiler.inputs import checked_mask, checked_positions, checked_tokens
+from slim.compiler.inputs import POSITIONS, checked_mask, checked_positions, checked_tokens
 from slim.runtime.loop import Loop, Plan
 from slim.runtime.steps import Decoder
 
@@ -236,7 +236,7 @@ def _settle_length(
 def _check_fits(model: Generative, plan: Plan) -> None:
     run = plan.max_length - 1  # the last token is returned, and never run
     if model.position_limit is not None and run > model.position_limit:
-        raise errors.PromptTooLong(length=run, capacity=model.position_limit)
+        raise errors.PromptTooLong(length=run, capacity=model.position_limit, room=POSITIONS)
     trained = getattr(model.config, "max_position_embeddings", None)
     if trained is not None and run > trained:
         log.warning("up to %d tokens are asked of a model made for %d: expect it to lose the thread", run, trained)

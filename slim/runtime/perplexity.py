@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from slim import errors
+from slim.compiler.inputs import POSITIONS
 
 _LONGEST = 2048  # tokens read at once where the caller does not say: what published perplexities use
 _LOGITS_AT_ONCE = 1 << 25  # 128 MiB in float32
@@ -122,7 +123,7 @@ def reading_length(model: Any, tokens: int | None = None) -> int:
     made_for = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     limit = getattr(model, "position_limit", None)
     if tokens is not None and limit is not None and tokens > limit:
-        raise errors.PromptTooLong(length=tokens, capacity=limit)
+        raise errors.PromptTooLong(length=tokens, capacity=limit, room=POSITIONS)
     return tokens or min(length for length in (made_for, limit, _LONGEST) if length)
 
 

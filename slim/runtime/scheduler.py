@@ -19,6 +19,7 @@ from torch import Tensor
 
 from slim import errors
 from slim.codegen import Ends, GreedySteps
+from slim.compiler.inputs import POSITIONS
 from slim.compiler.patterns import read_pattern
 from slim.compiler.rules import argument
 from slim.runtime.detokenize import Detokenizer
@@ -145,9 +146,14 @@ class Scheduler:
             )
         total = len(prompt) + max_new_tokens - 1  # the last token is returned, and never run
         assert self.pool.limit is not None
-        for limit in (self.pool.limit * PAGE, self.model.position_limit, self.model.kv_cache.max_tokens):
+        limits = (
+            ("a scheduler's max_tokens of", self.pool.limit * PAGE),
+            (POSITIONS, self.model.position_limit),
+            ("a cache of", self.model.kv_cache.max_tokens),
+        )
+        for room, limit in limits:
             if limit is not None and total > limit:
-                raise errors.PromptTooLong(length=total, capacity=limit)
+                raise errors.PromptTooLong(length=total, capacity=limit, room=room)
         with self._lock:
             request = Request(self, next(self._numbers), prompt, max_new_tokens, sampling)
             self._begin_text(request)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import slim
 from slim import errors
 from slim.runtime.cache import KVCache, KVCacheConfig, Slot
 
@@ -66,3 +67,21 @@ def test_reset_forgets_tokens_and_padding_and_keeps_the_memory():
     assert cache.length == cache.get_seq_length() == 0
     assert bool(cache.prepare(2).all())
     assert [tensor.data_ptr() for tensor in cache.tensors] == memory
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [(0, "0 is no list of rows"), ([], r"\[\] is no list of rows"), ([2], "2 is no row; there are 2")],
+)
+def test_an_order_of_rows_that_is_none_is_refused(order, said):
+    cache = KVCache(SLOTS, batch=2, capacity=4)
+    with pytest.raises(errors.BadInput, match=said):
+        cache.fork(order)
+
+
+@pytest.mark.parametrize("given", [{"window": 4}, "paged", KVCacheConfig], ids=str)
+def test_what_is_no_configuration_is_refused_before_anything_is_compiled(given):
+    with pytest.raises(errors.BadInput, match="is no KVCacheConfig"):
+        slim.compile("no/such/model", kv_cache=given)
+    with pytest.raises(errors.BadInput, match="None is no number of tokens"):
+        KVCacheConfig(window=4, sinks=None)

@@ -115,14 +115,14 @@ def test_a_cache_of_another_model_or_batch_is_refused():
     compiled, other = pair("llama")[1], pair("gpt2")[1]
     with pytest.raises(errors.CacheMismatch, match="layers"):
         compiled(prompt()[0], past_key_values=other.new_cache(3))
-    with pytest.raises(errors.CacheMismatch, match="batch 3, got batch 2"):
+    with pytest.raises(errors.CacheMismatch, match="must be for 3 rows, and is for 2"):
         compiled(prompt()[0], past_key_values=compiled.new_cache(2))
 
 
 def test_positions_beyond_a_learned_table_are_refused():
     compiled = pair("gpt2")[1]
     assert compiled.position_limit == 256
-    with pytest.raises(errors.PromptTooLong, match="257 tokens do not fit a cache of 256"):
+    with pytest.raises(errors.PromptTooLong, match="257 tokens do not fit the positions of the model, 256"):
         compiled(torch.full((1, 257), 5))
 
 

@@ -267,7 +267,7 @@ def test_learned_positions_limit_the_length():
     _, compiled = pair("gpt2")
     tokens = torch.full((1, 250), 5)
     assert compiled.generate(tokens, **{**GREEDY, "max_new_tokens": 7}).shape[1] == 257
-    with pytest.raises(errors.PromptTooLong, match="257 tokens do not fit a cache of 256"):
+    with pytest.raises(errors.PromptTooLong, match="257 tokens do not fit the positions of the model, 256"):
         compiled.generate(tokens, **{**GREEDY, "max_new_tokens": 8})
 
 

@@ -17,6 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import slim
 from slim.cli import main
 from slim.cli.progress import Steps
 from slim.passes import PASSES
@@ -147,6 +148,17 @@ def test_eval_by_windows_gives_bits_per_byte(artifact: Path, text: Path, origina
     expected = score(original, windows(text.read_text(), tokenizer, 128, 300))
     assert shown_number(result, "bits per byte") == pytest.approx(expected.bits_per_byte, abs=1e-4)
     assert shown_number(result, "windows of at most 128 tokens") == 3
+
+
+def test_eval_and_export_say_that_how_tokens_are_kept_is_not_part_of_them(
+    model: Path, text: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled = slim.compile(model, target="eager", kv_cache=slim.KVCacheConfig(window=8, dtype="int8"))
+    compiled.save(tmp_path / "ring")
+    result = succeed("eval", tmp_path / "ring", "--text", text, "--max-tokens", 100)
+    assert "KVCacheConfig(dtype='int8', window=8) costs nothing here" in result.stderr
+    compiled.export(tmp_path / "out")
+    assert "the export has no KVCacheConfig(dtype='int8', window=8)" in caplog.text
 
 
 # -- inspect and passes ------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from slim import errors
-from slim.compiler.inputs import checked_mask, checked_tokens, position_limit, vocabulary
+from slim.compiler.inputs import POSITIONS, checked_mask, checked_tokens, position_limit, vocabulary
 from slim.compiler.program import Program
 from slim.compiler.tokenizer import load_tokenizer
 
@@ -228,7 +228,7 @@ def _completed(program: Program, given: dict[str, Any], argument: str) -> Batch:
         tokens = checked_tokens(tokens[None] if tokens.dim() == 1 else tokens, vocabulary(program), argument)
         limit = position_limit(program)
         if limit is not None and tokens.shape[1] > limit:
-            raise errors.PromptTooLong(length=tokens.shape[1], capacity=limit)
+            raise errors.PromptTooLong(length=tokens.shape[1], capacity=limit, room=POSITIONS)
         given["input_ids"] = tokens
         mask = checked_mask(given.get("attention_mask", torch.ones_like(tokens)), tokens)
         given["attention_mask"], real = mask, mask.bool()
