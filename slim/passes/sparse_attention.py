@@ -232,7 +232,9 @@ class SparseAttention(Pass):
             f"each head keeps {wanted:.0%} of its attention over {sum(batch.tokens for batch in batches):,} tokens, in "
             f"sequences of up to {max(int(batch.inputs[0].shape[1]) for batch in batches)}: {named}"
         )
-        return {node: str(by_head([head.terms for head in heads])) for node, heads in found.items()}
+        texts = {node: str(by_head([head.terms for head in heads])) for node, heads in found.items()}
+        report.notes += [f"{_name(node)}, heads {text}" for node, text in texts.items() if text != "dense"]
+        return texts
 
 
 def _name(node: fx.Node) -> str:

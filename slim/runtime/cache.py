@@ -224,7 +224,7 @@ class KVCache:
 
     def __repr__(self) -> str:
         return (
-            f"KVCache(batch={self.batch}, length={self.length}, capacity={self.capacity}, layers={len(self.slots)}, "
+            f"{type(self).__name__}(batch={self.batch}, length={self.length}, capacity={self.capacity}, layers={len(self.slots)}, "
             f"bytes={self.nbytes:,})"
         )
 

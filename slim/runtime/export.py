@@ -100,6 +100,7 @@ def _plain(program: Program, dequantize: bool) -> Callable[[Path], None]:
     state = state_dict(program, dequantize=dequantize)
     dtype = main_dtype(state)
     state = fitted(model, facts, state, "transformers", lambda shape, value: torch.full(shape, value, dtype=dtype))
+    model.to(dtype)  # what the configuration then says: from_pretrained goes by it
     return lambda folder: model.save_pretrained(folder, state_dict=state)
 
 

@@ -20,7 +20,11 @@ PAGE = 64  # tokens: what kernels attend to at a time
 
 @dataclass(frozen=True)
 class Stats:
-    """What a pool holds. ``tokens`` counts those of every row; ``shared`` the pages that more than one row names."""
+    """What a pool holds.
+
+    ``tokens`` counts those of every row, the ``evicted`` ones that a ring has overwritten among them; ``shared`` the
+    pages that more than one row names.
+    """
 
     pages: int
     free: int

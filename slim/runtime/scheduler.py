@@ -325,9 +325,9 @@ class Scheduler:
         """A burst for all whose prompts are done."""
         ready = [request for request in self._running if self._behind(request) == 0]
         steps = min([_BURST, *(request.limit - len(request.tokens) for request in ready)])
-        for request in list(ready):
-            if request.state == "running" and not self._reserve(request, steps):
-                continue
+        for request in ready:
+            if request.state == "running":  # one before it may have taken its pages
+                self._reserve(request, steps)
         ready = [request for request in ready if request.state == "running"]
         if not ready:
             return False

@@ -129,3 +129,9 @@ def test_a_failure_to_write_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(errors.SaveFailed, match="No space left"):
         pair("llama")[1].export(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_configuration_says_the_type_that_the_weights_have(tmp_path):
+    """A model that was moved to another type keeps a configuration that says the old one."""
+    slim.compile(zoo.build("qwen2").bfloat16(), "fold_norms", target="eager").export(tmp_path / "out")
+    assert {value.dtype for value in reloaded(tmp_path / "out").state_dict().values()} == {torch.bfloat16}
