@@ -224,8 +224,8 @@ class KVCache:
 
     def __repr__(self) -> str:
         return (
-            f"{type(self).__name__}(batch={self.batch}, length={self.length}, capacity={self.capacity}, layers={len(self.slots)}, "
-            f"bytes={self.nbytes:,})"
+            f"{type(self).__name__}(batch={self.batch}, length={self.length}, capacity={self.capacity}, "
+            f"layers={len(self.slots)}, bytes={self.nbytes:,})"
         )
 
     @property
