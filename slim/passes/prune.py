@@ -29,6 +29,7 @@ from slim.compiler.residual import NoStream
 from slim.compiler.stack import find_blocks, take_out
 from slim.compiler.statistics import SiteStatistics, calibration_of, collect
 from slim.compiler.statistics.gradients import output_moments
+from slim.compiler.uses import EXPERTS
 from slim.passes.fold_norms import FoldNorms
 from slim.passes.pruning import depth as depths
 from slim.passes.pruning import experts, gradients, scores
@@ -56,6 +57,7 @@ _NARROW = (
     "transformers has no configuration for this model with a narrower residual stream: it takes a head to be as wide "
     "as the stream divided by the heads, or has no place for a bias that a linear gets; reload=False leaves it to slim"
 )
+_UNKNOWN_CHOICE = "how its experts are chosen cannot be followed, so that none of them can go"
 _ROUNDS = 2  # of Gauss-Newton; the third gains nothing on tokens that were not seen
 
 
@@ -199,7 +201,9 @@ class Prune(Pass):
         ]
         if not sites:
             if not report.skipped:
-                report.skipped.append(Skip("the graph", f"it has no {' or '.join(f'{kind}s' for kind in kinds)}"))
+                unknown = self.units == "experts" and any(program.nodes(EXPERTS))
+                none = f"it has no {' or '.join(f'{kind}s' for kind in kinds)}"
+                report.skipped.append(Skip("the graph", _UNKNOWN_CHOICE if unknown else none))
             return report
         self._check_multiple(sites)
         before = block_parameters(program)

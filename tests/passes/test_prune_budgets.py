@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import slim
+from benchmarks import zoo
 from slim import errors
 from slim.compiler.cost import cost
 from slim.compiler.dependencies import Dependencies, Kind
@@ -164,6 +165,11 @@ def test_values_that_are_picked_are_no_experts() -> None:
     x = torch.randn(4, 8)
     with pytest.raises(errors.PassMatchedNothing, match="values are picked of it"):
         slim.compile(Picked(), [Prune(0.3, units="experts")], example_inputs=(x,), calibration=[(x,)], target="eager")
+
+
+def test_experts_whose_choice_is_not_followed_are_said_to_be_there() -> None:
+    with pytest.raises(errors.PassMatchedNothing, match="how its experts are chosen cannot be followed"):
+        slim.compile(zoo.build("deepseek_v3"), [Prune(0.2, "magnitude", units="experts")], target="eager")
 
 
 def test_a_share_of_blocks_is_refused_where_there_are_none() -> None:
