@@ -41,6 +41,7 @@ class _Vote:
         barrier = "tl.debug_barrier()  # what follows is read by other threads than wrote it"
         body = [
             *self._program(), *self._statistics(), *self._weights(), barrier, *self._slashes(), barrier,
+            *self._real(),
             *self._highest("column", term.columns, choices.columns, f"(real < {VOTERS})" if self._is_padded else None),
             *self._highest("slash", term.slashes, choices.slashes, "(place == 0)"),
         ]  # fmt: skip
@@ -95,10 +96,8 @@ class _Vote:
             *self._scores(), "most = tl.maximum(top, tl.max(s, 1))",
             'base = tl.where(most == float("-inf"), 0.0, most)',
             "total = total * tl.exp2(top - base) + tl.sum(tl.exp2(s - base[:, None]), 1)", "top = most",
-            *(["real += tl.sum((there & counts).to(tl.int32), 0)"] if self._is_padded else []),
         ]  # fmt: skip
         return [
-            *(["real = tl.zeros((), tl.int32)"] if self._is_padded else []),
             f'top = tl.full(({VOTERS},), float("-inf"), tl.float32)', f"total = tl.zeros(({VOTERS},), tl.float32)",
             "for first in range(0, keys, BLOCK_N):", *indented(body),
             'top = tl.where(top == float("-inf"), 0.0, top)', "total = tl.where(total == 0.0, 1.0, total)",
@@ -130,6 +129,16 @@ class _Vote:
             "tl.store(slash_sums + apart, total_of, mask=apart < keys)",
         ]  # fmt: skip
         return [f"for first in range(0, keys, {_PIECE}):", *indented(body)]
+
+    def _real(self) -> list[str]:
+        """The tokens of the row: few see all keys. Counted here, where few registers are taken."""
+        if not self._is_padded:
+            return []
+        body = [
+            f"t = first + tl.arange(0, {_PIECE})", "there = t < keys", *key_mask(self.writer, self.region, "there"),
+            "real += tl.sum(counts.to(tl.int32), 0)",
+        ]  # fmt: skip
+        return ["real = tl.zeros((), tl.int32)", f"for first in range(0, keys, {_PIECE}):", *indented(body)]
 
     def _highest(self, name: str, count: int, out: View, always: str | None = None) -> list[str]:
         """The ``count`` highest sums, and all that equal the last of them: floats of no sign order as their bits do."""
