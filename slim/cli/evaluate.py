@@ -65,8 +65,8 @@ def evaluate(
         ("seconds", f"{seconds:.1f}"),
     ]
     print_table(f"{model} on {file}", ("", ""), rows)
-    if lost := compiled.kv_cache.loses:
-        click.echo(f"note: texts are read at once, without a cache, so that {lost} costs nothing here", err=True)
+    if changed := compiled.kv_cache.changes:
+        click.echo(f"note: texts are read at once, without a cache, so that {changed} costs nothing here", err=True)
 
 
 def _check(max_tokens: int | None, pieces: str | None, limit: int | None) -> None:

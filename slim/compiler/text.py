@@ -7,6 +7,7 @@ anything, one assignment a node, so that an artifact is data.
 from __future__ import annotations
 
 import ast
+import functools
 import io
 import itertools
 import json
@@ -205,7 +206,7 @@ class _Reader:
             self._provenance(node, statement.lineno)
             self.values[statement.target.id] = self._typed(node)
             shown = show_type(node.meta["val"], self.program.dims)
-            if not _is_type(statement.annotation, ast.parse(shown, mode="eval").body):
+            if not _is_type(statement.annotation, _type(shown)):
                 reason = f"{node.name} is {shown}, and not {ast.unparse(statement.annotation)}"
                 raise errors.BadIR(line=statement.lineno, reason=reason)
         else:
@@ -250,6 +251,11 @@ class _Reader:
             case ast.Call(func=ast.Attribute(value=ast.Name(id="torch"), attr="device")):
                 return torch.device(ast.literal_eval(node.args[0]))
         return ast.literal_eval(node)
+
+
+@functools.cache  # layers repeat theirs
+def _type(text: str) -> ast.expr:
+    return ast.parse(text, mode="eval").body
 
 
 def _is_type(written: ast.expr, made: ast.expr) -> bool:

@@ -32,9 +32,7 @@ class BadPassOption(SlimError, ValueError):
 
     @property
     def suggestion(self) -> str:
-        value = self.reason.partition(" ")[0].strip(
-            '"'
-        )  # what is misspelt is the option, or what the reason begins with
+        value = self.reason.partition(" ")[0].strip('"')  # a reason may begin with the value, which is misspelt then
         return did_you_mean(self.option, self.known) or did_you_mean(value, self.known)
 
     @property

@@ -135,15 +135,7 @@ def bisect(
     Example:
         >>> print(slim.inspection.bisect(model, 'fold_norms, quantize("int4")', 0.05))
     """
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
-        raise errors.BadInput(
-            argument="threshold",
-            reason=f"it must be 0 or more, and finite, not {threshold!r}",
-            of="slim.inspection.bisect",
-        )
-    if not isinstance(model, (nn.Module, str, Path, Program)):
-        reason = f"{type(model).__name__} is neither a module nor a path nor a Program"
-        raise errors.BadInput(argument="model", reason=reason, of="slim.inspection.bisect")
+    _check(model, threshold)
     pipeline = as_passes(passes)
     watcher = _Watcher()
     if isinstance(model, nn.Module):
@@ -178,6 +170,15 @@ def bisect(
     found.rewrites = watcher.bad
     _find(found, probe, outputs, stages, ctx.report, spoilt)
     return found
+
+
+def _check(model: object, threshold: object) -> None:
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < math.inf:
+        reason = f"it must be 0 or more, and finite, not {threshold!r}"
+        raise errors.BadInput(argument="threshold", reason=reason, of="slim.inspection.bisect")
+    if not isinstance(model, (nn.Module, str, Path, Program)):
+        reason = f"{type(model).__name__} is neither a module nor a path nor a Program"
+        raise errors.BadInput(argument="model", reason=reason, of="slim.inspection.bisect")
 
 
 class _Stopped(Exception):

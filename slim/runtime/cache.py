@@ -89,7 +89,7 @@ class KVCacheConfig:
             raise errors.ContradictoryOptions(a=eviction, b="layout='paged'", reason=reason)
 
     @property
-    def loses(self) -> str | None:
+    def changes(self) -> str | None:
         """What a model that runs over such a cache computes otherwise than without one; None for nothing."""
         said = {name: getattr(self, name) for name in ("dtype", "window", "eviction")}
         lost = ", ".join(f"{name}={value!r}" for name, value in said.items() if value is not None)

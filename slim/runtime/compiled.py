@@ -409,8 +409,8 @@ class CompiledModel:
         from slim.runtime.export import export
 
         export(self.program, directory, format, dequantize=dequantize)
-        if lost := self.kv_cache.loses:
-            log.warning("the export has no %s: how keys and values are kept is not part of it", lost)
+        if changed := self.kv_cache.changes:
+            log.warning("the export has no %s: how keys and values are kept is not part of it", changed)
 
 
 def _below(name: str, executable: Executable) -> dict[str, str | bytes]:

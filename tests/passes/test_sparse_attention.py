@@ -118,6 +118,25 @@ def test_an_encoder_sees_a_window_in_both_directions() -> None:
         slim.compile(encoder, 'sparse_attention("block_topk")', target="eager")
 
 
+@pytest.mark.parametrize(
+    "target",
+    ["eager", pytest.param("cpu", marks=pytest.mark.skipif(build.missing() is not None, reason="no C++ here"))],
+)
+@pytest.mark.parametrize("tokens", [12, 70])
+def test_a_row_of_few_tokens_votes_beside_a_long_one_as_it_does_alone(target: str, tokens: int) -> None:
+    compiled = slim.compile(
+        model("llama", max_position_embeddings=256),
+        'sparse_attention("vertical_slash", columns=3, slashes=2)',
+        target=target,
+    )
+    rows = torch.randint(3, 96, (2, 90), generator=torch.Generator().manual_seed(3))
+    mask, positions = torch.ones_like(rows), torch.arange(90).repeat(2, 1)
+    mask[0, : 90 - tokens], positions[0] = 0, (torch.arange(90) - 90 + tokens).clamp_min(0)
+    with torch.no_grad():
+        beside = compiled(rows, attention_mask=mask, position_ids=positions).logits[0, -tokens:]
+        assert difference(beside, compiled(rows[:1, -tokens:]).logits[0]) < 1e-5
+
+
 DATA = [torch.randint(3, 96, (4, 48), generator=torch.Generator().manual_seed(2))]
 
 

@@ -7,6 +7,7 @@ from slim.codegen.regions.views import View
 from slim.codegen.triton.attention_cache import page, stored
 from slim.codegen.triton.attention_choices import Choices, most_keys
 from slim.codegen.triton.attention_parts import LOG2E, address, geometry, held, inside, key_mask, padded
+from slim.codegen.triton.attention_pattern import Kept
 from slim.codegen.triton.kernel import Config, Kernel
 from slim.codegen.triton.rotation import Turn
 from slim.codegen.triton.text import number
@@ -41,19 +42,14 @@ class _Vote:
         barrier = "tl.debug_barrier()  # what follows is read by other threads than wrote it"
         body = [
             *self._program(), *self._statistics(), *self._weights(), barrier, *self._slashes(), barrier,
-            *self._real(),
-            *self._highest("column", term.columns, choices.columns, f"(real < {VOTERS})" if self._is_padded else None),
+            *Kept(self.writer, self.region, "u", "h", lambda first, last: "True").begin(),
+            *self._highest("column", term.columns, choices.columns, f"(keys - origin < {VOTERS})"),
             *self._highest("slash", term.slashes, choices.slashes, "(place == 0)"),
         ]  # fmt: skip
         grid = [str(self.g.heads), batch]
         return self.writer.kernel(
             "vote", body, _CONFIGS, grid, f"{self.g.heads} * {batch} * {VOTERS + 2} * {self.room}"
         )
-
-    @property
-    def _is_padded(self) -> bool:
-        """Rows may have fewer tokens than there are keys."""
-        return self.region.key_mask is not None
 
     def _program(self) -> list[str]:
         region, writer = self.region, self.writer
@@ -130,21 +126,11 @@ class _Vote:
         ]  # fmt: skip
         return [f"for first in range(0, keys, {_PIECE}):", *indented(body)]
 
-    def _real(self) -> list[str]:
-        """The tokens of the row: few see all keys. Counted here, where few registers are taken."""
-        if not self._is_padded:
-            return []
-        body = [
-            f"t = first + tl.arange(0, {_PIECE})", "there = t < keys", *key_mask(self.writer, self.region, "there"),
-            "real += tl.sum(counts.to(tl.int32), 0)",
-        ]  # fmt: skip
-        return ["real = tl.zeros((), tl.int32)", f"for first in range(0, keys, {_PIECE}):", *indented(body)]
-
-    def _highest(self, name: str, count: int, out: View, always: str | None = None) -> list[str]:
+    def _highest(self, name: str, count: int, out: View, always: str) -> list[str]:
         """The ``count`` highest sums, and all that equal the last of them: floats of no sign order as their bits do."""
         nth = self.writer.function("nth_highest")
         to = address(self.writer, out, f"{name}s", ["b", "h"])
-        kept = f"((x >= limit){f' | {always}' if always else ''}) & (place < keys)"
+        kept = f"((x >= limit) | {always}) & (place < keys)"
         body = [
             f"place = first + tl.arange(0, {_PIECE})", f"x = tl.load({name}_bits + place, mask=place < keys, other=-1)",
             f"kept = ({kept}).to(tl.int32)", "before = many + tl.cumsum(kept, 0) - kept",

@@ -177,11 +177,12 @@ def _group(
     if len(roots) < 2 or not linears or kind is Kind.CHANNEL:
         return None
     members.sort(key=lambda member: member.what == "column")
-    return Group(kind, tuple(members), roots, tuple(dict.fromkeys(linears)), _least(flow, kinds, roots))
+    least = _least(flow, kinds, roots) if kind is Kind.EXPERT else 1
+    return Group(kind, tuple(members), roots, tuple(dict.fromkeys(linears)), least)
 
 
 def _least(flow: Flow, kinds: _Kinds, roots: Tensor) -> int:
-    """How many of the units some node picks of them at once."""
+    """How many of the experts some node picks at once."""
     picked = (node for node, slots in flow.ids.items() if bool(torch.isin(kinds.root[slots], roots).any()))
     return max((int(argument(node, "k")) for node in picked if node.target is torch.ops.aten.topk.default), default=1)
 

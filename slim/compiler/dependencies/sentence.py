@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,23 +39,25 @@ def told(program: Program, weight: str, dim: int, unit: Tensor, what: str) -> To
     turned = part.transposed and dim >= len(shape) - 2
     at = 2 * len(shape) - 3 - dim if turned else dim
     stored = torch.full((shape[at],), -1)
-    stored[_lines(part, shape, dim, at)] = unit
+    stored[_lines(part, shape, at)] = unit
     return Told(part.base, _TURNED.get(what, what) if turned else what, stored)
 
 
 _TURNED = {"row": "column", "column": "row"}  # of a matrix that is stored as its transpose
 
 
-def _lines(part: Part, shape: Sequence[int], dim: int, at: int) -> Tensor:
-    """int64: where along dimension ``at`` of the stored weight each index of the part's ``dim`` lies.
+def _lines(part: Part, shape: Sequence[int], at: int) -> Tensor:
+    """int64: which indices of dimension ``at`` of the stored weight the part has, in its order.
 
-    Read off a weight that holds the number of its own line everywhere, of which the part is taken.
+    The grid's axes that divide that dimension are those whose steps are a multiple of its own, and within it.
     """
-    lines = torch.arange(shape[at]).reshape([-1 if axis == at else 1 for axis in range(len(shape))])
-    taken = part.take(lines.expand(*shape)).movedim(dim, 0)
-    while taken.dim() > 1:
-        taken = taken[:, 0]
-    return taken
+    own = math.prod(shape[at + 1 :])
+    lines = torch.zeros(1, dtype=torch.long)
+    for axis, (start, stop) in enumerate(part.index):
+        step = math.prod(part.grid[axis + 1 :])
+        if own <= step < own * shape[at]:
+            lines = (lines[:, None] + torch.arange(start, stop) * (step // own)).flatten()
+    return lines
 
 
 def sentence(kind: str, site: str, units: int, members: Sequence[Told]) -> str:
